@@ -1,0 +1,189 @@
+"""Compiles every launch of DeiT's inference ahead of time and prints what each takes of the GPU.
+
+    python -m bench.kernels [--targets sm_80,sm_90,…] [--libraries timm,deit_fast] [--models tiny,small,base]
+                            [--dtypes bf16,fp16,fp32] [--batch 32] [--json FILE]
+
+No GPU is needed and none is measured: the launches are recorded from the running models through a stand-in
+for Triton's driver, each on one block plus patch embedding, last norm and heads. Exits with 1 if a launch
+does not compile, asks for more shared memory than the target has, or has a 16-bit dot without tensor-core
+instructions.
+"""
+
+import argparse
+import json
+import multiprocessing
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bench.models import LIBRARIES, SIZES, build, choices, images
+from bench.resources import resources
+from bench.standin_driver import Launch, recording
+from bench.targets import TARGETS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_TARGETS = "sm_80,sm_90,sm_100,sm_120,gfx942"
+WORKERS = 2
+WORST = 5
+
+
+def compile_for(
+    target: str, libraries: list[str], sizes: list[str], dtypes: list[str], batch: int
+) -> list[dict]:
+    """Every distinct launch on one target, as table rows. Runs in a process of its own."""
+    import deit_fast
+    from deit_fast.ops import backend
+
+    torch.set_num_threads(1)
+    rows: dict[str, dict] = {}
+    with backend.forced("triton"), recording(TARGETS[target]) as launches, warnings.catch_warnings():
+        # A fallback to the stock operators would hide a kernel from the table.
+        warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
+        for library in libraries:
+            for size in sizes:
+                model = build(library, size, depth=1)
+                if library != "deit_fast":
+                    deit_fast.swap(model)
+                for dtype in dtypes:
+                    launches.clear()
+                    with torch.no_grad():
+                        model.to(DTYPES[dtype])(images(batch, DTYPES[dtype]))
+                    for launch in launches:
+                        row = rows.get(launch.key) or rows.setdefault(launch.key, _row(launch, dtype))
+                        row["models"] = sorted({*row["models"], f"{library} {size}"})
+    return list(rows.values())
+
+
+def _row(launch: Launch, dtype: str) -> dict:
+    row = {
+        "target": launch.target.name,
+        "kernel": launch.kernel,
+        "dtype": dtype,
+        "models": [],
+        "error": None if launch.error is None else _innermost(launch.error),
+    }
+    if launch.error is not None:
+        return row
+    found = resources(launch.compiled)
+    return row | {
+        "grid": launch.grid,
+        "tensors": {
+            name: f"{'×'.join(map(str, shape))} {str(kind).removeprefix('torch.')}"
+            for name, (shape, kind) in launch.tensors.items()
+        },
+        "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
+        "signature": launch.signature,
+        "warps": launch.compiled.metadata.num_warps,
+        "stages": launch.compiled.metadata.num_stages,
+        "registers": found.registers,
+        "registers_limit": launch.target.registers,
+        "spilled": found.spilled,
+        "shared_memory": found.shared_memory,
+        "shared_memory_limit": launch.target.shared_memory,
+        "dots": found.dots,
+        "scalar_dots": found.scalar_dots,
+        "tensor_core": found.tensor_core,
+    }
+
+
+def _innermost(error: BaseException) -> str:
+    # The compiler wraps an error once for every function it was in.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def problem(row: dict) -> str | None:
+    """What keeps this launch from being shipped, or None. Spills are the table's business."""
+    if row["error"]:
+        return f"does not compile: {row['error']}"
+    if row["shared_memory"] > row["shared_memory_limit"]:
+        return f"{row['shared_memory']} bytes of shared memory where {row['shared_memory_limit']} are allowed"
+    if row["scalar_dots"] or (row["dots"] and not row["tensor_core"] and row["dtype"] != "fp32"):
+        return "a 16-bit dot without tensor-core instructions"
+    return None
+
+
+def markdown(rows: Iterable[dict]) -> str:
+    lines = [
+        "| target | kernel | dtype | shape | blocks | warps | stages "
+        "| registers | spilled B | shared B (limit) | tensor cores |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        about = f"| {row['target']} | {row['kernel']} | {row['dtype']} "
+        if row["error"]:
+            lines.append(about + "| " * 7 + "| does not compile |")
+            continue
+        shape = ", ".join(f"{name} {text.split()[0]}" for name, text in list(row["tensors"].items())[:3])
+        blocks = ", ".join(f"{name} {v}" for name, v in row["constexprs"].items() if "BLOCK" in name)
+        cores = ", ".join(f"{kind} {count}" for kind, count in sorted(row["tensor_core"].items())) or "–"
+        lines.append(
+            f"{about}| {shape} | {blocks} | {row['warps']} | {row['stages']} | {row['registers']} "
+            f"| {row['spilled']} | {row['shared_memory']} ({row['shared_memory_limit']}) | {cores} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict]) -> str:
+    """The worst rows, and how many spill."""
+    compiled = [row for row in rows if not row["error"]]
+    spilling = sorted((row for row in compiled if row["spilled"]), key=lambda row: -row["spilled"])
+    crowded = sorted(compiled, key=lambda row: -row["shared_memory"] / row["shared_memory_limit"])
+    wide = sorted(compiled, key=lambda row: -row["registers"] / row["registers_limit"])
+    parts = [f"{len(rows)} distinct launches; {len(spilling)} spill registers."]
+    for title, worst in (
+        ("Most spilled", spilling),
+        ("Most shared memory of what is allowed", crowded),
+        ("Most registers of what is allowed", wide),
+    ):
+        if worst:
+            parts.append(f"{title}:\n\n{markdown(worst[:WORST])}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--targets", default=DEFAULT_TARGETS, help=f"of {', '.join(TARGETS)}, or 'all'")
+    parser.add_argument("--libraries", default="timm,transformers,deit_fast")
+    parser.add_argument("--models", default=",".join(SIZES))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--json", type=Path, help="write every figure to this file as well")
+    arguments = parser.parse_args()
+    if arguments.batch < 1:
+        raise SystemExit(f"--batch must be at least 1, got {arguments.batch}")
+    text = ",".join(TARGETS) if arguments.targets == "all" else arguments.targets
+    targets = choices(text, TARGETS, "target")
+    task = (
+        choices(arguments.libraries, LIBRARIES, "library"),
+        choices(arguments.models, SIZES, "model"),
+        choices(arguments.dtypes, DTYPES, "dtype"),
+        arguments.batch,
+    )
+
+    # A fresh process a target: whatever the product remembers of its device is forgotten with it.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(compile_for, target, *task) for target in targets]
+        rows = [row for future in futures for row in future.result()]
+
+    rows.sort(key=lambda row: (row["kernel"], row["dtype"], targets.index(row["target"])))
+    print(markdown(rows), summary(rows), sep="\n\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    problems = [(row, problem(row)) for row in rows if problem(row)]
+    for row, what in problems:
+        print(f"\nFAILED {row['target']} {row['kernel']} {row['dtype']} {', '.join(row['models'])}: {what}")
+    raise SystemExit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

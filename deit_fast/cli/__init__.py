@@ -1,0 +1,1 @@
+"""The `deit-fast` command."""

@@ -1,0 +1,194 @@
+"""`deit-fast predict`: the most likely classes of images."""
+
+import argparse
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit_fast._extras import require
+from deit_fast.cli.errors import UserError, user_input
+from deit_fast.data import DeiTImageProcessor, load_image
+from deit_fast.data.image_processor import CONFIG_NAME
+from deit_fast.models import create_model
+from deit_fast.models.checkpoint import load_checkpoint
+from deit_fast.models.key_maps import to_timm_names
+
+BATCH_SIZE = 32
+DEFAULT_MODEL = "deit_small_distilled_patch16_224"
+
+# What every published DeiT was trained with; `DeiTImageProcessor`, like transformers', defaults to 0.5.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand and its arguments."""
+    parser = commands.add_parser("predict", help="print the most likely classes of images")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help=".safetensors, .pth or a transformers folder; without one the weights are random",
+    )
+    parser.add_argument(
+        "--labels", metavar="FILE", help="class names: a text file with one a line, or a JSON list or dict"
+    )
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and read all input, then predict and print."""
+    if not args.json:
+        with user_input():
+            require("rich", extra="cli")
+    device = find_device(args.device)
+    with user_input():
+        images = [load_image(path) for path in args.images]
+        labels = read_labels(args.labels) if args.labels else None
+        num_classes, folder_labels = describe_checkpoint(args.checkpoint) if args.checkpoint else (None, None)
+        if num_classes is None:
+            num_classes = len(labels) if labels else 1000
+        labels = labels or folder_labels or default_labels(num_classes, trained=bool(args.checkpoint))
+        if len(labels) != num_classes:
+            raise ValueError(f"{args.labels} has {len(labels)} labels, the model {num_classes} classes")
+        if not 1 <= args.topk <= num_classes:
+            raise ValueError(f"--topk is {args.topk}; expected 1 to {num_classes}, the number of classes")
+        model = create_model(
+            args.model, num_classes=num_classes, checkpoint=args.checkpoint, device=device
+        ).eval()
+        processor = image_processor(args.checkpoint, model.config.img_size)
+    if args.checkpoint is None:
+        print(
+            f"deit-fast: no --checkpoint: the weights of {args.model} are random, "
+            "and the predictions mean nothing",
+            file=sys.stderr,
+        )
+
+    probabilities = []
+    with torch.inference_mode():
+        for start in range(0, len(images), BATCH_SIZE):
+            pixels = processor(images[start : start + BATCH_SIZE], return_tensors="pt").pixel_values
+            probabilities.append(model(pixels.to(device)).softmax(-1).cpu())
+    results = [
+        {"image": path, "predictions": top_classes(row, labels, args.topk)}
+        for path, row in zip(args.images, torch.cat(probabilities), strict=True)
+    ]
+    if args.json:
+        header = {"model": args.model, "checkpoint": args.checkpoint, "device": str(device)}
+        print(json.dumps({**header, "images": results}, indent=2, ensure_ascii=False))
+    else:
+        print_tables(results, random=args.checkpoint is None)
+    return 0
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device called `name`, which must work; None: a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}") from error
+
+
+def describe_checkpoint(path: str) -> tuple[int, list[str] | None]:
+    """The number of classes of a checkpoint's head, and their names where a transformers folder has them."""
+    checkpoint = load_checkpoint(path)
+    head = to_timm_names(checkpoint.state_dict).get("head.weight")
+    if head is None:
+        raise ValueError(f"{path} has no classifier head, so there is nothing to predict")
+    num_classes = head.tensor.shape[0]
+    names = (checkpoint.config or {}).get("id2label")
+    # transformers fills the names in with LABEL_0, LABEL_1, … where nobody gave any.
+    if not names or "LABEL_0" in names.values() or len(names) != num_classes:
+        return num_classes, None
+    return num_classes, _by_index(names, f"id2label of {path}")
+
+
+def read_labels(path: str) -> list[str]:
+    """Class names by index, from a text file with one a line or a JSON list or dict (`{"0": "tench", …}`)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file of labels: {error}") from error
+    if text.lstrip()[:1] not in ("[", "{"):
+        labels = [line.strip() for line in text.strip().splitlines()]
+    else:
+        try:
+            labels = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if isinstance(labels, dict):
+            labels = _by_index(labels, path)
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path} holds no labels; expected one name a class")
+    return labels
+
+
+def _by_index(names: dict[str, str], source: str) -> list[str]:
+    if set(names) != {str(index) for index in range(len(names))}:
+        raise ValueError(f"{source} does not map 0 to {len(names) - 1} to names")
+    return [names[str(index)] for index in range(len(names))]
+
+
+def default_labels(num_classes: int, trained: bool) -> list[str]:
+    """ImageNet's names for 1000 trained classes where timm is installed to tell them, else the indices."""
+    if trained and num_classes == 1000 and find_spec("timm"):
+        from timm.data import ImageNetInfo
+
+        return ImageNetInfo().label_descriptions()
+    return [str(index) for index in range(num_classes)]
+
+
+def image_processor(checkpoint: str | None, img_size: int) -> DeiTImageProcessor:
+    """The one saved with the checkpoint, else the evaluation transform that DeiT was published with.
+
+    A saved one for another image size gives its mean and standard deviation only.
+    """
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if checkpoint is not None and (Path(checkpoint) / CONFIG_NAME).is_file():
+        saved = DeiTImageProcessor.from_pretrained(checkpoint)
+        if saved.crop_size == {"height": img_size, "width": img_size}:
+            return saved
+        mean, std = saved.image_mean, saved.image_std
+    return DeiTImageProcessor(
+        size={"shortest_edge": img_size * 256 // 224}, crop_size=img_size, image_mean=mean, image_std=std
+    )
+
+
+def top_classes(probabilities: Tensor, labels: list[str], k: int) -> list[dict[str, Any]]:
+    """The k most likely classes of one image, most likely first."""
+    top = probabilities.topk(k)
+    return [
+        {"index": index, "label": labels[index], "probability": probability}
+        for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+
+
+def print_tables(results: list[dict[str, Any]], random: bool) -> None:
+    """One table an image."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text  # plain: a file name or a label may hold what rich takes for markup
+
+    console = Console()
+    for result in results:
+        title = result["image"] + (" (random weights)" if random else "")
+        table = Table(title=Text(title, style="italic"), title_justify="left")
+        table.add_column("class", justify="right", min_width=5)
+        table.add_column("label", no_wrap=True)
+        table.add_column("probability", justify="right", min_width=11)
+        for prediction in result["predictions"]:
+            percent = f"{100 * prediction['probability']:.2f} %"
+            table.add_row(str(prediction["index"]), Text(prediction["label"]), percent)
+        console.print(table)

@@ -1,0 +1,70 @@
+"""Device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gelu(x, KIND: tl.constexpr):
+    """GELU of float32 `x`: "gelu" is the exact one (erf), "gelu_tanh" its approximation (Hendrycks & Gimpel 2016)."""
+    if KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        # 0.5 * (1 + tanh(u)) = sigmoid(2u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def row_statistics(x_rows, row_mask, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Mean and 1/std of the rows at pointers `x_rows` [ROWS, 1], in one pass of CHUNK columns a step.
+
+    Chunks are merged by Chan's update, so that a large mean costs no digits (Chan, Golub & LeVeque 1983).
+    """
+    columns = tl.arange(0, CHUNK)
+    mean = tl.zeros([ROWS], dtype=tl.float32)
+    squares = tl.zeros([ROWS], dtype=tl.float32)
+    for start in tl.static_range(0, WIDTH, CHUNK):
+        count: tl.constexpr = min(CHUNK, WIDTH - start)
+        mask = row_mask[:, None] & (start + columns < WIDTH)[None, :]
+        x = tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
+        chunk_mean = tl.sum(x, axis=1) / count
+        deviation = tl.where((start + columns < WIDTH)[None, :], x - chunk_mean[:, None], 0.0)
+        shift = chunk_mean - mean
+        squares += tl.sum(deviation * deviation, axis=1) + shift * shift * (start * count / (start + count))
+        mean += shift * (count / (start + count))
+    return mean, 1.0 / tl.sqrt(squares / WIDTH + eps)
+
+
+@triton.jit
+def normalise(x, mean, rstd, weight_ptr, bias_ptr, columns, mask):
+    """`(x - mean) * rstd * weight + bias` for a float32 tile [ROWS, COLUMNS]; absent parameters are skipped."""
+    x = (x - mean[:, None]) * rstd[:, None]
+    if weight_ptr is not None:
+        x *= tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def add_residual(
+    branch, residual_ptrs, layer_scale_ptr, drop_path_scale_ptr, rows, columns, row_mask, column_mask, tokens
+):
+    """`residual + drop_path_scale * layer_scale * branch` for a float32 tile; `tokens` rows make a sample."""
+    if layer_scale_ptr is not None:
+        branch *= tl.load(layer_scale_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if drop_path_scale_ptr is not None:
+        scale = tl.load(drop_path_scale_ptr + rows // tokens, mask=row_mask, other=0.0)
+        branch *= scale.to(tl.float32)[:, None]
+    mask = row_mask[:, None] & column_mask[None, :]
+    return tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32) + branch
+
+
+@triton.jit
+def tile_of_program(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """The program's tile: GROUP row tiles take turns over all column tiles, so that both operands stay in L2."""
+    pid = tl.program_id(0)
+    group_size = GROUP * tiles_n
+    first = (pid // group_size) * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    return first + (pid % group_size) % rows, (pid % group_size) // rows

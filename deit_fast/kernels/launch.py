@@ -1,0 +1,128 @@
+"""The one table of launch settings, by kernel, shape, dtype and architecture, and how a kernel is launched."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime import driver
+
+# Shared memory a program may have, in KiB, and whether 16-bit dots come as wgmma or tcgen05.
+_SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx1200"})
+_DEFAULT_ARCHITECTURE = "sm_80"
+
+
+class Tile(NamedTuple):
+    """A GEMM tile: `rows` × `columns` of the output, `depth` of the reduction a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+class AttentionTile(NamedTuple):
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Cover(NamedTuple):
+    """`width` as two powers of two, `head` + `tail`; `tail` is 0 where one is enough.
+
+    Every DeiT width and head width is such a sum (192 = 128 + 64, 384 = 256 + 128, 80 = 64 + 16), so no lane of
+    a tile is spent on padding; other widths are masked in the tail.
+    """
+
+    head: int
+    tail: int
+
+
+@lru_cache(maxsize=256)
+def cover(width: int, least: int = 16) -> Cover:
+    head = max(least, 1 << (width.bit_length() - 1))
+    rest = width - head
+    return Cover(head, max(least, triton.next_power_of_2(rest)) if rest > 0 else 0)
+
+
+def tail_block(length: int, block: int, least: int = 16) -> int:
+    """The power of two that covers what is left of `length` after whole blocks; 0 where nothing is."""
+    rest = length % block
+    return max(least, triton.next_power_of_2(rest)) if rest else 0
+
+
+def interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+@lru_cache(maxsize=64)
+def _architecture(active_driver: object, device: int | None) -> str:
+    target = active_driver.get_current_target()
+    return target.arch if isinstance(target.arch, str) else f"sm_{target.arch}"
+
+
+def architecture(tensor: torch.Tensor) -> str:
+    """`sm_90`, `gfx942`, …: what this tensor's device is."""
+    if interpreted():
+        return _DEFAULT_ARCHITECTURE
+    return _architecture(driver.active, tensor.device.index)
+
+
+def is_amd(arch: str) -> bool:
+    return arch.startswith("gfx")
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """How float32 dots run: TF32 only where the user allowed it, else three TF32 products that restore float32.
+
+    AMD's matrix cores multiply float32 as it is.
+    """
+    if dtype is not torch.float32 or is_amd(arch):
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+@lru_cache(maxsize=1024)
+def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> Tile:
+    """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads."""
+    if itemsize == 4:
+        return Tile(64, 64, 32, 4, 2)
+    wide = 128 if columns % 128 == 0 else 64
+    if arch in _SMALL_SHARED_MEMORY:
+        return Tile(128, 64, 64 if prologue == "layer_norm" else 32, 8 if is_amd(arch) else 4, 2)
+    if prologue in ("gelu", "gelu_tanh"):
+        return Tile(128, 64, 64, 8, 3)
+    return Tile(128, wide, 64, 8, 3)
+
+
+@lru_cache(maxsize=256)
+def mlp(width: int, arch: str) -> Tile:
+    """The whole MLP in one kernel: `rows` stay on chip, `columns` of the hidden layer a step."""
+    if arch in _SMALL_SHARED_MEMORY or arch == "sm_80":
+        return Tile(32, 32, width, 4, 1)
+    return Tile(64, 32, width, 8, 1)
+
+
+@lru_cache(maxsize=256)
+def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
+    if itemsize == 4:
+        return AttentionTile(64, 32, 4, 1)
+    return AttentionTile(64, 64, 4, 1 if is_amd(arch) else 2)
+
+
+@lru_cache(maxsize=256)
+def layer_norm_rows(width: int) -> tuple[int, int]:
+    """Rows a program and its warps: about two thousand elements on chip, 128 bits a thread at least."""
+    rows = max(1, min(16, 2048 // triton.next_power_of_2(width)))
+    return rows, 4 if rows * width <= 4096 else 8
+
+
+def run(kernel, programs: int, device: torch.device, *args, **options) -> None:
+    """Launches `programs` programs on the tensors' own device (Triton would take the current one)."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)

@@ -1,0 +1,127 @@
+"""LayerNorm over rows, with the residual added on the way in where there is one."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deit_fast.kernels import launch
+from deit_fast.kernels.device import normalise
+from deit_fast.kernels.layout import as_rows, dense
+
+_MAX_WIDTH = 8192
+
+
+@triton.jit
+def layer_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,
+    y_ptr,
+    rows,
+    x_stride,
+    residual_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    head = tl.arange(0, HEAD)
+    head_mask = head < WIDTH
+    x_head = _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, head, x_stride, residual_stride, WIDTH)
+    total = tl.sum(x_head, axis=1)
+    if TAIL > 0:
+        tail = HEAD + tl.arange(0, TAIL)
+        tail_mask = tail < WIDTH
+        x_tail = _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, tail, x_stride, residual_stride, WIDTH)
+        total += tl.sum(x_tail, axis=1)
+    mean = total / WIDTH
+    # The squares of deviations, not a difference of squares: a large mean must not cost digits.
+    deviation = tl.where(head_mask[None, :], x_head - mean[:, None], 0.0)
+    squares = tl.sum(deviation * deviation, axis=1)
+    if TAIL > 0:
+        deviation = tl.where(tail_mask[None, :], x_tail - mean[:, None], 0.0)
+        squares += tl.sum(deviation * deviation, axis=1)
+    rstd = 1.0 / tl.sqrt(squares / WIDTH + eps)
+
+    y = normalise(x_head, mean, rstd, weight_ptr, bias_ptr, head, head_mask)
+    tl.store(
+        y_ptr + row[:, None] * WIDTH + head[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & head_mask[None, :],
+    )
+    if TAIL > 0:
+        y = normalise(x_tail, mean, rstd, weight_ptr, bias_ptr, tail, tail_mask)
+        tl.store(
+            y_ptr + row[:, None] * WIDTH + tail[None, :],
+            y.to(y_ptr.dtype.element_ty),
+            mask=row_mask[:, None] & tail_mask[None, :],
+        )
+
+
+@triton.jit
+def _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, columns, x_stride, residual_stride, WIDTH: tl.constexpr):
+    """A float32 tile of x, or of x + residual, which it also writes; the sum is normalised as it was rounded."""
+    mask = row_mask[:, None] & (columns < WIDTH)[None, :]
+    x = tl.load(x_ptr + row[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0)
+        total = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row[:, None] * WIDTH + columns[None, :], total, mask=mask)
+        x = total.to(tl.float32)
+    return x
+
+
+def unsupported(width: int) -> str | None:
+    return f"rows of {width} do not fit on chip (at most {_MAX_WIDTH})" if width > _MAX_WIDTH else None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, bias, None, y, eps)
+    return y
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    total = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch(x, residual, weight, bias, total, y, eps)
+    return total, y
+
+
+def _launch(x, residual, weight, bias, total, y, eps) -> None:
+    if y.numel() == 0:
+        return
+    x = as_rows(x)
+    rows, width = x.shape
+    residual = None if residual is None else as_rows(residual)
+    block, warps = launch.layer_norm_rows(width)
+    head, tail = launch.cover(width)
+    launch.run(
+        layer_norm_kernel,
+        triton.cdiv(rows, block),
+        x.device,
+        x,
+        residual,
+        dense(weight),
+        dense(bias),
+        total,
+        y,
+        rows,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        WIDTH=width,
+        HEAD=head,
+        TAIL=tail,
+        ROWS=block,
+        num_warps=warps,
+    )

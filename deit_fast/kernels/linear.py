@@ -1,0 +1,257 @@
+"""The GEMM family: one kernel, what is fused before and after the product chosen at compile time."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deit_fast.kernels import launch
+from deit_fast.kernels.device import add_residual, gelu, normalise, row_statistics, tile_of_program
+from deit_fast.kernels.layout import as_rows, dense
+
+_GROUP = 8
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    weight_ptr,
+    k_weight_ptr,
+    v_weight_ptr,
+    bias_ptr,
+    k_bias_ptr,
+    v_bias_ptr,
+    residual_ptr,
+    layer_scale_ptr,
+    drop_path_scale_ptr,
+    y_ptr,
+    k_ptr,
+    v_ptr,
+    rows,
+    tokens,
+    x_stride,
+    weight_stride,
+    residual_stride,
+    eps,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`y = epilogue(prologue(x) @ weight.T + bias)`; with `k_weight_ptr`, three such products of one `x`."""
+    column_tiles: tl.constexpr = (COLUMNS + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    if k_weight_ptr is not None:
+        tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), 3 * column_tiles, GROUP)
+        projection = tile_n // column_tiles
+        tile_n = tile_n % column_tiles
+        if projection == 1:
+            weight_ptr = k_weight_ptr
+            y_ptr = k_ptr
+            if bias_ptr is not None:
+                bias_ptr = k_bias_ptr
+        elif projection == 2:
+            weight_ptr = v_weight_ptr
+            y_ptr = v_ptr
+            if bias_ptr is not None:
+                bias_ptr = v_bias_ptr
+    else:
+        tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), column_tiles, GROUP)
+
+    row = tile_m.to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    row_mask = row < rows
+    column = tile_n * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    column_mask = column < COLUMNS
+    depth = tl.arange(0, DEPTH_BLOCK)
+    x_rows = x_ptr + row[:, None] * x_stride
+    weight_columns = weight_ptr + column.to(tl.int64)[None, :] * weight_stride
+
+    if PROLOGUE == "layer_norm":
+        mean, rstd = row_statistics(x_rows, row_mask, eps, DEPTH, ROW_BLOCK, DEPTH_BLOCK)
+
+    product = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    for start in range(0, DEPTH, DEPTH_BLOCK):
+        k = start + depth
+        if DEPTH % DEPTH_BLOCK == 0:
+            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None], other=0.0)
+            weight = tl.load(weight_columns + k[:, None], mask=column_mask[None, :], other=0.0)
+        else:
+            k_mask = k < DEPTH
+            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            weight = tl.load(weight_columns + k[:, None], mask=k_mask[:, None] & column_mask[None, :], other=0.0)
+        if PROLOGUE == "layer_norm":
+            x = normalise(x.to(tl.float32), mean, rstd, norm_weight_ptr, norm_bias_ptr, k, k < DEPTH)
+            if DEPTH % DEPTH_BLOCK != 0:
+                x = tl.where((k < DEPTH)[None, :], x, 0.0)
+        elif PROLOGUE != "none":
+            x = gelu(x.to(tl.float32), PROLOGUE)
+        product = tl.dot(x.to(weight.dtype), weight, product, input_precision=PRECISION)
+
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "none":
+        product = gelu(product, ACTIVATION)
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + row[:, None] * residual_stride + column[None, :]
+        product = add_residual(
+            product,
+            residual_ptrs,
+            layer_scale_ptr,
+            drop_path_scale_ptr,
+            row,
+            column,
+            row_mask,
+            column_mask,
+            tokens,
+        )
+    tl.store(
+        y_ptr + row[:, None] * COLUMNS + column[None, :],
+        product.to(y_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & column_mask[None, :],
+    )
+
+
+def _launch(
+    x: Tensor,
+    outputs: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    *,
+    norm: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: float = 0.0,
+    prologue: str = "none",
+    activation: str = "none",
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+) -> None:
+    if outputs[0].numel() == 0:
+        return
+    tokens = x.numel() // (x.shape[0] * x.shape[-1]) if drop_path_scale is not None else 1
+    x = as_rows(x)
+    rows, depth = x.shape
+    weights = tuple(as_rows(w) for w in weights)
+    if len({w.stride(0) for w in weights}) > 1:
+        weights = tuple(w.contiguous() for w in weights)
+    columns = weights[0].shape[0]
+    absent = (None,) * (3 - len(weights))
+    residual = None if residual is None else as_rows(residual)
+    arch = launch.architecture(x)
+    tile = launch.gemm(columns, depth, weights[0].element_size(), arch, prologue)
+    launch.run(
+        linear_kernel,
+        triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) * len(weights),
+        x.device,
+        x,
+        *map(dense, norm),
+        *weights,
+        *absent,
+        *map(dense, biases),
+        *absent,
+        residual,
+        dense(layer_scale),
+        dense(drop_path_scale),
+        *outputs,
+        *absent,
+        rows,
+        tokens,
+        x.stride(0),
+        weights[0].stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        DEPTH=depth,
+        COLUMNS=columns,
+        PROLOGUE=prologue,
+        ACTIVATION=activation,
+        ROW_BLOCK=tile.rows,
+        COLUMN_BLOCK=tile.columns,
+        DEPTH_BLOCK=tile.depth,
+        GROUP=_GROUP,
+        PRECISION=launch.dot_precision(weights[0].dtype, arch),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype, device=x.device)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, input_activation: str) -> Tensor:
+    y = _output(x, weight)
+    _launch(x, (y,), (weight,), (bias,), prologue=input_activation, activation=activation)
+    return y
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    y = _output(x, weight)
+    _launch(x, (y,), (weight,), (bias,), norm=(norm_weight, norm_bias), eps=eps, prologue="layer_norm")
+    return y
+
+
+def layer_norm_qkv(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = tuple(_output(x, weight) for weight in (q_weight, k_weight, v_weight))
+    biases = (q_bias, k_bias, v_bias)
+    if any(b is None for b in biases) and any(b is not None for b in biases):
+        # The kernel takes all three or none; BEiT-like models leave out the key's.
+        biases = tuple(q_weight.new_zeros(q_weight.shape[0]) if b is None else b for b in biases)
+    _launch(
+        x,
+        outputs,
+        (q_weight, k_weight, v_weight),
+        biases,
+        norm=(norm_weight, norm_bias),
+        eps=eps,
+        prologue="layer_norm",
+    )
+    return outputs
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    input_activation: str,
+) -> Tensor:
+    dtype = torch.promote_types(residual.dtype, weight.dtype)
+    if layer_scale is not None:
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
+    y = torch.empty(residual.shape, dtype=dtype, device=residual.device)
+    _launch(
+        x,
+        (y,),
+        (weight,),
+        (bias,),
+        prologue=input_activation,
+        residual=residual,
+        layer_scale=layer_scale,
+        drop_path_scale=drop_path_scale,
+    )
+    return y

@@ -1,0 +1,199 @@
+"""The whole MLP half of a block in one kernel, where a row of its width stays on chip."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deit_fast.kernels import launch
+from deit_fast.kernels.device import add_residual, gelu, normalise
+from deit_fast.kernels.layout import as_rows, dense
+from deit_fast.kernels.linear import layer_norm_linear, linear_residual
+
+_WIDEST = 192
+
+
+@triton.jit
+def mlp_kernel(
+    x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    fc1_weight_ptr,
+    fc1_bias_ptr,
+    fc2_weight_ptr,
+    fc2_bias_ptr,
+    layer_scale_ptr,
+    drop_path_scale_ptr,
+    y_ptr,
+    rows,
+    tokens,
+    x_stride,
+    fc1_stride,
+    fc2_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    HIDDEN_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """HEAD + TAIL are the width in two tiles. The hidden layer lives only as ROW_BLOCK × HIDDEN_BLOCK tiles."""
+    row = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    row_mask = row < rows
+    head = tl.arange(0, HEAD)
+    head_mask = head < WIDTH
+    tail = HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
+    tail_mask = tail < WIDTH
+    x_rows = x_ptr + row[:, None] * x_stride
+    x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(x_head, axis=1)
+    if TAIL > 0:
+        x_tail = tl.load(x_rows + tail[None, :], mask=row_mask[:, None] & tail_mask[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(x_tail, axis=1)
+    mean = total / WIDTH
+    deviation = tl.where(head_mask[None, :], x_head - mean[:, None], 0.0)
+    squares = tl.sum(deviation * deviation, axis=1)
+    if TAIL > 0:
+        deviation = tl.where(tail_mask[None, :], x_tail - mean[:, None], 0.0)
+        squares += tl.sum(deviation * deviation, axis=1)
+    rstd = 1.0 / tl.sqrt(squares / WIDTH + eps)
+
+    dtype = fc1_weight_ptr.dtype.element_ty
+    x_head = normalise(x_head, mean, rstd, norm_weight_ptr, norm_bias_ptr, head, head_mask)
+    x_head = tl.where(head_mask[None, :], x_head, 0.0).to(dtype)
+    branch_head = tl.zeros([ROW_BLOCK, HEAD], dtype=tl.float32)
+    if TAIL > 0:
+        x_tail = normalise(x_tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, tail, tail_mask)
+        x_tail = tl.where(tail_mask[None, :], x_tail, 0.0).to(dtype)
+        branch_tail = tl.zeros([ROW_BLOCK, TAIL], dtype=tl.float32)
+
+    for start in range(0, HIDDEN, HIDDEN_BLOCK):
+        unit = start + tl.arange(0, HIDDEN_BLOCK)
+        unit_mask = unit < HIDDEN
+        fc1_columns = fc1_weight_ptr + unit[None, :] * fc1_stride
+        weight = tl.load(fc1_columns + head[:, None], mask=head_mask[:, None] & unit_mask[None, :], other=0.0)
+        hidden = tl.dot(x_head, weight, input_precision=PRECISION)
+        if TAIL > 0:
+            weight = tl.load(fc1_columns + tail[:, None], mask=tail_mask[:, None] & unit_mask[None, :], other=0.0)
+            hidden = tl.dot(x_tail, weight, hidden, input_precision=PRECISION)
+        if fc1_bias_ptr is not None:
+            hidden += tl.load(fc1_bias_ptr + unit, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
+        hidden = gelu(hidden, ACTIVATION).to(dtype)
+        fc2_rows = fc2_weight_ptr + unit[:, None]
+        weight = tl.load(
+            fc2_rows + head[None, :] * fc2_stride, mask=unit_mask[:, None] & head_mask[None, :], other=0.0
+        )
+        branch_head = tl.dot(hidden, weight, branch_head, input_precision=PRECISION)
+        if TAIL > 0:
+            weight = tl.load(
+                fc2_rows + tail[None, :] * fc2_stride, mask=unit_mask[:, None] & tail_mask[None, :], other=0.0
+            )
+            branch_tail = tl.dot(hidden, weight, branch_tail, input_precision=PRECISION)
+
+    _store(
+        branch_head, x_rows, fc2_bias_ptr, layer_scale_ptr, drop_path_scale_ptr, y_ptr,
+        row, head, row_mask, head_mask, tokens, WIDTH,
+    )  # fmt: skip
+    if TAIL > 0:
+        _store(
+            branch_tail, x_rows, fc2_bias_ptr, layer_scale_ptr, drop_path_scale_ptr, y_ptr,
+            row, tail, row_mask, tail_mask, tokens, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    branch, x_rows, bias_ptr, layer_scale_ptr, drop_path_scale_ptr, y_ptr,
+    row, column, row_mask, column_mask, tokens, WIDTH: tl.constexpr,
+):  # fmt: skip
+    if bias_ptr is not None:
+        branch += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    # x is read again as the residual, from cache: keeping it would hold registers through the loop.
+    y = add_residual(
+        branch,
+        x_rows + column[None, :],
+        layer_scale_ptr,
+        drop_path_scale_ptr,
+        row,
+        column,
+        row_mask,
+        column_mask,
+        tokens,
+    )
+    tl.store(
+        y_ptr + row[:, None] * WIDTH + column[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & column_mask[None, :],
+    )
+
+
+def fits(width: int, hidden: int) -> bool:
+    """Whether a block of this shape should ask for the whole MLP as one operator."""
+    return width <= _WIDEST
+
+
+def mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    activation: str,
+) -> Tensor:
+    hidden, width = fc1_weight.shape
+    if not fits(width, hidden) or fc1_weight.dtype is torch.float32 or activation == "none":
+        # float32 tiles of a whole row do not fit beside their weights.
+        features = layer_norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias)
+        return linear_residual(features, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, activation)
+    dtype = torch.promote_types(x.dtype, fc2_weight.dtype)
+    if layer_scale is not None:
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tokens = x.numel() // (x.shape[0] * width)
+    x = as_rows(x)
+    fc1_weight, fc2_weight = as_rows(fc1_weight), as_rows(fc2_weight)
+    arch = launch.architecture(x)
+    tile = launch.mlp(width, arch)
+    head, tail = launch.cover(width)
+    launch.run(
+        mlp_kernel,
+        triton.cdiv(x.shape[0], tile.rows),
+        x.device,
+        x,
+        dense(norm_weight),
+        dense(norm_bias),
+        fc1_weight,
+        dense(fc1_bias),
+        fc2_weight,
+        dense(fc2_bias),
+        dense(layer_scale),
+        dense(drop_path_scale),
+        y,
+        x.shape[0],
+        tokens,
+        x.stride(0),
+        fc1_weight.stride(0),
+        fc2_weight.stride(0),
+        eps,
+        WIDTH=width,
+        HEAD=head,
+        TAIL=tail,
+        HIDDEN=hidden,
+        ACTIVATION=activation,
+        ROW_BLOCK=tile.rows,
+        HIDDEN_BLOCK=tile.columns,
+        PRECISION=launch.dot_precision(fc1_weight.dtype, arch),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return y

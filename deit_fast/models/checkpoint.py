@@ -1,0 +1,228 @@
+"""Checkpoints from files into models: all of it, or one error that says what is wrong with all of it."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deit_fast.models.config import DeiTConfig
+from deit_fast.models.key_maps import Entry, to_timm_names
+from deit_fast.models.pos_embed import resample_pos_embed
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TRANSFORMERS_DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+
+
+class Checkpoint(NamedTuple):
+    """What a file or a transformers folder holds: tensors by the file's own names, and config.json."""
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    config: dict[str, Any] | None
+
+
+def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read a `.safetensors`, `.pth`, `.pt` or `.bin` file, or a transformers folder, on the CPU.
+
+    A pickle is read as weights only: no code of it runs. A training checkpoint gives its `"model"` (the
+    original repository) or `"state_dict"` (timm).
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder without one of its files.
+        ValueError: another suffix, a truncated or foreign file, a pickle that asks for more than weights, or
+            content that isn't a state dict.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Checkpoint(path, _read_folder(path), _read_json(path / "config.json"))
+    return Checkpoint(path, _read_file(path), None)
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    name = next((name for name in _FOLDER_FILES if (folder / name).exists()), None)
+    if name is None:
+        raise FileNotFoundError(f"{folder} holds no weights; looked for {', '.join(_FOLDER_FILES)}")
+    if not name.endswith(".index.json"):
+        return _read_file(folder / name)
+
+    weight_map = _read_json(folder / name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{folder / name} has no weight_map: it is no index of a sharded checkpoint")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks shards that {name} lists: {', '.join(missing)}")
+    state_dict: dict[str, Tensor] = {}
+    for shard in shards:
+        state_dict.update(_read_file(folder / shard))
+    return state_dict
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; a transformers folder has one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: truncated, or another kind of file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix not in _SUFFIXES:
+        suffixes = ", ".join(_SUFFIXES)
+        raise ValueError(f"{path} is no checkpoint: expected a file in {suffixes}, or a transformers folder")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return _state_dict_in(content, path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no readable safetensors file: truncated, or another kind of file"
+        ) from error
+
+
+def _read_pickle(path: Path) -> object:
+    # The original repository and timm save their training arguments, an inert Namespace, too.
+    with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # nearly anything for a foreign file: KeyError, EOFError, OSError, …
+            wanted = re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
+            if wanted:
+                raise ValueError(
+                    f"{path} holds more than weights: its pickle asks for {wanted[1]}, which could run any "
+                    "code. If you trust it, read it with torch.load(…, weights_only=False) and save its "
+                    "state dict"
+                ) from error
+            raise ValueError(
+                f"{path} is no readable PyTorch checkpoint: truncated, or another kind of file"
+            ) from error
+
+
+def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, Mapping):
+        for key in ("model", "state_dict"):
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    others = [
+        str(key)
+        for key, value in content.items()
+        if not isinstance(key, str) or not isinstance(value, Tensor)
+    ]
+    if others:
+        raise ValueError(f"{path} holds no state dict: these are no tensors: {', '.join(others)}")
+    return dict(content)
+
+
+def follow_config(config: DeiTConfig, checkpoint: Checkpoint) -> DeiTConfig:
+    """`config` with what a transformers folder says and its tensors don't show: LayerNorm's epsilon.
+
+    Raises:
+        ValueError: the folder's model isn't computed as `config`'s is; the message lists every difference.
+    """
+    theirs = checkpoint.config
+    if theirs is None or "model_type" not in theirs:  # timm's folders have a config.json of another kind
+        return config
+    theirs = _TRANSFORMERS_DEFAULTS | theirs
+    expected = {
+        "model_type": ("deit", "vit"),
+        "num_attention_heads": (config.num_heads,),
+        "hidden_act": ("gelu",),
+    }
+    problems = [
+        f"{key} is {theirs[key]!r}, expected {' or '.join(map(repr, values))}"
+        for key, values in expected.items()
+        if theirs[key] not in values
+    ]
+    if problems:
+        raise ValueError(f"{checkpoint.path / 'config.json'} describes another model: {'; '.join(problems)}")
+    return replace(config, layer_norm_eps=theirs["layer_norm_eps"])
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Move `model`, a VisionTransformer on the meta device, to `device` with the checkpoint's weights.
+
+    Nothing is touched before every key and shape has been checked.
+
+    Raises:
+        ValueError: keys missing, unexpected or misshapen; the message lists all of them.
+    """
+    config = model.config
+    entries = to_timm_names(checkpoint.state_dict)
+    if config.num_classes == 0:
+        entries = {
+            name: entry for name, entry in entries.items() if not name.startswith(("head.", "head_dist."))
+        }
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if "pos_embed" in entries:
+        source, pos_embed = entries["pos_embed"]
+        resampled = resample_pos_embed(pos_embed, config.num_prefix_positions, config.grid_size)
+        entries["pos_embed"] = Entry(source, resampled)
+
+    problems = _misfits(expected, entries)
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(
+            f"{checkpoint.path} doesn't fit the model:\n  {lines}{_num_classes_hint(config, entries)}"
+        )
+
+    model.to_empty(device=device)
+    model.load_state_dict({name: entry.tensor for name, entry in entries.items()}, strict=True)
+
+
+def _misfits(expected: dict[str, torch.Size], entries: dict[str, Entry]) -> list[str]:
+    missing = [
+        f"missing: {name}, expected {tuple(expected[name])}" for name in expected.keys() - entries.keys()
+    ]
+    unexpected = [
+        f"unexpected: {entry.source}, found {tuple(entry.tensor.shape)}"
+        for name, entry in entries.items()
+        if name not in expected
+    ]
+    misshapen = [
+        f"misshapen: {entry.source}, expected {tuple(expected[name])}, found {tuple(entry.tensor.shape)}"
+        for name, entry in entries.items()
+        if name in expected and entry.tensor.shape != expected[name]
+    ]
+    not_floating = [
+        f"not floating-point: {entry.source}, found {entry.tensor.dtype}"
+        for entry in entries.values()
+        if not entry.tensor.is_floating_point()
+    ]
+    return sorted(missing) + unexpected + misshapen + not_floating
+
+
+def _num_classes_hint(config: DeiTConfig, entries: dict[str, Entry]) -> str:
+    head = entries.get("head.weight")
+    if head is None or head.tensor.ndim != 2 or len(head.tensor) == config.num_classes:
+        return ""
+    classes = len(head.tensor)
+    return (
+        f"\nIts head has {classes} classes, the model {config.num_classes}: pass num_classes={classes}, "
+        f"or num_classes=0 for no head"
+    )

@@ -1,0 +1,65 @@
+"""What tells one DeiT from another."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeiTConfig:
+    """A DeiT's hyper-parameters. Images are square, `img_size` pixels wide.
+
+    Raises:
+        ValueError: the image is no whole number of patches, the heads don't divide the width, or a count is
+            not positive (`num_classes` may be 0: no head, the model returns features).
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    img_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    distilled: bool = False
+    """A distillation token and a second head on it (DeiT, section 4)."""
+    init_values: float | None = None
+    """What LayerScale starts from; None: no LayerScale."""
+    no_embed_class: bool = False
+    """Position embeddings for the patches alone, as in DeiT III."""
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in ("embed_dim", "depth", "num_heads", "img_size", "patch_size", "in_chans"):
+            if not _is_count(getattr(self, field), least=1):
+                raise ValueError(f"{field} must be a positive integer, got {getattr(self, field)!r}")
+        if not _is_count(self.num_classes, least=0):
+            raise ValueError(f"num_classes must be an integer and at least 0, got {self.num_classes!r}")
+        if self.img_size % self.patch_size:
+            below = self.img_size - self.img_size % self.patch_size
+            raise ValueError(
+                f"img_size must be a multiple of the patch size {self.patch_size}, got {self.img_size}; "
+                f"the nearest are {' and '.join(str(s) for s in (below, below + self.patch_size) if s)}"
+            )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.img_size // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class, and distillation."""
+        return 2 if self.distilled else 1
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """Rows of the position embedding before those of the patches."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,132 @@
+"""The whole DeiT, on the fused modules of `deit_fast.nn`."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from deit_fast.models.config import DeiTConfig
+from deit_fast.nn import Block, LayerNorm, PatchEmbed, functional, parts
+
+
+class VisionTransformer(nn.Module):
+    """DeiT and DeiT III, with timm's parameter names: state dicts go either way.
+
+    Args:
+        config: the hyper-parameters.
+        drop_path_rate: of the last block in training, in [0, 1); it rises linearly from 0 at the first.
+        device, dtype: of the parameters; torch's defaults.
+    """
+
+    def __init__(
+        self,
+        config: DeiTConfig,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating-point, got {dtype}")
+        factory = {"device": device, "dtype": dtype}
+        width = config.embed_dim
+        norm_layer = partial(LayerNorm, eps=config.layer_norm_eps)
+
+        self.config = config
+        self.patch_embed = PatchEmbed(
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            in_chans=config.in_chans,
+            embed_dim=width,
+            **factory,
+        )
+        positions = config.num_prefix_positions + config.grid_size**2
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory))
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width, **factory)) if config.distilled else None
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, width, **factory))
+
+        rates = torch.linspace(0, drop_path_rate, config.depth, device="cpu").tolist()
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    dim=width,
+                    num_heads=config.num_heads,
+                    mlp_ratio=config.mlp_ratio,
+                    qkv_bias=True,
+                    init_values=config.init_values,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
+                    **factory,
+                )
+                for rate in rates
+            )
+        )
+        self.norm = norm_layer(width, **factory)
+
+        def head() -> nn.Module:
+            return nn.Linear(width, config.num_classes, **factory) if config.num_classes else nn.Identity()
+
+        self.head = head()
+        self.head_dist = head() if config.distilled else None
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """The original repository's: normal with σ = 0.02 for tokens, positions and linear layers, biases 0.
+
+        LayerNorm, LayerScale and the patch convolution keep what their constructors gave them.
+        """
+        for tensor in (self.cls_token, self.dist_token, self.pos_embed):
+            if tensor is not None:
+                nn.init.trunc_normal_(tensor, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images [B, in_chans, img_size, img_size] to tokens [B, R + P, embed_dim] after the last LayerNorm.
+
+        The first R = 1 tokens are the class token's (R = 2: and the distillation token's), then the P
+        patches'.
+        """
+        size = (self.config.in_chans, self.config.img_size, self.config.img_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != size:
+            raise ValueError(
+                f"this model takes images of shape [batch, {size[0]}, {size[1]}, {size[2]}], got "
+                f"{list(images.shape)}; for images of another size build it with create_model(…, img_size=…)"
+            )
+        return self.norm(self.blocks(self._embed(images)))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        reason = parts.unfusable(self.patch_embed, {PatchEmbed})
+        if reason is None and functional.patch_embed_unfusable(self.patch_embed) is None:
+            return functional.patch_embed_forward(
+                self.patch_embed,
+                images,
+                pos_embed=self.pos_embed,
+                cls_token=self.cls_token,
+                dist_token=self.dist_token,
+            )
+        x = self.patch_embed(images)
+        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token) if t is not None]
+        if self.config.no_embed_class:
+            return torch.cat([*prefix, x + self.pos_embed], dim=1)
+        return torch.cat([*prefix, x], dim=1) + self.pos_embed
+
+    def forward_head(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens of `forward_features` to logits [B, num_classes].
+
+        A distilled model has two heads: it returns (class logits, distillation logits) in training, as the
+        original repository does, and their mean in evaluation.
+        """
+        logits = self.head(x[:, 0])
+        if self.head_dist is None:
+            return logits
+        dist_logits = self.head_dist(x[:, 1])
+        return (logits, dist_logits) if self.training else (logits + dist_logits) / 2
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images [B, in_chans, img_size, img_size] to logits, see `forward_head`."""
+        return self.forward_head(self.forward_features(images))

@@ -1,0 +1,114 @@
+"""Models by name: timm's names and hyper-parameters.
+
+DeiT: arXiv 2012.12877, table 1; DeiT III: arXiv 2204.07118.
+"""
+
+import difflib
+import os
+from dataclasses import replace
+
+import torch
+
+from deit_fast.models.checkpoint import follow_config, load_checkpoint, load_weights
+from deit_fast.models.config import DeiTConfig
+from deit_fast.models.deit import VisionTransformer
+
+_TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+_MEDIUM = {"embed_dim": 512, "depth": 12, "num_heads": 8}
+_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}
+
+
+def _deit(size: dict, **kwargs) -> DeiTConfig:
+    return DeiTConfig(**size, **kwargs)
+
+
+def _deit3(size: dict, **kwargs) -> DeiTConfig:
+    return DeiTConfig(**size, init_values=1e-6, no_embed_class=True, **kwargs)
+
+
+_CONFIGS = {
+    "deit_tiny_patch16_224": _deit(_TINY),
+    "deit_small_patch16_224": _deit(_SMALL),
+    "deit_base_patch16_224": _deit(_BASE),
+    "deit_base_patch16_384": _deit(_BASE, img_size=384),
+    "deit_tiny_distilled_patch16_224": _deit(_TINY, distilled=True),
+    "deit_small_distilled_patch16_224": _deit(_SMALL, distilled=True),
+    "deit_base_distilled_patch16_224": _deit(_BASE, distilled=True),
+    "deit_base_distilled_patch16_384": _deit(_BASE, distilled=True, img_size=384),
+    "deit3_small_patch16_224": _deit3(_SMALL),
+    "deit3_small_patch16_384": _deit3(_SMALL, img_size=384),
+    "deit3_medium_patch16_224": _deit3(_MEDIUM),
+    "deit3_base_patch16_224": _deit3(_BASE),
+    "deit3_base_patch16_384": _deit3(_BASE, img_size=384),
+    "deit3_large_patch16_224": _deit3(_LARGE),
+    "deit3_large_patch16_384": _deit3(_LARGE, img_size=384),
+    "deit3_huge_patch14_224": _deit3(_HUGE),
+}
+
+
+def list_models() -> list[str]:
+    """The names `create_model` knows, sorted."""
+    return sorted(_CONFIGS)
+
+
+def get_config(name: str) -> DeiTConfig:
+    """The configuration called `name`.
+
+    Raises:
+        ValueError: no such name; the message has the nearest ones.
+    """
+    if name not in _CONFIGS:
+        near = difflib.get_close_matches(name, _CONFIGS, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(list_models())}."
+        raise ValueError(f"unknown model {name!r}. {hint}")
+    return _CONFIGS[name]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    img_size: int | None = None,
+    drop_path_rate: float = 0.0,
+    checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> VisionTransformer:
+    """Build the model called `name`, with weights from `checkpoint` or at random.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the head; 0 for none: the model then returns features [B, embed_dim], and the
+            heads of a checkpoint are left out.
+        img_size: side of the square input images in pixels; by default the one in the name. Position
+            embeddings of a checkpoint with another grid are interpolated, bicubically as timm does.
+        drop_path_rate: of the last block in training; it rises linearly from 0 at the first.
+        checkpoint: a `.safetensors`, `.pth`, `.pt` or `.bin` file, or a transformers folder; names of the
+            original DeiT repository, timm or transformers. A folder's `config.json` sets LayerNorm's epsilon.
+        device, dtype: of the parameters; torch's defaults.
+
+    Raises:
+        ValueError: an unknown name (the message has the nearest), an argument out of range, an unreadable
+            checkpoint, or one that doesn't fit (the message lists every missing, unexpected and misshapen
+            key).
+        FileNotFoundError: `checkpoint`, or a part of it, isn't there.
+    """
+    config = get_config(name)
+    config = replace(
+        config, num_classes=num_classes, img_size=config.img_size if img_size is None else img_size
+    )
+    if checkpoint is None:
+        return VisionTransformer(config, drop_path_rate=drop_path_rate, device=device, dtype=dtype)
+
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type == "meta":
+        raise ValueError("a checkpoint can't be loaded on the meta device; give a real one, or no checkpoint")
+    loaded = load_checkpoint(checkpoint)
+    config = follow_config(config, loaded)
+    # On meta nothing is initialised only to be overwritten, and a checkpoint that doesn't fit costs nothing.
+    model = VisionTransformer(config, drop_path_rate=drop_path_rate, device="meta", dtype=dtype)
+    load_weights(model, loaded, device)
+    return model

@@ -1,0 +1,76 @@
+"""The pre-norm transformer block with timm's constructor and parameter names."""
+
+from torch import Tensor, nn
+
+from deit_fast.nn import functional
+from deit_fast.nn.attention import Attention
+from deit_fast.nn.layer_norm import LayerNorm
+from deit_fast.nn.mlp import Mlp
+from deit_fast.nn.residual import DropPath, LayerScale
+
+
+class Block(nn.Module):
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`, LayerScale and drop path on each branch.
+
+    Computed whole, in five operator calls (four at narrow widths), when all parts are what the kernels compute;
+    part by part when one is not (a hook on an inner module, active dropout, an attention mask).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: type[nn.Module] = LayerNorm,
+        mlp_layer: type[nn.Module] = Mlp,
+        attn_layer: type[nn.Module] = Attention,
+        depth: int = 0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.norm1 = norm_layer(dim, **factory)
+        self.attn = attn_layer(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            scale_norm=scale_attn_norm,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            norm_layer=norm_layer,
+            **factory,
+        )
+        self.ls1 = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **factory)
+        self.mlp = mlp_layer(
+            in_features=dim,
+            hidden_features=int(dim * mlp_ratio),
+            act_layer=act_layer,
+            norm_layer=norm_layer if scale_mlp_norm else None,
+            bias=proj_bias,
+            drop=proj_drop,
+            **factory,
+        )
+        self.ls2 = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is None and not is_causal and functional.block_unfusable(self) is None:
+            return functional.block_forward(self, x)
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = x + self.drop_path1(self.ls1(attended))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -1,0 +1,248 @@
+"""The forward of each module, and the check that says when it may be taken.
+
+Both read timm's attribute names, so they serve `deit_fast.nn` and the swapped modules of timm alike.
+`*_unfusable` runs at every call, where hooks, train/eval or replaced parts may have changed the answer: it reads
+`_modules` directly, which costs a tenth of attribute access.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from deit_fast import ops
+from deit_fast.kernels import mlp as mlp_kernels
+from deit_fast.nn import parts
+
+# LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_unfusable(norm: Module) -> str | None:
+    """Why LayerNorm's operator can't stand for `norm.forward`, or None."""
+    if len(norm.normalized_shape) != 1:
+        return "normalizes over more than one dimension"
+    if not parts.plain_parameters(norm):
+        return "has a tensor subclass for a parameter"
+    return None
+
+
+def layer_norm_forward(norm: Module, x: Tensor) -> Tensor:
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+# Attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_unfusable(attn: Module) -> str | None:
+    """Why `attention_forward(attn, x)` would not be what `attn.forward(x)` computes now, or None."""
+    modules = attn._modules
+    for name in ("qkv", "proj"):
+        reason = parts.unfusable(modules[name], parts.LINEARS)
+        if reason is not None:
+            return f"{name} {reason}"
+    if not _identity(modules.get("q_norm")) or not _identity(modules.get("k_norm")):
+        return "normalizes queries and keys"
+    if not _identity(modules.get("norm")):
+        return "normalizes the attention output"
+    if modules.get("gate") is not None:
+        return "gates the attention output"
+    if not parts.idle_dropout(modules["attn_drop"]) or not parts.idle_dropout(modules["proj_drop"]):
+        return "dropout is active"
+    return None
+
+
+def _identity(module: Module | None) -> bool:
+    return module is None or (type(module) in parts.IDENTITIES and parts.touched(module) is None)
+
+
+def attention_forward(attn: Module, x: Tensor) -> Tensor:
+    """QKV projection, attention, output projection: x [B, N, D] → [B, N, D]."""
+    modules = attn._modules
+    qkv, proj = modules["qkv"], modules["proj"]
+    out = _attend(ops.linear(x, qkv.weight, qkv.bias), attn)
+    return ops.linear(out, proj.weight, proj.bias)
+
+
+def _attend(qkv: Tensor, attn: Module) -> Tensor:
+    batch, tokens, width = qkv.shape
+    heads = attn.num_heads
+    out, _ = ops.attention(qkv.view(batch, tokens, 3, heads, width // (3 * heads)), attn.scale)
+    return out
+
+
+# MLP --------------------------------------------------------------------------------------------------------------
+
+
+def mlp_unfusable(mlp: Module) -> str | None:
+    """Why `mlp_forward(mlp, x)` would not be what `mlp.forward(x)` computes now, or None."""
+    modules = mlp._modules
+    for name in ("fc1", "fc2"):
+        reason = parts.unfusable(modules[name], parts.LINEARS)
+        if reason is not None:
+            return f"{name} {reason}"
+    activation = modules["act"]
+    if parts.gelu_name(activation) is None:
+        return f"its activation is {type(activation).__name__}, not GELU"
+    if parts.touched(activation) is not None:
+        return f"act {parts.touched(activation)}"
+    if not _identity(modules.get("norm")):
+        return "normalizes the hidden layer"
+    if not parts.idle_dropout(modules["drop1"]) or not parts.idle_dropout(modules["drop2"]):
+        return "dropout is active"
+    return None
+
+
+def mlp_forward(mlp: Module, x: Tensor) -> Tensor:
+    """FC1, GELU, FC2: x [..., D] → [..., D_out]."""
+    modules = mlp._modules
+    fc1, fc2 = modules["fc1"], modules["fc2"]
+    hidden = ops.linear(x, fc1.weight, fc1.bias, activation=parts.gelu_name(modules["act"]))
+    return ops.linear(hidden, fc2.weight, fc2.bias)
+
+
+# Block ------------------------------------------------------------------------------------------------------------
+
+
+def block_unfusable(block: Module) -> str | None:
+    """Why `block_forward(block, x)` would not be what `block.forward(x)` computes now, or None."""
+    modules = block._modules
+    for name, classes in (
+        ("norm1", parts.LAYER_NORMS),
+        ("norm2", parts.LAYER_NORMS),
+        ("attn", parts.ATTENTIONS),
+        ("mlp", parts.MLPS),
+    ):
+        reason = parts.unfusable(modules[name], classes)
+        if reason is not None:
+            return f"{name} {reason}"
+    for name in ("norm1", "norm2"):
+        reason = layer_norm_unfusable(modules[name])
+        if reason is not None:
+            return f"{name} {reason}"
+    for name, classes in (
+        ("ls1", parts.LAYER_SCALES),
+        ("ls2", parts.LAYER_SCALES),
+        ("drop_path1", parts.DROP_PATHS),
+        ("drop_path2", parts.DROP_PATHS),
+    ):
+        module = modules.get(name)
+        if not _identity(module):
+            reason = parts.unfusable(module, classes)
+            if reason is not None:
+                return f"{name} {reason}"
+    reason = attention_unfusable(modules["attn"])
+    if reason is not None:
+        return f"attn: {reason}"
+    reason = mlp_unfusable(modules["mlp"])
+    if reason is not None:
+        return f"mlp: {reason}"
+    return None
+
+
+def block_forward(block: Module, x: Tensor) -> Tensor:
+    """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operator calls, or four at narrow widths."""
+    modules = block._modules
+    norm, attn = modules["norm1"], modules["attn"]
+    qkv, proj = attn._modules["qkv"], attn._modules["proj"]
+    gamma = _gamma(modules.get("ls1"))
+    drop_path_scale = draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
+    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias)
+    x = ops.linear_residual(_attend(packed, attn), proj.weight, proj.bias, x, gamma, drop_path_scale)
+
+    norm, mlp = modules["norm2"], modules["mlp"]
+    fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
+    gamma = _gamma(modules.get("ls2"))
+    drop_path_scale = draw_drop_path(modules.get("drop_path2"), x, fc2.weight, gamma)
+    return mlp_residual(x, norm, fc1, fc2, gamma, drop_path_scale, parts.gelu_name(mlp._modules["act"]))
+
+
+def mlp_residual(
+    x: Tensor,
+    norm: Module,
+    fc1: Module,
+    fc2: Module,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The MLP half of a block, in one operator where the whole of it fits on chip, in two elsewhere."""
+    if mlp_kernels.fits(x.shape[-1], fc1.weight.shape[0]):
+        return ops.mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            layer_scale,
+            drop_path_scale,
+            activation,
+        )
+    hidden = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias)
+    return ops.linear_residual(hidden, fc2.weight, fc2.bias, x, layer_scale, drop_path_scale, activation)
+
+
+def _gamma(layer_scale: Module | None) -> Tensor | None:
+    return None if layer_scale is None or type(layer_scale) in parts.IDENTITIES else layer_scale.gamma
+
+
+def draw_drop_path(
+    drop_path: Module | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None
+) -> Tensor | None:
+    """One factor a sample, 0 or 1 / keep_prob, drawn as the stock module draws it; None where it does nothing.
+
+    The stock mask has the dtype of the branch it multiplies, and 1 / keep_prob is rounded to that dtype.
+    """
+    if drop_path is None or type(drop_path) in parts.IDENTITIES:
+        return None
+    if not drop_path.training or drop_path.drop_prob == 0.0:
+        return None
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if layer_scale is not None:
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
+    keep_prob = 1 - drop_path.drop_prob
+    scale = torch.empty((x.shape[0],), dtype=dtype, device=x.device).bernoulli_(keep_prob)
+    if keep_prob > 0.0 and drop_path.scale_by_keep:
+        scale.div_(keep_prob)
+    return scale
+
+
+# Patch embedding --------------------------------------------------------------------------------------------------
+
+
+def patch_embed_unfusable(patch_embed: Module) -> str | None:
+    """Why the operator can't stand for the patch convolution, or None."""
+    projection = patch_embed._modules["proj"]
+    reason = parts.unfusable(projection, {torch.nn.Conv2d})
+    if reason is not None:
+        return f"proj {reason}"
+    if (
+        projection.stride != projection.kernel_size
+        or projection.padding != (0, 0)
+        or projection.dilation != (1, 1)
+        or projection.groups != 1
+    ):
+        return "its convolution is more than a projection of patches"
+    if not _identity(patch_embed._modules.get("norm")):
+        return "normalizes the patches"
+    return None
+
+
+def patch_embed_forward(
+    patch_embed: Module,
+    images: Tensor,
+    *,
+    pos_embed: Tensor | None = None,
+    cls_token: Tensor | None = None,
+    dist_token: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Images [B, C, H, W] → tokens [B, R + P, D], prefix tokens and positions included (`ops.patch_embed`)."""
+    projection = patch_embed._modules["proj"]
+    return ops.patch_embed(
+        images, projection.weight, projection.bias, pos_embed, cls_token, dist_token, mask_token, mask
+    )

@@ -1,0 +1,20 @@
+"""The dispatcher operators `torch.ops.deit_fast.*` and the functions to call them by."""
+
+from deit_fast.ops.attention import attention, attention_qkv
+from deit_fast.ops.layer_norm import add_layer_norm, layer_norm
+from deit_fast.ops.linear import layer_norm_linear, layer_norm_qkv, linear, linear_residual
+from deit_fast.ops.mlp import mlp
+from deit_fast.ops.patch_embed import patch_embed
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "layer_norm",
+    "layer_norm_linear",
+    "layer_norm_qkv",
+    "linear",
+    "linear_residual",
+    "mlp",
+    "patch_embed",
+]

@@ -1,0 +1,102 @@
+"""Softmax attention of every token to every token (Vaswani et al. 2017, equation 1), no mask, no dropout."""
+
+import torch
+from torch import Tensor
+
+from deit_fast.kernels import attention as kernels
+from deit_fast.ops import checks
+from deit_fast.ops.registration import cast, register
+
+
+def _stock_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, head_dim = q.shape
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        out, log_sum_exp = _explicit(q, k, v, scale)
+    elif q.device.type == "cpu":
+        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    elif q.is_cuda and q.dtype is not torch.float64:
+        out, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+        log_sum_exp = log_sum_exp[..., :tokens]
+    else:
+        out, log_sum_exp = _explicit(q, k, v, scale)
+    return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim), log_sum_exp.float().contiguous()
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (q @ k.transpose(-2, -1)) * scale
+    return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
+
+
+def _stock_attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _stock_attention_qkv(*qkv.unbind(2), scale)
+
+
+def _check_attention(qkv: Tensor, scale: float) -> None:
+    checks.floating("attention", "qkv", qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"deit_fast.attention: qkv must have shape [batch, tokens, 3, heads, head_dim], got {tuple(qkv.shape)}"
+        )
+
+
+def _check_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    op = "attention_qkv"
+    checks.floating(op, "q", q)
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:1] + q.shape[2:] != k.shape[:1] + k.shape[2:]:
+        raise ValueError(
+            f"deit_fast.{op}: q, k and v must have shape [batch, tokens, heads, head_dim], k and v the same, got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"deit_fast.{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    checks.same_device(op, q, k=k, v=v)
+
+
+def _unsupported(q: Tensor, *_) -> str | None:
+    return kernels.unsupported(q.shape[-1]) or checks.kernel_dtypes(q)
+
+
+def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, head_dim = q.shape[0], q.shape[1], q.shape[-2], q.shape[-1]
+    return (
+        q.new_empty((batch, tokens, heads * head_dim)),
+        q.new_empty((batch, heads, tokens), dtype=torch.float32),
+    )
+
+
+_attention = register(
+    "attention",
+    "(Tensor qkv, float scale) -> (Tensor, Tensor)",
+    check=_check_attention,
+    stock=_stock_attention,
+    triton=kernels.attention,
+    unsupported=_unsupported,
+    fake=_fake,
+    autocast=lambda dtype, qkv, scale: (cast(qkv, dtype), scale),
+)
+
+_attention_qkv = register(
+    "attention_qkv",
+    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    check=_check_attention_qkv,
+    stock=_stock_attention_qkv,
+    triton=kernels.attention_qkv,
+    unsupported=_unsupported,
+    fake=_fake,
+    autocast=lambda dtype, q, k, v, scale: (cast(q, dtype), cast(k, dtype), cast(v, dtype), scale),
+)
+
+
+def attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`softmax(scale * q kᵀ) v` from packed `qkv` [B, N, 3, H, d] of any strides.
+
+    Returns the output [B, N, H·d] and the log-sum-exp of the scaled scores [B, H, N], float32.
+    Kernels for d = 32, 64, 80, 96, 128; other head widths use the stock operator.
+    """
+    return _attention(qkv, scale)
+
+
+def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `attention`, from separate q [B, N, H, d] and k, v [B, M, H, d] of any strides."""
+    return _attention_qkv(q, k, v, scale)

@@ -1,0 +1,87 @@
+"""The whole MLP half of a block: LayerNorm, FC1, GELU, FC2, LayerScale, drop path, residual."""
+
+from torch import Tensor
+
+from deit_fast.kernels import mlp as kernels
+from deit_fast.ops import activation, checks
+from deit_fast.ops.layer_norm import stock_layer_norm
+from deit_fast.ops.linear import check_linear, check_norm, check_residual, residual_dtype, stock_linear, stock_residual
+from deit_fast.ops.registration import cast, register
+
+
+def _stock(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale, act):
+    hidden = stock_linear(stock_layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+    branch = stock_linear(activation.apply(act, hidden), fc2_weight, fc2_bias)
+    return stock_residual(branch, x, layer_scale, scale)
+
+
+def _check(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale, act):
+    op = "mlp"
+    check_linear(op, x, fc1_weight, fc1_bias)
+    check_norm(op, x, norm_weight, norm_bias)
+    checks.matrix(op, "fc2_weight", fc2_weight, fc1_weight.shape[0])
+    checks.vector(op, "fc2_bias", fc2_bias, fc2_weight.shape[0])
+    checks.same_device(op, x, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    check_residual(op, x, (*x.shape[:-1], fc2_weight.shape[0]), layer_scale, scale)
+    activation.check(op, act)
+
+
+_mlp = register(
+    "mlp",
+    "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias, "
+    "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? drop_path_scale, str activation) -> Tensor",
+    check=_check,
+    stock=_stock,
+    triton=kernels.mlp,
+    unsupported=lambda x, norm_weight, norm_bias, eps, *rest: checks.kernel_dtypes(
+        x, norm_weight, norm_bias, *rest[:-1]
+    ),
+    fake=lambda x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, *_: (
+        x.new_empty(x.shape, dtype=residual_dtype(x, fc2_weight, layer_scale))
+    ),
+    autocast=lambda dtype, x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, *rest: (
+        x,
+        norm_weight,
+        norm_bias,
+        eps,
+        cast(fc1_weight, dtype),
+        fc1_bias,
+        cast(fc2_weight, dtype),
+        *rest,
+    ),
+)
+
+
+def mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    activation: str = "gelu",
+) -> Tensor:
+    """`x + drop_path_scale * layer_scale * (act(LayerNorm(x) @ fc1.T + b1) @ fc2.T + b2)` with x [B, ..., D].
+
+    fc1_weight [hidden, D], fc2_weight [D, hidden]. One kernel where the width fits on chip
+    (`kernels.mlp.fits`): the hidden layer then never reaches memory. Elsewhere two launches.
+    """
+    if x.dtype is not fc1_weight.dtype:
+        checks.same_dtype("mlp", x, fc1_weight)
+    return _mlp(
+        x,
+        norm_weight,
+        norm_bias,
+        eps,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        layer_scale,
+        drop_path_scale,
+        activation,
+    )

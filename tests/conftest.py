@@ -1,0 +1,38 @@
+"""Runs every kernel of the test suite in Triton's interpreter, on CPU tensors."""
+
+import os
+
+# Read when triton is imported, so set before anything here imports it.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("DEIT_FAST_BACKEND", None)
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support import bf16_interpreter, quick_interpreter
+
+torch.set_num_threads(1)
+bf16_interpreter.install()
+quick_interpreter.install()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Overflow, NaN and infinity are among the inputs; numpy's remarks about them are not news.
+    for module in ("triton.runtime.interpreter", "tests.support.bf16_interpreter", "numpy._core.fromnumeric"):
+        config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    """The operators run their Triton kernels, in the interpreter, also on CPU tensors."""
+    from deit_fast.ops import backend
+
+    with backend.forced("triton"):
+        yield

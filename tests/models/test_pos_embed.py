@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from deit_fast.models.pos_embed import resample_pos_embed
+from reference import interpolate_pos_embed
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (14, 16)])
+def test_interpolation_is_timms(old, new, prefix):
+    layers = pytest.importorskip("timm.layers")
+    pos_embed = torch.randn(1, prefix + old * old, 8)
+    result = resample_pos_embed(pos_embed, prefix, new)
+    assert torch.equal(result, layers.resample_abs_pos_embed(pos_embed, [new, new], num_prefix_tokens=prefix))
+    torch.testing.assert_close(result, interpolate_pos_embed(pos_embed, prefix, (old, old), (new, new)))
+
+
+def test_half_precision_is_interpolated_in_float32():
+    pos_embed = torch.randn(1, 1 + 14 * 14, 8).half()
+    expected = resample_pos_embed(pos_embed.float(), 1, 24).half()
+    assert torch.equal(resample_pos_embed(pos_embed, 1, 24), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1 + 14 * 14, 8), (1, 200, 8), (197, 8), (1, 1, 8)])
+def test_the_wanted_grid_and_what_is_no_grid_come_back_as_they_are(shape):
+    pos_embed = torch.randn(shape)
+    assert resample_pos_embed(pos_embed, 1, 14) is pos_embed
