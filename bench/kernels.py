@@ -28,11 +28,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,sm_120,gfx942"
 WORKERS = 2
 WORST = 5
+# Bytes a thread stores at once: 16 is a whole vector; AMD's matrix cores leave 8 side by side. Less is scattered.
+SCATTERED = 8
 
 
-def compile_for(
-    target: str, libraries: list[str], sizes: list[str], dtypes: list[str], batch: int
-) -> list[dict]:
+def compile_for(target: str, libraries: list[str], sizes: list[str], dtypes: list[str], batch: int) -> list[dict]:
     """Every distinct launch on one target, as table rows. Runs in a process of its own."""
     import deit_fast
     from deit_fast.ops import backend
@@ -86,6 +86,7 @@ def _row(launch: Launch, dtype: str) -> dict:
         "dots": found.dots,
         "scalar_dots": found.scalar_dots,
         "tensor_core": found.tensor_core,
+        "widest_store": found.widest_store,
     }
 
 
@@ -110,20 +111,22 @@ def problem(row: dict) -> str | None:
 def markdown(rows: Iterable[dict]) -> str:
     lines = [
         "| target | kernel | dtype | shape | blocks | warps | stages "
-        "| registers | spilled B | shared B (limit) | tensor cores |",
-        "|---|---|---|---|---|---:|---:|---:|---:|---:|---|",
+        "| registers | spilled B | shared B (limit) | widest store B | tensor cores |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         about = f"| {row['target']} | {row['kernel']} | {row['dtype']} "
         if row["error"]:
-            lines.append(about + "| " * 7 + "| does not compile |")
+            lines.append(about + "| " * 8 + "| does not compile |")
             continue
-        shape = ", ".join(f"{name} {text.split()[0]}" for name, text in list(row["tensors"].items())[:3])
+        tensors = {name: text.split()[0] for name, text in row["tensors"].items() if "×" in text}
+        shape = ", ".join(f"{name.removesuffix('_ptr')} {text}" for name, text in list(tensors.items())[:3])
         blocks = ", ".join(f"{name} {v}" for name, v in row["constexprs"].items() if "BLOCK" in name)
         cores = ", ".join(f"{kind} {count}" for kind, count in sorted(row["tensor_core"].items())) or "–"
         lines.append(
             f"{about}| {shape} | {blocks} | {row['warps']} | {row['stages']} | {row['registers']} "
-            f"| {row['spilled']} | {row['shared_memory']} ({row['shared_memory_limit']}) | {cores} |"
+            f"| {row['spilled']} | {row['shared_memory']} ({row['shared_memory_limit']}) "
+            f"| {row['widest_store']} | {cores} |"
         )
     return "\n".join(lines)
 
@@ -134,9 +137,14 @@ def summary(rows: list[dict]) -> str:
     spilling = sorted((row for row in compiled if row["spilled"]), key=lambda row: -row["spilled"])
     crowded = sorted(compiled, key=lambda row: -row["shared_memory"] / row["shared_memory_limit"])
     wide = sorted(compiled, key=lambda row: -row["registers"] / row["registers_limit"])
-    parts = [f"{len(rows)} distinct launches; {len(spilling)} spill registers."]
+    scattered = [row for row in compiled if row["widest_store"] < SCATTERED]
+    parts = [
+        f"{len(rows)} distinct launches; {len(spilling)} spill registers; "
+        f"{len(scattered)} store less than {SCATTERED} bytes at once."
+    ]
     for title, worst in (
         ("Most spilled", spilling),
+        ("Narrow stores", scattered),
         ("Most shared memory of what is allowed", crowded),
         ("Most registers of what is allowed", wide),
     ):

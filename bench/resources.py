@@ -10,9 +10,11 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
-_TENSOR_CORE = re.compile(
-    r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)|\bv_(mfma|smfmac|wmma|swmmac)_", re.MULTILINE
-)
+_TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)|\bv_(mfma|smfmac|wmma|swmmac)_", re.MULTILINE)
+# Global stores: `st.global.v4.b32`; `global_store_dwordx4`, `buffer_store_b128`, `global_store_short`.
+_NVIDIA_STORE = re.compile(r"\bst\.global(?:\.L\d::\w+|\.[a-z]{2})*(?:\.v(\d))?\.b(\d+)")
+_AMD_STORE = re.compile(r"\b(?:global|buffer)_store_(byte|short|b8|b16|dword(?:x\d)?|b\d+)")
+_AMD_WORDS = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 # `#mma = #ttg.nvidia_mma<…>`: a layout that a tensor-core instruction produces.
 _MMA_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:nvidia_mma|amd_mfma|amd_wmma)<", re.MULTILINE)
 # `tt.dot %a, %b, %c … : tensor<64x32xbf16, …> * … -> tensor<64x64xf32, #blocked>`: still a plain dot.
@@ -25,7 +27,7 @@ class Resources:
 
     tensor_core: instruction kinds and how often each stands in the assembly.
     dots: `tl.dot`s in the kernel, before loops are unrolled; scalar_dots: those of 16-bit operands that
-    became multiply-adds without tensor cores.
+    became multiply-adds without tensor cores. widest_store: bytes a thread stores at once.
     """
 
     registers: int
@@ -34,6 +36,7 @@ class Resources:
     tensor_core: dict[str, int]
     dots: int
     scalar_dots: int
+    widest_store: int
 
 
 def resources(kernel: CompiledKernel) -> Resources:
@@ -41,9 +44,11 @@ def resources(kernel: CompiledKernel) -> Resources:
     if "cubin" in kernel.asm:
         assembly = kernel.asm["ptx"]
         registers, spilled = _nvidia(kernel)
+        stores = [int(vector or 1) * int(bits) // 8 for vector, bits in _NVIDIA_STORE.findall(assembly)]
     else:
         assembly = kernel.asm["amdgcn"]
         registers, spilled = _amd(assembly)
+        stores = [_AMD_WORDS.get(kind) or int(kind[1:]) // 8 for kind in _AMD_STORE.findall(assembly)]
     found = Counter(plain or f"v_{amd}" for plain, amd in _TENSOR_CORE.findall(assembly))
     return Resources(
         registers=registers,
@@ -52,14 +57,14 @@ def resources(kernel: CompiledKernel) -> Resources:
         tensor_core=dict(found),
         dots=len(re.findall(r"\btt\.dot ", kernel.asm["ttir"])),
         scalar_dots=_scalar_dots(kernel.asm["ttgir"]),
+        widest_store=max(stores, default=0),
     )
 
 
 def _scalar_dots(ttgir: str) -> int:
     tensor_core_layouts = set(_MMA_LAYOUT.findall(ttgir))
     return sum(
-        operand in ("f16", "bf16") and layout not in tensor_core_layouts
-        for operand, layout in _DOT.findall(ttgir)
+        operand in ("f16", "bf16") and layout not in tensor_core_layouts for operand, layout in _DOT.findall(ttgir)
     )
 
 

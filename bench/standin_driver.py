@@ -107,9 +107,7 @@ def _launcher(target: Target, launches: list[Launch], source):
             if isinstance(argument, torch.Tensor)
         }
         grid = (grid_x, grid_y, grid_z)
-        launches.append(
-            Launch(function.__name__, target, grid, tensors, constexprs, source.signature, compiled)
-        )
+        launches.append(Launch(function.__name__, target, grid, tensors, constexprs, source.signature, compiled))
 
     return launch
 

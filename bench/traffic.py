@@ -156,9 +156,7 @@ def rows(libraries: list[str], sizes: list[str], batch: int) -> list[dict]:
             for size in sizes:
                 for precision in PRECISIONS:
                     # deit_fast's own model is born of fused modules: there is no stock one.
-                    variants = (
-                        {"ours": False} if library == "deit_fast" else {"stock": False, "swapped": True}
-                    )
+                    variants = {"ours": False} if library == "deit_fast" else {"stock": False, "swapped": True}
                     for variant, swapped in variants.items():
                         model = maker(library, size, swapped)
                         traffic = measure(model, SIZES[size][0], precision, batch)

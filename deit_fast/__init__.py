@@ -5,17 +5,5 @@ __version__ = "0.1.0"
 from deit_fast import nn, ops
 from deit_fast.data import DeiTImageProcessor
 from deit_fast.models import create_model, list_models
-from deit_fast.swap.core import restore, swap, swapped
-from deit_fast.swap.report import SwapReport
 
-__all__ = [
-    "DeiTImageProcessor",
-    "SwapReport",
-    "create_model",
-    "list_models",
-    "nn",
-    "ops",
-    "restore",
-    "swap",
-    "swapped",
-]
+__all__ = ["DeiTImageProcessor", "create_model", "list_models", "nn", "ops"]

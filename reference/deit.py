@@ -40,9 +40,7 @@ def deit_features(
     for index in range(depth):
         prefix = f"blocks.{index}."
         parameters = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state_dict.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)
         }
         rate = drop_path_rates[index] if drop_path_rates else 0.0
         scales = [drop_path_scale(x, rate) if rate else None for _ in range(2)]

@@ -25,6 +25,4 @@ def mlp(
     result: [B, N, D].
     """
     hidden = layer_norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias)
-    return linear_residual(
-        hidden, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, input_activation=activation
-    )
+    return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, input_activation=activation)

@@ -24,9 +24,7 @@ def interpolate_pos_embed(
     """
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     grid = grid.unflatten(1, old_grid)
-    rows, columns = (
-        resize_matrix(old, new, antialias).to(grid) for old, new in zip(old_grid, new_grid, strict=True)
-    )
+    rows, columns = (resize_matrix(old, new, antialias).to(grid) for old, new in zip(old_grid, new_grid, strict=True))
     grid = torch.einsum("yh,xw,bhwd->byxd", rows, columns, grid)
     return torch.cat([prefix, grid.flatten(1, 2)], dim=1)
 
@@ -46,9 +44,7 @@ def resize_matrix(old: int, new: int, antialias: bool) -> Tensor:
         return weights / weights.sum(dim=1, keepdim=True)
     positions = centres.floor()[:, None] + torch.arange(-1, 3)
     weights = cubic_kernel(positions - centres[:, None], a=-0.75)
-    return torch.zeros(new, old, dtype=torch.float64).scatter_add(
-        1, positions.clamp(0, old - 1).long(), weights
-    )
+    return torch.zeros(new, old, dtype=torch.float64).scatter_add(1, positions.clamp(0, old - 1).long(), weights)
 
 
 def cubic_kernel(t: Tensor, a: float) -> Tensor:

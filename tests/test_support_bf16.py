@@ -20,9 +20,7 @@ HARD_BITS = [
 
 def hard_floats() -> torch.Tensor:
     values = torch.tensor(HARD_BITS, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    return torch.cat(
-        [values, torch.randn(1024 - len(values)) * 10.0 ** torch.randint(-30, 30, (1024 - len(values),))]
-    )
+    return torch.cat([values, torch.randn(1024 - len(values)) * 10.0 ** torch.randint(-30, 30, (1024 - len(values),))])
 
 
 def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -81,12 +79,7 @@ def compare_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
     offsets = tl.arange(0, N)
     a = tl.load(a_ptr + offsets)
     b = tl.load(b_ptr + offsets)
-    count = (
-        (a < b).to(tl.int32)
-        + 2 * (a <= b).to(tl.int32)
-        + 4 * (a == b).to(tl.int32)
-        + 8 * (a > b).to(tl.int32)
-    )
+    count = (a < b).to(tl.int32) + 2 * (a <= b).to(tl.int32) + 4 * (a == b).to(tl.int32) + 8 * (a > b).to(tl.int32)
     tl.store(c_ptr + offsets, count)
 
 

@@ -61,12 +61,7 @@ def attention_kernel(
     out_ptr += batch * queries * out_token + head * HEAD_DIM
     log_sum_exp_ptr += batch_head.to(tl.int64) * queries
 
-    if QUERY_TAIL == 0:
-        _attend(
-            q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, block * QUERY_BLOCK, queries, keys, scale_log2,
-            q_token, k_token, v_token, out_token, HEAD_DIM, HEAD, TAIL, QUERY_BLOCK, KEY_BLOCK, KEY_TAIL, PRECISION,
-        )  # fmt: skip
-    elif block < whole_blocks:
+    if QUERY_TAIL == 0 or block < whole_blocks:
         _attend(
             q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, block * QUERY_BLOCK, queries, keys, scale_log2,
             q_token, k_token, v_token, out_token, HEAD_DIM, HEAD, TAIL, QUERY_BLOCK, KEY_BLOCK, KEY_TAIL, PRECISION,

@@ -20,18 +20,19 @@ def row_statistics(x_rows, row_mask, eps, WIDTH: tl.constexpr, ROWS: tl.constexp
 
     Chunks are merged by Chan's update, so that a large mean costs no digits (Chan, Golub & LeVeque 1983).
     """
-    columns = tl.arange(0, CHUNK)
     mean = tl.zeros([ROWS], dtype=tl.float32)
     squares = tl.zeros([ROWS], dtype=tl.float32)
-    for start in tl.static_range(0, WIDTH, CHUNK):
-        count: tl.constexpr = min(CHUNK, WIDTH - start)
-        mask = row_mask[:, None] & (start + columns < WIDTH)[None, :]
-        x = tl.load(x_rows + (start + columns)[None, :], mask=mask, other=0.0).to(tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        columns = start + tl.arange(0, CHUNK)
+        column_mask = (columns < WIDTH)[None, :]
+        x = tl.load(x_rows + columns[None, :], mask=row_mask[:, None] & column_mask, other=0.0).to(tl.float32)
+        count = tl.minimum(WIDTH - start, CHUNK) * 1.0
+        seen = start * 1.0
         chunk_mean = tl.sum(x, axis=1) / count
-        deviation = tl.where((start + columns < WIDTH)[None, :], x - chunk_mean[:, None], 0.0)
+        deviation = tl.where(column_mask, x - chunk_mean[:, None], 0.0)
         shift = chunk_mean - mean
-        squares += tl.sum(deviation * deviation, axis=1) + shift * shift * (start * count / (start + count))
-        mean += shift * (count / (start + count))
+        squares += tl.sum(deviation * deviation, axis=1) + shift * shift * (seen * count / (seen + count))
+        mean += shift * (count / (seen + count))
     return mean, 1.0 / tl.sqrt(squares / WIDTH + eps)
 
 

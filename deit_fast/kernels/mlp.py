@@ -83,9 +83,7 @@ def mlp_kernel(
             hidden += tl.load(fc1_bias_ptr + unit, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
         hidden = gelu(hidden, ACTIVATION).to(dtype)
         fc2_rows = fc2_weight_ptr + unit[:, None]
-        weight = tl.load(
-            fc2_rows + head[None, :] * fc2_stride, mask=unit_mask[:, None] & head_mask[None, :], other=0.0
-        )
+        weight = tl.load(fc2_rows + head[None, :] * fc2_stride, mask=unit_mask[:, None] & head_mask[None, :], other=0.0)
         branch_head = tl.dot(hidden, weight, branch_head, input_precision=PRECISION)
         if TAIL > 0:
             weight = tl.load(

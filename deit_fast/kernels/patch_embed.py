@@ -79,9 +79,7 @@ def patch_embed_kernel(
                 + (k // PATCH_WIDTH % PATCH_HEIGHT) * image_row
                 + (k % PATCH_WIDTH) * image_column
             )
-            pixels = tl.load(
-                corners[:, None] + offset[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0
-            )
+            pixels = tl.load(corners[:, None] + offset[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0)
             if mean_ptr is not None:
                 mean = tl.load(mean_ptr + channel, mask=k_mask, other=0.0).to(tl.float32)
                 std = tl.load(std_ptr + channel, mask=k_mask, other=1.0).to(tl.float32)

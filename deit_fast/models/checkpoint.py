@@ -99,9 +99,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no readable safetensors file: truncated, or another kind of file"
-        ) from error
+        raise ValueError(f"{path} is no readable safetensors file: truncated, or another kind of file") from error
 
 
 def _read_pickle(path: Path) -> object:
@@ -117,9 +115,7 @@ def _read_pickle(path: Path) -> object:
                     "code. If you trust it, read it with torch.load(…, weights_only=False) and save its "
                     "state dict"
                 ) from error
-            raise ValueError(
-                f"{path} is no readable PyTorch checkpoint: truncated, or another kind of file"
-            ) from error
+            raise ValueError(f"{path} is no readable PyTorch checkpoint: truncated, or another kind of file") from error
 
 
 def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
@@ -129,11 +125,7 @@ def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
                 content = content[key]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    others = [
-        str(key)
-        for key, value in content.items()
-        if not isinstance(key, str) or not isinstance(value, Tensor)
-    ]
+    others = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{path} holds no state dict: these are no tensors: {', '.join(others)}")
     return dict(content)
@@ -175,9 +167,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, device: torch.device)
     config = model.config
     entries = to_timm_names(checkpoint.state_dict)
     if config.num_classes == 0:
-        entries = {
-            name: entry for name, entry in entries.items() if not name.startswith(("head.", "head_dist."))
-        }
+        entries = {name: entry for name, entry in entries.items() if not name.startswith(("head.", "head_dist."))}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if "pos_embed" in entries:
         source, pos_embed = entries["pos_embed"]
@@ -187,18 +177,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, device: torch.device)
     problems = _misfits(expected, entries)
     if problems:
         lines = "\n  ".join(problems)
-        raise ValueError(
-            f"{checkpoint.path} doesn't fit the model:\n  {lines}{_num_classes_hint(config, entries)}"
-        )
+        raise ValueError(f"{checkpoint.path} doesn't fit the model:\n  {lines}{_num_classes_hint(config, entries)}")
 
     model.to_empty(device=device)
     model.load_state_dict({name: entry.tensor for name, entry in entries.items()}, strict=True)
 
 
 def _misfits(expected: dict[str, torch.Size], entries: dict[str, Entry]) -> list[str]:
-    missing = [
-        f"missing: {name}, expected {tuple(expected[name])}" for name in expected.keys() - entries.keys()
-    ]
+    missing = [f"missing: {name}, expected {tuple(expected[name])}" for name in expected.keys() - entries.keys()]
     unexpected = [
         f"unexpected: {entry.source}, found {tuple(entry.tensor.shape)}"
         for name, entry in entries.items()

@@ -41,9 +41,7 @@ class DeiTConfig:
                 f"the nearest are {' and '.join(str(s) for s in (below, below + self.patch_size) if s)}"
             )
         if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
-            )
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}")
 
     @property
     def grid_size(self) -> int:

@@ -21,23 +21,19 @@ _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}
 
 
-def _deit(size: dict, **kwargs) -> DeiTConfig:
-    return DeiTConfig(**size, **kwargs)
-
-
 def _deit3(size: dict, **kwargs) -> DeiTConfig:
     return DeiTConfig(**size, init_values=1e-6, no_embed_class=True, **kwargs)
 
 
 _CONFIGS = {
-    "deit_tiny_patch16_224": _deit(_TINY),
-    "deit_small_patch16_224": _deit(_SMALL),
-    "deit_base_patch16_224": _deit(_BASE),
-    "deit_base_patch16_384": _deit(_BASE, img_size=384),
-    "deit_tiny_distilled_patch16_224": _deit(_TINY, distilled=True),
-    "deit_small_distilled_patch16_224": _deit(_SMALL, distilled=True),
-    "deit_base_distilled_patch16_224": _deit(_BASE, distilled=True),
-    "deit_base_distilled_patch16_384": _deit(_BASE, distilled=True, img_size=384),
+    "deit_tiny_patch16_224": DeiTConfig(**_TINY),
+    "deit_small_patch16_224": DeiTConfig(**_SMALL),
+    "deit_base_patch16_224": DeiTConfig(**_BASE),
+    "deit_base_patch16_384": DeiTConfig(**_BASE, img_size=384),
+    "deit_tiny_distilled_patch16_224": DeiTConfig(**_TINY, distilled=True),
+    "deit_small_distilled_patch16_224": DeiTConfig(**_SMALL, distilled=True),
+    "deit_base_distilled_patch16_224": DeiTConfig(**_BASE, distilled=True),
+    "deit_base_distilled_patch16_384": DeiTConfig(**_BASE, distilled=True, img_size=384),
     "deit3_small_patch16_224": _deit3(_SMALL),
     "deit3_small_patch16_384": _deit3(_SMALL, img_size=384),
     "deit3_medium_patch16_224": _deit3(_MEDIUM),
@@ -97,9 +93,7 @@ def create_model(
         FileNotFoundError: `checkpoint`, or a part of it, isn't there.
     """
     config = get_config(name)
-    config = replace(
-        config, num_classes=num_classes, img_size=config.img_size if img_size is None else img_size
-    )
+    config = replace(config, num_classes=num_classes, img_size=config.img_size if img_size is None else img_size)
     if checkpoint is None:
         return VisionTransformer(config, drop_path_rate=drop_path_rate, device=device, dtype=dtype)
 

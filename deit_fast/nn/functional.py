@@ -187,9 +187,7 @@ def _gamma(layer_scale: Module | None) -> Tensor | None:
     return None if layer_scale is None or type(layer_scale) in parts.IDENTITIES else layer_scale.gamma
 
 
-def draw_drop_path(
-    drop_path: Module | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None
-) -> Tensor | None:
+def draw_drop_path(drop_path: Module | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor | None:
     """One factor a sample, 0 or 1 / keep_prob, drawn as the stock module draws it; None where it does nothing.
 
     The stock mask has the dtype of the branch it multiplies, and 1 / keep_prob is rounded to that dtype.

@@ -8,9 +8,7 @@ from deit_fast.nn import functional, parts
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension; `eps` 1e-6 and the argument names are timm's."""
 
-    def __init__(
-        self, num_channels: int, eps: float = 1e-6, affine: bool = True, device=None, dtype=None
-    ) -> None:
+    def __init__(self, num_channels: int, eps: float = 1e-6, affine: bool = True, device=None, dtype=None) -> None:
         super().__init__(num_channels, eps=eps, elementwise_affine=affine, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,12 +21,7 @@ _PLAIN_TENSORS = (Parameter, Tensor)
 
 def touched(module: Module) -> str | None:
     """Why `module` must be called as a module: a hook, or a forward that someone put on the instance."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has a hook"
     if "forward" in module.__dict__:
         return "has a forward of its own on the instance"

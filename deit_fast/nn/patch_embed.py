@@ -45,7 +45,13 @@ class PatchEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self.proj = nn.Conv2d(
-            in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, device=device, dtype=dtype
+            in_chans,
+            embed_dim,
+            self.patch_size,
+            stride=self.patch_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
         self.norm = norm_layer(embed_dim, device=device, dtype=dtype) if norm_layer else nn.Identity()
 

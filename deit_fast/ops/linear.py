@@ -218,9 +218,7 @@ def layer_norm_qkv(
     """
     if x.dtype is not q_weight.dtype:
         checks.same_dtype("layer_norm_qkv", x, q_weight)
-    return _layer_norm_qkv(
-        x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
-    )
+    return _layer_norm_qkv(x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
 
 
 # linear_residual --------------------------------------------------------------------------------------------------

@@ -5,7 +5,14 @@ from torch import Tensor
 from deit_fast.kernels import mlp as kernels
 from deit_fast.ops import activation, checks
 from deit_fast.ops.layer_norm import stock_layer_norm
-from deit_fast.ops.linear import check_linear, check_norm, check_residual, residual_dtype, stock_linear, stock_residual
+from deit_fast.ops.linear import (
+    check_linear,
+    check_norm,
+    check_residual,
+    residual_dtype,
+    stock_linear,
+    stock_residual,
+)
 from deit_fast.ops.registration import cast, register
 
 

@@ -14,9 +14,7 @@ def _stock(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, m
     if images.dtype is torch.uint8:
         mean, std = (t.float().view(1, -1, 1, 1) for t in (mean, std))
         images = (images.float() / 255 - mean) / std
-    tokens = F.conv2d(
-        images.to(dtype), weight, None if bias is None else bias.to(dtype), stride=weight.shape[2:]
-    )
+    tokens = F.conv2d(images.to(dtype), weight, None if bias is None else bias.to(dtype), stride=weight.shape[2:])
     tokens = tokens.flatten(2).transpose(1, 2)
     if mask is not None:
         tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)

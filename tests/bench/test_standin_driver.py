@@ -41,6 +41,7 @@ def test_a_launch_on_cpu_tensors_is_compiled_for_the_target(seen, target, binary
     assert 16 < first["registers"] <= TARGETS[target].registers
     assert 0 < first["shared_memory"] <= TARGETS[target].shared_memory
     assert first["spilled"] == 0
+    assert first["widest_store"] in (8, 16)
 
 
 def test_a_launch_is_recorded_with_its_arguments(seen):

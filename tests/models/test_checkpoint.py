@@ -78,9 +78,7 @@ def test_training_checkpoints_of_timm_load(tmp_path, load, timm_model, images):
     assert_same_logits(load(tmp_path / "x.pth"), stock, images)
 
 
-@pytest.mark.parametrize(
-    "save", ["save_pretrained", "in_memory_names", "sharded", "pickle", "sharded_pickle"]
-)
+@pytest.mark.parametrize("save", ["save_pretrained", "in_memory_names", "sharded", "pickle", "sharded_pickle"])
 @pytest.mark.parametrize(
     ("class_name", "name"),
     [("ViTForImageClassification", TINY), ("DeiTForImageClassificationWithTeacher", DISTILLED)],
@@ -113,9 +111,7 @@ def safetensors_to_pickle(folder):
 
 
 @pytest.mark.parametrize("class_name", ["ViTModel", "DeiTModel"])
-def test_a_base_model_of_transformers_gives_its_features(
-    class_name, tmp_path, load, transformers_model, images
-):
+def test_a_base_model_of_transformers_gives_its_features(class_name, tmp_path, load, transformers_model, images):
     stock = transformers_model(class_name)
     stock.save_pretrained(tmp_path)
     name = DISTILLED if class_name == "DeiTModel" else TINY
@@ -232,9 +228,7 @@ def test_missing_unexpected_and_misshapen_keys_are_one_error_that_lists_them_all
         ),
     ],
 )
-def test_a_checkpoint_of_another_model_does_not_load(
-    made_as, loaded_as, expected, tmp_path, load, timm_model
-):
+def test_a_checkpoint_of_another_model_does_not_load(made_as, loaded_as, expected, tmp_path, load, timm_model):
     torch.save(timm_model(made_as).state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError) as error:
         load(tmp_path / "x.pth", loaded_as)
@@ -277,12 +271,8 @@ def test_the_second_claim_to_a_name_is_unexpected(tmp_path, load, transformers_m
 
 
 def test_a_folder_of_a_model_computed_otherwise_is_an_error(tmp_path, load, transformers_model):
-    transformers_model("ViTForImageClassification", num_attention_heads=6, hidden_act="relu").save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(
-        ValueError, match="num_attention_heads is 6, expected 3; hidden_act is 'relu', expected 'gelu'"
-    ):
+    transformers_model("ViTForImageClassification", num_attention_heads=6, hidden_act="relu").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_attention_heads is 6, expected 3; hidden_act is 'relu', expected 'gelu'"):
         load(tmp_path)
 
 
@@ -325,9 +315,7 @@ def test_a_truncated_file_is_one_clear_error(file, kept, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["x.safetensors", "x.pth"])
-@pytest.mark.parametrize(
-    "content", [b"hello world", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04", b'{"a": 1}']
-)
+@pytest.mark.parametrize("content", [b"hello world", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04", b'{"a": 1}'])
 def test_a_foreign_file_is_one_clear_error(file, content, tmp_path):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=f"{file} is no readable .*: truncated, or another kind of file"):

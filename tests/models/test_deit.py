@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 
+import reference
 from deit_fast.models import VisionTransformer, create_model, list_models
 
 
@@ -15,9 +16,18 @@ def test_logits_are_timms(name, small_config, timm_model, images):
     images = images[..., : config.img_size, : config.img_size]
     with torch.inference_mode():
         expected = stock(images)
-        torch.testing.assert_close(
-            model(images), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
-        )
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
+def test_float64_logits_are_the_references(name, small_config, images):
+    torch.manual_seed(0)
+    config = small_config(name)
+    model = VisionTransformer(config, dtype=torch.float64).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = reference.deit(images.double(), model.state_dict(), config.num_heads, config.layer_norm_eps)
+    torch.testing.assert_close(model(images.double()), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_model_of_full_depth_and_size_is_timms():
@@ -29,9 +39,7 @@ def test_a_model_of_full_depth_and_size_is_timms():
     images = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), stock(images), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            model.forward_features(images), stock.forward_features(images), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(model.forward_features(images), stock.forward_features(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
@@ -45,9 +53,7 @@ def test_gradients_and_drop_path_are_timms(name, small_config, timm_model, image
     for each in (stock, model):
         torch.manual_seed(2)
         output = each(images.repeat(4, 1, 1, 1))
-        torch.cat(output).square().mean().backward() if isinstance(
-            output, tuple
-        ) else output.square().mean().backward()
+        torch.cat(output).square().mean().backward() if isinstance(output, tuple) else output.square().mean().backward()
         outputs.append(output)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     stock_gradients = dict(stock.named_parameters())

@@ -52,9 +52,7 @@ def test_a_bad_argument_is_one_clear_error(arguments, message):
 
 
 def test_arguments_reach_the_model():
-    model = create_model(
-        "deit_tiny_patch16_224", num_classes=10, img_size=64, drop_path_rate=0.1, dtype=torch.bfloat16
-    )
+    model = create_model("deit_tiny_patch16_224", num_classes=10, img_size=64, drop_path_rate=0.1, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.pos_embed.shape == (1, 1 + 16, 192)
     assert model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).shape == (1, 10)

@@ -27,6 +27,4 @@ def test_large_scores_do_not_overflow():
     qkv = torch.full((1, 3, 3, 1, 16), 100.0, dtype=torch.float64)
     out, log_sum_exp = attention(qkv, 1.0)
     torch.testing.assert_close(out, torch.full_like(out, 100.0))
-    torch.testing.assert_close(
-        log_sum_exp, torch.full_like(log_sum_exp, 160000.0) + torch.tensor(3.0).double().log()
-    )
+    torch.testing.assert_close(log_sum_exp, torch.full_like(log_sum_exp, 160000.0) + torch.tensor(3.0).double().log())

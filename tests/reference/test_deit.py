@@ -9,9 +9,7 @@ timm = pytest.importorskip("timm")
 def make_timm_model(name, **kwargs):
     torch.manual_seed(0)
     stock = timm.create_model(name, depth=2, img_size=32, num_classes=10, **kwargs).double().eval()
-    for (
-        parameter
-    ) in stock.parameters():  # LayerScale starts at 1e-6: too small to see a wrong branch behind it
+    for parameter in stock.parameters():  # LayerScale starts at 1e-6: too small to see a wrong branch behind it
         torch.nn.init.normal_(parameter, std=0.1)
     return stock
 
@@ -23,9 +21,7 @@ def test_deit_is_timms(name):
     stock = make_timm_model(name)
     num_heads = stock.blocks[0].attn.num_heads
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(
-        deit_features(images, stock.state_dict(), num_heads), stock.forward_features(images)
-    )
+    torch.testing.assert_close(deit_features(images, stock.state_dict(), num_heads), stock.forward_features(images))
     torch.testing.assert_close(deit(images, stock.state_dict(), num_heads), stock(images))
 
 

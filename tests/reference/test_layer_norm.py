@@ -19,6 +19,4 @@ def test_add_layer_norm_returns_the_sum_and_its_norm():
     weight, bias = torch.randn(2, 48, dtype=torch.float64)
     total, y = add_layer_norm(x, residual, weight, bias, 1e-6)
     assert torch.equal(total, x + residual)
-    torch.testing.assert_close(
-        y, F.layer_norm(x + residual, (48,), weight, bias, 1e-6), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(y, F.layer_norm(x + residual, (48,), weight, bias, 1e-6), rtol=1e-12, atol=1e-12)

@@ -23,9 +23,7 @@ def test_linear_with_gelu_on_either_side(bias):
 def test_layer_norm_linear_and_qkv_project_the_normalised_rows():
     x, (norm_weight, norm_bias) = randn(2, 5, 24), randn(2, 24)
     weights, biases = randn(3, 24, 24), randn(3, 24)
-    expected = F.linear(
-        F.layer_norm(x, (24,), norm_weight, norm_bias, 1e-6), weights.flatten(0, 1), biases.flatten()
-    )
+    expected = F.linear(F.layer_norm(x, (24,), norm_weight, norm_bias, 1e-6), weights.flatten(0, 1), biases.flatten())
 
     packed = layer_norm_linear(x, norm_weight, norm_bias, 1e-6, weights.flatten(0, 1), biases.flatten())
     torch.testing.assert_close(packed, expected)

@@ -32,9 +32,7 @@ def test_patches_are_a_strided_convolution_in_row_major_order(inputs):
 def test_positions_of_the_whole_sequence_are_added_to_the_prefix_tokens_too(inputs, prefix):
     prefix_tokens = tokens(prefix)
     pos_embed = torch.randn(1, prefix + P, D, dtype=torch.float64)
-    expected = (
-        torch.cat([*(t.expand(2, 1, D) for t in prefix_tokens), convolution(*inputs)], dim=1) + pos_embed
-    )
+    expected = torch.cat([*(t.expand(2, 1, D) for t in prefix_tokens), convolution(*inputs)], dim=1) + pos_embed
     torch.testing.assert_close(patch_embed(*inputs, pos_embed, *prefix_tokens), expected)
 
 
@@ -42,9 +40,7 @@ def test_positions_of_the_whole_sequence_are_added_to_the_prefix_tokens_too(inpu
 def test_positions_of_the_patches_alone_leave_the_prefix_tokens_as_they_are(inputs, prefix):
     prefix_tokens = tokens(prefix)
     pos_embed = torch.randn(1, P, D, dtype=torch.float64)
-    expected = torch.cat(
-        [*(t.expand(2, 1, D) for t in prefix_tokens), convolution(*inputs) + pos_embed], dim=1
-    )
+    expected = torch.cat([*(t.expand(2, 1, D) for t in prefix_tokens), convolution(*inputs) + pos_embed], dim=1)
     torch.testing.assert_close(patch_embed(*inputs, pos_embed, *prefix_tokens), expected)
 
 

@@ -29,6 +29,4 @@ def test_interpolation_is_timms():
 @pytest.mark.parametrize("antialias", [True, False])
 def test_the_same_size_is_the_identity_and_constants_stay_constant(antialias):
     torch.testing.assert_close(resize_matrix(9, 9, antialias), torch.eye(9, dtype=torch.float64))
-    torch.testing.assert_close(
-        resize_matrix(14, 24, antialias).sum(dim=1), torch.ones(24, dtype=torch.float64)
-    )
+    torch.testing.assert_close(resize_matrix(14, 24, antialias).sum(dim=1), torch.ones(24, dtype=torch.float64))

@@ -56,12 +56,9 @@ def assert_as_accurate_as_stock(
     NaN and infinities must stand where the stock operator has them, with the same sign.
     """
     assert ours.shape == stock.shape == exact.shape, (
-        f"{name}: shapes differ: ours {tuple(ours.shape)}, stock {tuple(stock.shape)}, "
-        f"exact {tuple(exact.shape)}"
+        f"{name}: shapes differ: ours {tuple(ours.shape)}, stock {tuple(stock.shape)}, exact {tuple(exact.shape)}"
     )
-    assert ours.dtype == stock.dtype == dtype, (
-        f"{name}: ours is {ours.dtype}, stock {stock.dtype}, not {dtype}"
-    )
+    assert ours.dtype == stock.dtype == dtype, f"{name}: ours is {ours.dtype}, stock {stock.dtype}, not {dtype}"
     assert exact.dtype == torch.float64, f"{name}: the reference must be float64, not {exact.dtype}"
     if not exact.numel():
         return
