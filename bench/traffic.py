@@ -91,13 +91,21 @@ def _distinct_bytes(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes are a token and block, in units of D. operators: calls of one block by name."""
+    """Bytes are a token and block, in units of D. operators: calls of one block by name.
+
+    `weights_model` holds for the batch it was counted at: the weights' bytes are spread over its tokens.
+    """
 
     calls_model: float
     calls_block: int
-    bytes_model: float
-    bytes_block: float
+    activations_model: float
+    weights_model: float
+    activations_block: float
     operators: dict[str, int]
+
+    @property
+    def bytes_model(self) -> float:
+        return self.activations_model + self.weights_model
 
 
 def measure(make_model: Callable[[int], nn.Module], width: int, precision: str, batch: int) -> Traffic:
@@ -114,9 +122,9 @@ def measure(make_model: Callable[[int], nn.Module], width: int, precision: str, 
     return Traffic(
         calls_model=whole(one.calls.total(), two.calls.total()),
         calls_block=two.calls.total() - one.calls.total(),
-        bytes_model=whole(one.activation_bytes + one.weight_bytes, two.activation_bytes + two.weight_bytes)
-        / token_bytes,
-        bytes_block=(two.activation_bytes - one.activation_bytes) / token_bytes,
+        activations_model=whole(one.activation_bytes, two.activation_bytes) / token_bytes,
+        weights_model=whole(one.weight_bytes, two.weight_bytes) / token_bytes,
+        activations_block=(two.activation_bytes - one.activation_bytes) / token_bytes,
         operators=dict(two.calls - one.calls),
     )
 
@@ -174,7 +182,7 @@ def markdown(table: list[dict]) -> str:
         lines.append(
             f"| {row['library']} | {row['model']} | {row['precision']} | {row['variant']} "
             f"| {row['calls_block']} | {row['calls_model']:.1f} "
-            f"| {row['bytes_block']:.1f} | {row['bytes_model']:.1f} |"
+            f"| {row['activations_block']:.1f} | {row['activations_model'] + row['weights_model']:.1f} |"
         )
     return "\n".join(lines)
 

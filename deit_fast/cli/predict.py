@@ -62,14 +62,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.labels} has {len(labels)} labels, the model {num_classes} classes")
         if not 1 <= args.topk <= num_classes:
             raise ValueError(f"--topk is {args.topk}; expected 1 to {num_classes}, the number of classes")
-        model = create_model(
-            args.model, num_classes=num_classes, checkpoint=args.checkpoint, device=device
-        ).eval()
+        model = create_model(args.model, num_classes=num_classes, checkpoint=args.checkpoint, device=device).eval()
         processor = image_processor(args.checkpoint, model.config.img_size)
     if args.checkpoint is None:
         print(
-            f"deit-fast: no --checkpoint: the weights of {args.model} are random, "
-            "and the predictions mean nothing",
+            f"deit-fast: no --checkpoint: the weights of {args.model} are random, and the predictions mean nothing",
             file=sys.stderr,
         )
 

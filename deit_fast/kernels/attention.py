@@ -13,7 +13,6 @@ from deit_fast.kernels import launch
 from deit_fast.kernels.layout import unit_stride
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
-_LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -26,7 +25,7 @@ def attention_kernel(
     queries,
     keys,
     heads,
-    scale_log2,
+    scale,
     q_batch,
     q_token,
     q_head,
@@ -63,19 +62,19 @@ def attention_kernel(
 
     if QUERY_TAIL == 0 or block < whole_blocks:
         _attend(
-            q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, block * QUERY_BLOCK, queries, keys, scale_log2,
+            q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, block * QUERY_BLOCK, queries, keys, scale,
             q_token, k_token, v_token, out_token, HEAD_DIM, HEAD, TAIL, QUERY_BLOCK, KEY_BLOCK, KEY_TAIL, PRECISION,
         )  # fmt: skip
     else:
         _attend(
-            q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, block * QUERY_BLOCK, queries, keys, scale_log2,
+            q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, block * QUERY_BLOCK, queries, keys, scale,
             q_token, k_token, v_token, out_token, HEAD_DIM, HEAD, TAIL, QUERY_TAIL, KEY_BLOCK, KEY_TAIL, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, first_query, queries, keys, scale_log2,
+    q_ptr, k_ptr, v_ptr, out_ptr, log_sum_exp_ptr, first_query, queries, keys, scale,
     q_token, k_token, v_token, out_token,
     HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, KEY_BLOCK: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,12 +99,12 @@ def _attend(
     whole_keys = keys // KEY_BLOCK * KEY_BLOCK
     for first_key in range(0, whole_keys, KEY_BLOCK):
         maximum, denominator, out_head, out_tail = _attend_keys(
-            q_head, q_tail, k_ptr, v_ptr, first_key, keys, scale_log2, k_token, v_token,
+            q_head, q_tail, k_ptr, v_ptr, first_key, keys, scale, k_token, v_token,
             maximum, denominator, out_head, out_tail, HEAD_DIM, HEAD, TAIL, KEY_BLOCK, False, PRECISION,
         )  # fmt: skip
     if KEY_TAIL > 0:
         maximum, denominator, out_head, out_tail = _attend_keys(
-            q_head, q_tail, k_ptr, v_ptr, whole_keys, keys, scale_log2, k_token, v_token,
+            q_head, q_tail, k_ptr, v_ptr, whole_keys, keys, scale, k_token, v_token,
             maximum, denominator, out_head, out_tail, HEAD_DIM, HEAD, TAIL, KEY_TAIL, True, PRECISION,
         )  # fmt: skip
 
@@ -115,13 +114,13 @@ def _attend(
     if TAIL > 0:
         out = (out_tail / denominator[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_rows + tail[None, :], out, mask=row_mask[:, None] & (tail < HEAD_DIM)[None, :])
-    log_sum_exp = (maximum + tl.log2(denominator)) * 0.6931471805599453
+    log_sum_exp = maximum * scale + tl.log(denominator)
     tl.store(log_sum_exp_ptr + row, log_sum_exp, mask=row_mask)
 
 
 @triton.jit
 def _attend_keys(
-    q_head, q_tail, k_ptr, v_ptr, first_key, keys, scale_log2, k_token, v_token,
+    q_head, q_tail, k_ptr, v_ptr, first_key, keys, scale, k_token, v_token,
     maximum, denominator, out_head, out_tail,
     HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -146,15 +145,16 @@ def _attend_keys(
             other=0.0,
         )
         scores = tl.dot(q_tail, k_tail, scores, input_precision=PRECISION)
-    scores *= scale_log2
     if MASKED:
         scores = tl.where(key_mask[None, :], scores, float("-inf"))
 
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
     # A row that has seen only -inf keeps 0 as its reference, or -inf - -inf would make it NaN too early.
     reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights = tl.exp2(scores - reference[:, None])
-    decay = tl.exp2(maximum - reference)
+    # The scale enters here, in the exponent's multiply-add; with log2(e), since the hardware has exp2.
+    scale_log2 = scale * 1.4426950408889634
+    weights = tl.exp2(scores * scale_log2 - (reference * scale_log2)[:, None])
+    decay = tl.exp2((maximum - reference) * scale_log2)
     denominator = denominator * decay + tl.sum(weights, axis=1)
     weights = weights.to(v_head.dtype)
     out_head = tl.dot(weights, v_head, out_head * decay[:, None], input_precision=PRECISION)
@@ -168,7 +168,9 @@ def _attend_keys(
     return new_maximum, denominator, out_head, out_tail
 
 
-def unsupported(head_dim: int) -> str | None:
+def unsupported(head_dim: int, scale: float) -> str | None:
+    if scale <= 0:
+        return "no kernel for a scale that is not positive"
     if head_dim in HEAD_DIMS:
         return None
     return f"no kernel for heads of width {head_dim} (there are {', '.join(map(str, HEAD_DIMS))})"
@@ -201,7 +203,7 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         queries,
         keys,
         heads,
-        scale * _LOG2_E,
+        scale,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

@@ -19,13 +19,16 @@ def row_statistics(x_rows, row_mask, eps, WIDTH: tl.constexpr, ROWS: tl.constexp
     """Mean and 1/std of the rows at pointers `x_rows` [ROWS, 1], in one pass of CHUNK columns a step.
 
     Chunks are merged by Chan's update, so that a large mean costs no digits (Chan, Golub & LeVeque 1983).
+    Sums are of differences from the row's first element, so that a constant row has exactly its mean.
     """
+    first = tl.load(x_rows, mask=row_mask[:, None], other=0.0).to(tl.float32)
     mean = tl.zeros([ROWS], dtype=tl.float32)
     squares = tl.zeros([ROWS], dtype=tl.float32)
     for start in range(0, WIDTH, CHUNK):
         columns = start + tl.arange(0, CHUNK)
         column_mask = (columns < WIDTH)[None, :]
         x = tl.load(x_rows + columns[None, :], mask=row_mask[:, None] & column_mask, other=0.0).to(tl.float32)
+        x = tl.where(column_mask, x - first, 0.0)
         count = tl.minimum(WIDTH - start, CHUNK) * 1.0
         seen = start * 1.0
         chunk_mean = tl.sum(x, axis=1) / count
@@ -33,6 +36,26 @@ def row_statistics(x_rows, row_mask, eps, WIDTH: tl.constexpr, ROWS: tl.constexp
         shift = chunk_mean - mean
         squares += tl.sum(deviation * deviation, axis=1) + shift * shift * (seen * count / (seen + count))
         mean += shift * (count / (seen + count))
+    return tl.sum(first, axis=1) + mean, 1.0 / tl.sqrt(squares / WIDTH + eps)
+
+
+@triton.jit
+def tile_statistics(head, tail, head_mask, tail_mask, eps, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+    """Mean and 1/std of rows that lie on chip as two float32 tiles, 0 where masked; no `tail` where TAIL is 0."""
+    total = tl.sum(head, axis=1)
+    if TAIL > 0:
+        total += tl.sum(tail, axis=1)
+    mean = total / WIDTH
+    # What rounding left in the mean: a constant row must come out as zeros, not as rounding errors over sqrt(eps).
+    total = tl.sum(tl.where(head_mask[None, :], head - mean[:, None], 0.0), axis=1)
+    if TAIL > 0:
+        total += tl.sum(tl.where(tail_mask[None, :], tail - mean[:, None], 0.0), axis=1)
+    mean += total / WIDTH
+    deviation = tl.where(head_mask[None, :], head - mean[:, None], 0.0)
+    squares = tl.sum(deviation * deviation, axis=1)
+    if TAIL > 0:
+        deviation = tl.where(tail_mask[None, :], tail - mean[:, None], 0.0)
+        squares += tl.sum(deviation * deviation, axis=1)
     return mean, 1.0 / tl.sqrt(squares / WIDTH + eps)
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import normalise
+from deit_fast.kernels.device import normalise, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
 
 _MAX_WIDTH = 8192
@@ -33,21 +33,13 @@ def layer_norm_kernel(
     row_mask = row < rows
     head = tl.arange(0, HEAD)
     head_mask = head < WIDTH
+    tail = HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
+    tail_mask = tail < WIDTH
     x_head = _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, head, x_stride, residual_stride, WIDTH)
-    total = tl.sum(x_head, axis=1)
+    x_tail = x_head
     if TAIL > 0:
-        tail = HEAD + tl.arange(0, TAIL)
-        tail_mask = tail < WIDTH
         x_tail = _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, tail, x_stride, residual_stride, WIDTH)
-        total += tl.sum(x_tail, axis=1)
-    mean = total / WIDTH
-    # The squares of deviations, not a difference of squares: a large mean must not cost digits.
-    deviation = tl.where(head_mask[None, :], x_head - mean[:, None], 0.0)
-    squares = tl.sum(deviation * deviation, axis=1)
-    if TAIL > 0:
-        deviation = tl.where(tail_mask[None, :], x_tail - mean[:, None], 0.0)
-        squares += tl.sum(deviation * deviation, axis=1)
-    rstd = 1.0 / tl.sqrt(squares / WIDTH + eps)
+    mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
 
     y = normalise(x_head, mean, rstd, weight_ptr, bias_ptr, head, head_mask)
     tl.store(

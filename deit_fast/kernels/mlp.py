@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import add_residual, gelu, normalise
+from deit_fast.kernels.device import add_residual, gelu, normalise, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
 from deit_fast.kernels.linear import layer_norm_linear, linear_residual
 
@@ -49,17 +49,10 @@ def mlp_kernel(
     tail_mask = tail < WIDTH
     x_rows = x_ptr + row[:, None] * x_stride
     x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
-    total = tl.sum(x_head, axis=1)
+    x_tail = x_head
     if TAIL > 0:
         x_tail = tl.load(x_rows + tail[None, :], mask=row_mask[:, None] & tail_mask[None, :], other=0.0).to(tl.float32)
-        total += tl.sum(x_tail, axis=1)
-    mean = total / WIDTH
-    deviation = tl.where(head_mask[None, :], x_head - mean[:, None], 0.0)
-    squares = tl.sum(deviation * deviation, axis=1)
-    if TAIL > 0:
-        deviation = tl.where(tail_mask[None, :], x_tail - mean[:, None], 0.0)
-        squares += tl.sum(deviation * deviation, axis=1)
-    rstd = 1.0 / tl.sqrt(squares / WIDTH + eps)
+    mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
 
     dtype = fc1_weight_ptr.dtype.element_ty
     x_head = normalise(x_head, mean, rstd, norm_weight_ptr, norm_bias_ptr, head, head_mask)

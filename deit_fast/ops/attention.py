@@ -53,8 +53,8 @@ def _check_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     checks.same_device(op, q, k=k, v=v)
 
 
-def _unsupported(q: Tensor, *_) -> str | None:
-    return kernels.unsupported(q.shape[-1]) or checks.kernel_dtypes(q)
+def _unsupported(q: Tensor, *rest) -> str | None:
+    return kernels.unsupported(q.shape[-1], scale=rest[-1]) or checks.kernel_dtypes(q)
 
 
 def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:

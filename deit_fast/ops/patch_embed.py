@@ -149,6 +149,6 @@ def patch_embed(
     Patches where `mask` [B, P] is true become mask_token [1, 1, D], before positions are added.
     uint8 images are normalised on the way in: `(image / 255 - mean) / std`, mean and std [C].
     """
-    if images.dtype is not weight.dtype and images.dtype is not torch.uint8:
+    if images.dtype is not weight.dtype and images.is_floating_point():
         checks.same_dtype("patch_embed", images, weight)
     return _patch_embed(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std)

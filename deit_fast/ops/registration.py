@@ -51,6 +51,10 @@ def register(
             return stock(*args)
         return triton(*args)
 
+    def checked_fake(*args):
+        check(*args)
+        return fake(*args)
+
     def autograd(*args):
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             check(*args)
@@ -61,7 +65,7 @@ def register(
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
     _LIBRARY.impl(name, autograd, "Autograd")
-    torch.library.register_fake(f"deit_fast::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"deit_fast::{name}", checked_fake, lib=_LIBRARY)
     for device_type, key in _AUTOCAST_KEYS.items():
         _LIBRARY.impl(name, _autocast_kernel(op, autocast, device_type, key), key.name)
 

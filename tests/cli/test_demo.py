@@ -134,7 +134,15 @@ def test_a_hub_that_answers_must_also_deliver(monkeypatch, arrived):
 
 
 def interpreted(monkeypatch, returncode: int = 0, **changes) -> None:
-    result = {"model": "m", "blocks": 12, "launches": 60, "seconds": 1.0, "scale": 1.0, "difference": 1e-6}
+    result = {
+        "model": "deit",
+        "blocks": 12,
+        "blocks_of_model": 12,
+        "launches": 60,
+        "seconds": 1.0,
+        "scale": 1.0,
+        "difference": 1e-6,
+    }
 
     def run(command, env, **kwargs):
         assert (env["TRITON_INTERPRET"], env["DEIT_FAST_BACKEND"]) == ("1", "triton")
@@ -149,6 +157,12 @@ def test_interpreted_kernels_pass(console, monkeypatch):
     interpreted(monkeypatch)
     assert demo.check_kernels(console)
     assert "all 12 blocks" in console.export_text()
+
+
+def test_a_slow_machine_says_how_much_it_did(console, monkeypatch):
+    interpreted(monkeypatch, blocks=5)
+    assert demo.check_kernels(console)
+    assert "5 of 12 blocks" in console.export_text()
 
 
 @pytest.mark.parametrize("changes", [{"difference": 1e-3}, {"launches": 0}, {"returncode": 1}], ids=str)

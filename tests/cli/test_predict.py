@@ -99,10 +99,7 @@ def test_random_weights_are_called_random(capsys, images, labels):
 
 
 def test_classes_without_names_are_numbers(capsys, images, checkpoint):
-    assert (
-        main(["predict", images[0], "--model", MODEL, "--checkpoint", checkpoint, "--topk", "3", "--json"])
-        == 0
-    )
+    assert main(["predict", images[0], "--model", MODEL, "--checkpoint", checkpoint, "--topk", "3", "--json"]) == 0
     predictions = json.loads(capsys.readouterr().out)["images"][0]["predictions"]
     assert sorted(p["label"] for p in predictions) == ["0", "1", "2"]
 
@@ -140,9 +137,7 @@ def test_a_transformers_folder_brings_labels_and_preprocessing(capsys, tmp_path,
 def test_more_images_than_a_batch(capsys, monkeypatch, images, checkpoint):
     monkeypatch.setattr(predict, "BATCH_SIZE", 2)
     paths = [images[0], images[1], images[0]]
-    assert (
-        main(["predict", *paths, "--model", MODEL, "--checkpoint", checkpoint, "--topk", "1", "--json"]) == 0
-    )
+    assert main(["predict", *paths, "--model", MODEL, "--checkpoint", checkpoint, "--topk", "1", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)["images"]
     assert [entry["image"] for entry in entries] == paths
     assert entries[0]["predictions"][0]["probability"] == pytest.approx(

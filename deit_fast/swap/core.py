@@ -1,0 +1,197 @@
+"""Finds the modules that have a swapped class, sets their class, and sets it back."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+from torch import nn
+from torch.nn import Module
+
+from deit_fast.nn import parts
+from deit_fast.swap import layer_norm  # noqa: F401  (registers torch's LayerNorm)
+from deit_fast.swap.report import SwapReport
+from deit_fast.swap.rules import RULES, Rule
+
+_LIBRARIES = ("timm", "transformers")
+_SUPPORTED = (
+    "timm's VisionTransformer models and their parts (deit, deit3, vit), transformers' DeiT and ViT models, "
+    "and the models of the original DeiT repository"
+)
+
+
+def swap(model: Module) -> SwapReport:
+    """Puts `model`'s modules on the fused operators, in place.
+
+    Parameters, buffers, names, hooks and `state_dict` stay as they are; only `__class__` changes. A block runs whole
+    where all its parts are what the kernels compute, and part by part where one is not. That is asked again at every
+    call; the report says how it stands now. Swapping again changes nothing and reports anew.
+
+    Raises:
+        ValueError: nothing in `model` is known.
+        ImportError: the installed release of the model's library is too old.
+    """
+    if not isinstance(model, Module):
+        raise TypeError(f"deit_fast.swap takes a torch.nn.Module, got {type(model).__name__}")
+    _load_rules(model)
+    found = {name: (module, rule) for name, module in model.named_modules() if (rule := _find_rule(module))}
+    if all(rule.stock is nn.LayerNorm for _, rule in found.values()):
+        raise ValueError(f"deit_fast.swap found nothing to swap in this {type(model).__name__}; it knows {_SUPPORTED}")
+    report = SwapReport()
+    obstacles = {name: _obstacle(module, rule) for name, (module, rule) in found.items()}
+    for name, (module, rule) in found.items():
+        if obstacles[name] is None and rule.swapped not in type(module).__mro__:
+            _set_class(module, rule.stock, rule.swapped)
+    sharded = _sharded_modules(model)
+    for name, (module, rule) in found.items():
+        report.classes[name] = rule.stock.__name__
+        reason = obstacles[name]
+        if reason is None and module not in sharded:
+            reason = rule.unfusable(module)
+        if reason is None:
+            report.swapped.append(name)
+        else:
+            report.kept[name] = reason
+    return report
+
+
+def restore(model: Module) -> None:
+    """Sets every swapped module of `model` back to its stock class; a model that was never swapped stays as it is."""
+    _restore(model.modules())
+
+
+@contextmanager
+def swapped(model: Module) -> Iterator[SwapReport]:
+    """`swap` for the length of a `with` block; what was swapped before stays swapped after it."""
+    before = {module for module in model.modules() if _swapped_rule(module)}
+    report = swap(model)
+    try:
+        yield report
+    finally:
+        _restore(module for module in model.modules() if module not in before)
+
+
+def _restore(modules: Iterator[Module]) -> None:
+    for module in modules:
+        rule = _swapped_rule(module)
+        if rule is not None:
+            _set_class(module, rule.swapped, rule.stock)
+
+
+# Finding ----------------------------------------------------------------------------------------------------------
+
+
+def _load_rules(model: Module) -> None:
+    """Imports the rules of the libraries that `model`'s classes come from, and of no other."""
+    classes = {base for cls in {type(module) for module in model.modules()} for base in cls.__mro__}
+    for library in {cls.__module__.partition(".")[0] for cls in classes}.intersection(_LIBRARIES):
+        importlib.import_module(f"deit_fast.swap.{library}")
+
+
+def _find_rule(module: Module) -> Rule | None:
+    cls = _unwrapped(type(module))
+    if cls in RULES:
+        return RULES[cls]
+    for base in cls.__mro__:
+        if base in RULES:
+            # The subclasses of torch's LayerNorm are other norms.
+            return None if base is nn.LayerNorm else RULES[base]
+    if cls.__module__.partition(".")[0] in ("torch", "deit_fast", *_LIBRARIES):
+        return None
+    from deit_fast.swap import original
+
+    return original.find_rule(cls, module)
+
+
+def _swapped_rule(module: Module) -> Rule | None:
+    for base in type(module).__mro__:
+        rule = RULES.get(base)
+        if rule is not None:
+            return rule if rule.swapped is base else None
+    return None
+
+
+def _obstacle(module: Module, rule: Rule) -> str | None:
+    """Why setting the class of `module` would be wrong or without effect, or None."""
+    cls = _unwrapped(type(module))
+    if cls not in (rule.stock, rule.swapped):
+        return f"{cls.__name__} is a subclass of {rule.stock.__name__} with code of its own"
+    own = module.__dict__.get(rule.method)
+    if own is None or _captured_forward(module) is not None:
+        return None
+    return f"has a {rule.method} of its own on the instance"
+
+
+def _sharded_modules(model: Module) -> set[Module]:
+    """Modules whose parameters fully_shard gathers for the call: what they are between calls says nothing."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    modules: set[Module] = set()
+    if fsdp is not None:
+        for unit in model.modules():
+            if isinstance(unit, fsdp.FSDPModule):
+                modules.update(unit.modules())
+    # A module that holds a unit sharded by itself does not see that unit's parameters.
+    return {
+        module
+        for module in modules
+        if not any(isinstance(inner, fsdp.FSDPModule) for inner in module.modules() if inner is not module)
+        and not all(parts.plain_parameters(inner) for inner in module.modules())
+    }
+
+
+# Setting ----------------------------------------------------------------------------------------------------------
+
+
+def _set_class(module: Module, old: type, new: type) -> None:
+    captured = _captured_forward(module)
+    module.__class__ = _rebased(type(module), old, new)
+    if captured is not None:
+        module.__dict__[captured] = MethodType(type(module).forward, module)
+
+
+def _captured_forward(module: Module) -> str | None:
+    """The attribute in which a hook of Accelerate's keeps the bound forward it was put in front of.
+
+    Having taken the hook off, Accelerate leaves the bound forward itself on the instance.
+    """
+    for attribute in ("_old_forward", "forward"):
+        if getattr(module.__dict__.get(attribute), "__func__", None) is type(module).forward:
+            return attribute
+    return None
+
+
+def _unwrapped(cls: type[Module]) -> type[Module]:
+    """The class beneath those that torch makes at run time (fully_shard, replicate, parametrize)."""
+    return next(
+        base
+        for base in cls.__mro__
+        if issubclass(base, Module)
+        and not (
+            base.__module__.startswith("torch.")
+            and getattr(sys.modules[base.__module__], base.__qualname__, None) is not base
+        )
+    )
+
+
+_REBASED: dict[tuple[type, type], type] = {}
+
+
+def _rebased(cls: type, old: type, new: type) -> type:
+    """`cls` with `new` where it derives from `old`: the same wrapper around another class."""
+    if cls is old:
+        return new
+    if old not in cls.__mro__:
+        return cls
+    # A forward in a wrapper is what transformers' checkpointing layer put there, and puts there again.
+    body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__", "forward")}
+    bases = tuple(_rebased(base, old, new) for base in cls.__bases__)
+    # A parametrized class belongs to one module, whose properties it holds.
+    if cls.__module__ == "torch.nn.utils.parametrize":
+        return type(cls.__name__, bases, body)
+    # The others are shared, so that torch.compile sees one class, not one a module.
+    if (cls, new) not in _REBASED:
+        rebased = type(cls.__name__, bases, body)
+        _REBASED[cls, new] = rebased
+        _REBASED[rebased, old] = cls
+    return _REBASED[cls, new]

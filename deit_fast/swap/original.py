@@ -1,0 +1,190 @@
+"""The original DeiT repository: blocks and attention whose classes are the user's own files.
+
+No module can be named in advance, and the same names and layouts are found in many repositories with small changes.
+So a class is recognised by its parts (names of children and parameters), and then by what it computes: its forward
+is run once, on a tiny double-precision stand-in, against the formula. The swapped class is made on the spot from
+ours and the user's.
+"""
+
+import inspect
+from collections.abc import Callable, Set
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Module
+
+from deit_fast import ops
+from deit_fast.nn import functional, parts
+from deit_fast.swap.rules import RULES, Rule, register, stock_method, stock_wanted
+
+_WIDTH = 8
+_NOT_RECOGNISED: set[type] = set()
+
+
+def find_rule(cls: type[Module], module: Module) -> Rule | None:
+    """The rule for a class seen for the first time, with a module of it; None if it is no block or attention."""
+    if cls in _NOT_RECOGNISED:
+        return None
+    mixin = _mixin(cls, module._modules.keys(), module._parameters.keys())
+    if mixin is None:
+        _NOT_RECOGNISED.add(cls)
+        return None
+    return RULES[_combined(cls, mixin)]
+
+
+def _mixin(cls: type[Module], children: Set[str], parameters: Set[str]) -> type | None:
+    if len(inspect.signature(cls.forward).parameters) != 2:  # self and the tokens
+        return None
+    with torch.random.fork_rng(devices=()), torch.device("cpu"), torch.no_grad():
+        if children == _Attention.children and not parameters:
+            return _Attention if _computes_attention(cls) else None
+        if children == _Block.children and (not parameters or parameters == {"gamma_1", "gamma_2"}):
+            return _Block if _computes_block(cls, layer_scale=bool(parameters)) else None
+    return None
+
+
+def _combined(stock: type[Module], mixin: type) -> type[Module]:
+    rule = RULES.get(stock)
+    if rule is None:
+        body = {
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "_stock_forward": stock_method(stock.forward),
+        }
+        swapped = type(stock.__name__, (mixin, stock), body)
+        if mixin is _Attention:
+            parts.ATTENTIONS.add(swapped)
+        register(stock, swapped, mixin.unfusable)
+        rule = RULES[stock]
+    return rule.swapped
+
+
+def _blank(stock: type[Module], mixin: type) -> Module:
+    """What pickle and deepcopy fill: they can't find a class by name that has the name of the user's."""
+    swapped = _combined(stock, mixin)
+    return swapped.__new__(swapped)
+
+
+class _Swapped:
+    """What the swapped classes share: pickled as the user's class and ours, to be combined again."""
+
+    def __reduce_ex__(self, protocol: int):
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        mixin = _Block if isinstance(self, _Block) else _Attention
+        stock = next(rule.stock for base in type(self).__mro__ if (rule := RULES.get(base)))
+        return (_blank, (stock, mixin), *state)
+
+
+class _Attention(_Swapped):
+    children = frozenset(("qkv", "attn_drop", "proj", "proj_drop"))
+    unfusable = staticmethod(functional.attention_unfusable)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x)
+        elif not isinstance(self, _Attention):
+            return type(self).forward(self, x)
+        elif stock_wanted(x) or functional.attention_unfusable(self) is not None:
+            return self._stock_forward(x)
+        else:
+            return functional.attention_forward(self, x)
+
+
+def block_unfusable(block: Module) -> str | None:
+    drop_path = block._modules["drop_path"]
+    if type(drop_path) not in parts.IDENTITIES:
+        reason = parts.unfusable(drop_path, parts.DROP_PATHS)
+        if reason is not None:
+            return f"drop_path {reason}"
+    if not parts.plain_parameters(block):
+        return "has a tensor subclass for a parameter"
+    return functional.block_unfusable(block)
+
+
+class _Block(_Swapped):
+    children = frozenset(("norm1", "attn", "drop_path", "norm2", "mlp"))
+    unfusable = staticmethod(block_unfusable)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x)
+        elif not isinstance(self, _Block):
+            return type(self).forward(self, x)
+        elif stock_wanted(x) or block_unfusable(self) is not None:
+            return self._stock_forward(x)
+        else:
+            return _block_forward(self, x)
+
+
+def _block_forward(block: Module, x: Tensor) -> Tensor:
+    """As `functional.block_forward`: here LayerScale's factors are the block's own, and one drop path serves both."""
+    modules = block._modules
+    norm, attn, drop_path = modules["norm1"], modules["attn"], modules["drop_path"]
+    qkv, proj = attn._modules["qkv"], attn._modules["proj"]
+    gamma = getattr(block, "gamma_1", None)
+    drop_path_scale = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
+    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias)
+    out, _ = ops.attention(packed.unflatten(-1, (3, attn.num_heads, -1)), attn.scale)
+    x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, drop_path_scale)
+
+    mlp = modules["mlp"]._modules
+    gamma = getattr(block, "gamma_2", None)
+    drop_path_scale = functional.draw_drop_path(drop_path, x, mlp["fc2"].weight, gamma)
+    activation = parts.gelu_name(mlp["act"])
+    return functional.mlp_residual(x, modules["norm2"], mlp["fc1"], mlp["fc2"], gamma, drop_path_scale, activation)
+
+
+# What a class computes ----------------------------------------------------------------------------------------------
+
+
+def _computes_attention(cls: type[Module]) -> bool:
+    heads, scale = 2, 0.7  # a scale that no head width gives
+
+    def formula(attn: Module, x: Tensor) -> Tensor:
+        q, k, v = attn.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.softmax(scale * (q @ k.mT), dim=-1) @ v
+        return attn.proj(out.transpose(1, 2).flatten(2))
+
+    children = {
+        "qkv": nn.Linear(_WIDTH, 3 * _WIDTH),
+        "attn_drop": nn.Dropout(0.0),
+        "proj": nn.Linear(_WIDTH, _WIDTH),
+        "proj_drop": nn.Dropout(0.0),
+    }
+    return _agrees(cls, formula, children, {"num_heads": heads, "scale": scale})
+
+
+class _Halve(Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+def _computes_block(cls: type[Module], layer_scale: bool) -> bool:
+    def formula(block: Module, x: Tensor) -> Tensor:
+        gamma_1, gamma_2 = (block.gamma_1, block.gamma_2) if layer_scale else (1, 1)
+        x = x + 0.5 * (gamma_1 * block.attn(block.norm1(x)))
+        return x + 0.5 * (gamma_2 * block.mlp(block.norm2(x)))
+
+    children = {name: nn.Linear(_WIDTH, _WIDTH) for name in ("norm1", "attn", "norm2", "mlp")}
+    gammas = {name: nn.Parameter(torch.randn(_WIDTH)) for name in ("gamma_1", "gamma_2")} if layer_scale else {}
+    return _agrees(cls, formula, {**children, "drop_path": _Halve()}, gammas)
+
+
+def _agrees(cls: type[Module], formula: Callable[[Module, Tensor], Tensor], *attributes: dict) -> bool:
+    """Whether `cls.forward` on a stand-in with these attributes, and no others, is the formula, in float64."""
+    stand_in = cls.__new__(cls)
+    Module.__init__(stand_in)
+    for name, value in (item for group in attributes for item in group.items()):
+        setattr(stand_in, name, value)
+    stand_in.double()
+    x = torch.randn(2, 5, _WIDTH, dtype=torch.float64)
+    exact = formula(stand_in, x)
+    for training in (False, True):
+        try:
+            result = stand_in.train(training)(x)
+        except Exception:  # whatever a class that is not ours to know does without the attributes it wants
+            return False
+        if not isinstance(result, Tensor) or result.shape != x.shape or not torch.allclose(result, exact):
+            return False
+    return True

@@ -1,0 +1,54 @@
+"""What `deit_fast.swap` did, module by module, and its table."""
+
+import re
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SwapReport:
+    """`swapped`: names of the modules that run on the operators. `kept`: name → why its stock forward runs.
+
+    The root module's name is the empty string, as in `named_modules()`. `classes`: name → class, of both.
+    Printed, it is a table in which numbered modules (`blocks.0` … `blocks.11`) share a row.
+    """
+
+    swapped: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        # (name with its numbers left out, class, outcome) → the names it stands for
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for name, class_name in self.classes.items():
+            outcome = f"kept: {self.kept[name]}" if name in self.kept else "swapped"
+            rows.setdefault((re.sub(r"\d+", "#", name), class_name, outcome), []).append(name)
+        table = [("module", "class", "number", "outcome")]
+        for (_, class_name, outcome), names in rows.items():
+            table.append((_joined(names), class_name, str(len(names)), outcome))
+        widths = [max(len(row[column]) for row in table) for column in range(3)]
+        lines = [
+            f"{module:<{widths[0]}}  {class_name:<{widths[1]}}  {number:>{widths[2]}}  {outcome}"
+            for module, class_name, number, outcome in table
+        ]
+        rule = "-" * max(map(len, lines))
+        return "\n".join((f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:]))
+
+
+def _joined(names: list[str]) -> str:
+    """One label for names that differ in their numbers: `blocks.0-11.attn`."""
+    if len(names) == 1:
+        return names[0] or "(model)"
+    numbers = [list(map(int, re.findall(r"\d+", name))) for name in names]
+    ranges = iter(_ranges(sorted(set(column))) for column in zip(*numbers, strict=True))
+    return re.sub(r"\d+", lambda _: next(ranges), names[0])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted whole numbers, runs joined: [0, 1, 2, 5] → "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

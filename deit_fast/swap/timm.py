@@ -1,0 +1,219 @@
+"""timm: its ViT block with all parts, and the VisionTransformer's embedding, which becomes one operator."""
+
+import inspect
+
+import timm
+import torch
+from timm.layers import DropPath, LayerScale
+from timm.layers import LayerNorm as StockLayerNorm
+from timm.layers import Mlp as StockMlp
+from timm.layers import PatchEmbed as StockPatchEmbed
+from timm.models import deit, vision_transformer
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor
+from torch.nn import Module
+
+from deit_fast.nn import functional, parts
+from deit_fast.swap.rules import register, stock_method, stock_wanted
+
+if "is_causal" not in inspect.signature(vision_transformer.Block.forward).parameters:
+    raise ImportError(f"deit_fast.swap needs timm 1.0.31 or newer, found {timm.__version__}")
+
+
+def layer_norm_unfusable(norm: Module) -> str | None:
+    if norm._fast_norm:
+        return "timm's fast norm is set"
+    return functional.layer_norm_unfusable(norm)
+
+
+class LayerNorm(StockLayerNorm):
+    _stock_forward = stock_method(StockLayerNorm.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x)
+        elif not isinstance(self, LayerNorm):
+            return type(self).forward(self, x)
+        elif stock_wanted(x) or layer_norm_unfusable(self) is not None:
+            return self._stock_forward(x)
+        else:
+            return functional.layer_norm_forward(self, x)
+
+
+class Attention(vision_transformer.Attention):
+    _stock_forward = stock_method(vision_transformer.Attention.forward)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x, attn_mask, is_causal)
+        elif not isinstance(self, Attention):
+            return type(self).forward(self, x, attn_mask, is_causal)
+        elif attn_mask is not None or is_causal or stock_wanted(x) or functional.attention_unfusable(self) is not None:
+            return self._stock_forward(x, attn_mask, is_causal)
+        else:
+            return functional.attention_forward(self, x)
+
+
+class Mlp(StockMlp):
+    _stock_forward = stock_method(StockMlp.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x)
+        elif not isinstance(self, Mlp):
+            return type(self).forward(self, x)
+        elif stock_wanted(x) or functional.mlp_unfusable(self) is not None:
+            return self._stock_forward(x)
+        else:
+            return functional.mlp_forward(self, x)
+
+
+class Block(vision_transformer.Block):
+    _stock_forward = stock_method(vision_transformer.Block.forward)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x, attn_mask, is_causal)
+        elif not isinstance(self, Block):
+            return type(self).forward(self, x, attn_mask, is_causal)
+        elif attn_mask is not None or is_causal or stock_wanted(x) or functional.block_unfusable(self) is not None:
+            return self._stock_forward(x, attn_mask, is_causal)
+        else:
+            return functional.block_forward(self, x)
+
+
+# Patch embedding --------------------------------------------------------------------------------------------------
+
+
+def patch_embed_unfusable(patch_embed: Module) -> str | None:
+    if not patch_embed.flatten:
+        return "gives a grid of patches, not a sequence"
+    if patch_embed.dynamic_img_pad:
+        return "pads its images"
+    return functional.patch_embed_unfusable(patch_embed)
+
+
+def _whole_patches(patch_embed: Module, images: Tensor) -> bool:
+    """Whether stock accepts these images and every pixel belongs to a patch; stock words the errors."""
+    if images.ndim != 4:
+        return False
+    height, width = images.shape[2:]
+    if patch_embed.strict_img_size and patch_embed.img_size is not None:
+        return (height, width) == tuple(patch_embed.img_size)
+    return height % patch_embed.patch_size[0] == 0 and width % patch_embed.patch_size[1] == 0
+
+
+class PatchEmbed(StockPatchEmbed):
+    _stock_forward = stock_method(StockPatchEmbed.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x)
+        elif not isinstance(self, PatchEmbed):
+            return type(self).forward(self, x)
+        elif stock_wanted(x) or patch_embed_unfusable(self) is not None or not _whole_patches(self, x):
+            return self._stock_forward(x)
+        else:
+            return functional.patch_embed_forward(self, x)
+
+
+_PATCH_EMBEDS: set[type] = {PatchEmbed}
+
+# The model: its embedding in one operator, then blocks and norm as modules ------------------------------------------
+
+
+def vision_transformer_unfusable(model: Module) -> str | None:
+    modules = model._modules
+    patch_embed = modules["patch_embed"]
+    reason = parts.unfusable(patch_embed, _PATCH_EMBEDS)
+    if reason is not None:
+        return f"patch_embed {reason}"
+    reason = patch_embed_unfusable(patch_embed)
+    if reason is not None:
+        return f"patch_embed: {reason}"
+    if model.dynamic_img_size or patch_embed.img_size is None:
+        return "takes images of any size"
+    if model._parameters.get("reg_token") is not None:
+        return "has register tokens"
+    if not parts.plain_parameters(model):
+        return "has a tensor subclass for a parameter"
+    if "_pos_embed" in model.__dict__:
+        return "has a _pos_embed of its own on the instance"
+    for name in ("pos_drop", "patch_drop", "norm_pre"):
+        if not parts.idle_dropout(modules[name]):
+            return f"{name} is in the way ({type(modules[name]).__name__})"
+    return None
+
+
+def _embeds(model: Module, images: object) -> bool:
+    return (
+        not stock_wanted(images)
+        and vision_transformer_unfusable(model) is None
+        and images.ndim == 4
+        and tuple(images.shape[2:]) == tuple(model._modules["patch_embed"].img_size)
+    )
+
+
+def _forward_features(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    parameters = model._parameters
+    x = functional.patch_embed_forward(
+        model._modules["patch_embed"],
+        images,
+        pos_embed=parameters["pos_embed"],
+        cls_token=parameters["cls_token"],
+        dist_token=parameters.get("dist_token"),
+    )
+    if attn_mask is not None or is_causal:
+        for block in model.blocks:
+            x = block(x, attn_mask=attn_mask, is_causal=is_causal)
+    elif model.grad_checkpointing:
+        x = checkpoint_seq(model.blocks, x)
+    else:
+        x = model.blocks(x)
+    return model.norm(x)
+
+
+class VisionTransformer(vision_transformer.VisionTransformer):
+    _stock_forward_features = stock_method(vision_transformer.VisionTransformer.forward_features)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward_features(x, attn_mask, is_causal)
+        elif not isinstance(self, VisionTransformer):
+            return type(self).forward_features(self, x, attn_mask, is_causal)
+        elif not _embeds(self, x):
+            return self._stock_forward_features(x, attn_mask, is_causal)
+        else:
+            return _forward_features(self, x, attn_mask, is_causal)
+
+
+class VisionTransformerDistilled(deit.VisionTransformerDistilled):
+    _stock_forward_features = stock_method(deit.VisionTransformerDistilled.forward_features)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward_features(x, attn_mask, is_causal)
+        elif not isinstance(self, VisionTransformerDistilled):
+            return type(self).forward_features(self, x, attn_mask, is_causal)
+        elif not _embeds(self, x):
+            return self._stock_forward_features(x, attn_mask, is_causal)
+        else:
+            return _forward_features(self, x, attn_mask, is_causal)
+
+
+parts.LAYER_NORMS.update((StockLayerNorm, LayerNorm))
+parts.ATTENTIONS.add(Attention)
+parts.MLPS.add(Mlp)
+parts.LAYER_SCALES.add(LayerScale)
+parts.DROP_PATHS.add(DropPath)
+
+register(StockLayerNorm, LayerNorm, layer_norm_unfusable)
+register(vision_transformer.Attention, Attention, functional.attention_unfusable)
+register(StockMlp, Mlp, functional.mlp_unfusable)
+register(vision_transformer.Block, Block, functional.block_unfusable)
+register(StockPatchEmbed, PatchEmbed, patch_embed_unfusable)
+for _stock, _swapped in (
+    (vision_transformer.VisionTransformer, VisionTransformer),
+    (deit.VisionTransformerDistilled, VisionTransformerDistilled),
+):
+    register(_stock, _swapped, vision_transformer_unfusable, method="forward_features")

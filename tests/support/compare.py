@@ -1,0 +1,70 @@
+"""One operator, three ways: its Triton kernels in the interpreter, stock PyTorch, and `reference/` in float64."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from deit_fast import ops
+from deit_fast.ops import backend
+from tests.support.accuracy import assert_as_accurate_as_stock
+from tests.support.guard import Guard
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Around the block sizes (16, 64, 128, 256), one token, and DeiT's own at 224 and 384 pixels.
+TOKENS = (1, 2, 17, 64, 65, 196, 197, 198, 199, 256, 257, 577, 578)
+# Every DeiT width, powers of two, and two that are no multiple of 16.
+WIDTHS = (64, 128, 192, 256, 384, 768, 1024, 50, 200)
+BATCHES = (0, 1, 3)
+
+_ROOMS = {
+    "layer_norm": "layer_norm",
+    "add_layer_norm": "layer_norm",
+    "linear": "linear",
+    "layer_norm_linear": "linear",
+    "layer_norm_qkv": "linear",
+    "linear_residual": "linear",
+    "mlp": "mlp",
+    "attention": "attention",
+    "attention_qkv": "attention",
+    "patch_embed": "patch_embed",
+}
+
+
+def assert_op_is_right(op: str, *arguments) -> tuple[Tensor, ...]:
+    """Runs `op` on `arguments` all three ways, the kernels in guard bands; returns the kernels' outputs."""
+    function = getattr(ops, op)
+    guard = Guard()
+    banded = [guard(a, name=f"argument {i}") if isinstance(a, Tensor) else a for i, a in enumerate(arguments)]
+    with backend.forced("triton"), guard.outputs():
+        ours = _tuple(function(*banded))
+    guard.assert_untouched()
+    with backend.forced("torch"):
+        stock = _tuple(function(*arguments))
+    reference = getattr(importlib.import_module(f"reference.{_ROOMS[op]}"), op)
+    exact = _tuple(reference(*(_double(a) for a in arguments)))
+    for i, (mine, theirs, truth) in enumerate(zip(ours, stock, exact, strict=True)):
+        assert_as_accurate_as_stock(mine, theirs, truth, theirs.dtype, name=f"{op} output {i}")
+        assert not mine.numel() or guard.output_count, "no output lay in guard bands"
+    return ours
+
+
+def _tuple(result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _double(argument):
+    is_float = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.double() if is_float else argument
+
+
+def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """`x` with the same values and strides that no launcher may assume: every second row and element of a larger one."""
+    larger = torch.zeros([2 * n for n in x.shape], dtype=x.dtype)
+    view = larger[tuple(slice(None, None, 2) for _ in x.shape)]
+    view.copy_(x)
+    return view
