@@ -227,8 +227,7 @@ class DeiTImageProcessor:
             value = getattr(self, setting)
             if isinstance(value, tuple) and len(value) != channels:
                 raise ValueError(
-                    f"{name} has {channels} channels, {setting} {len(value)}; "
-                    "expected as many, or do_convert_rgb=True"
+                    f"{name} has {channels} channels, {setting} {len(value)}; expected as many, or do_convert_rgb=True"
                 )
         if self.do_resize:
             height, width = self._resized_size(height, width)
@@ -248,9 +247,7 @@ class DeiTImageProcessor:
         longest = int(edge * max(height, width) / min(height, width))
         return (edge, longest) if height <= width else (longest, edge)
 
-    def _process(
-        self, image: Any, data_format: str | None, device: torch.device | str | None
-    ) -> torch.Tensor:
+    def _process(self, image: Any, data_format: str | None, device: torch.device | str | None) -> torch.Tensor:
         if _images.is_pil(image):
             pixels = _images.pil_to_tensor(image, rgb=bool(self.do_convert_rgb))
         else:
@@ -338,9 +335,7 @@ def _size(name: str, size: Any, *, square: bool = True, shortest_edge: bool = Fa
         result = dict(size) if isinstance(size, Mapping) else {}
     if set(result) not in allowed or any(type(v) is not int or v < 1 for v in result.values()):
         keys = " or ".join(str(sorted(names)) for names in allowed)
-        raise ValueError(
-            f"{name} is {size!r}; expected positive ints: one, (height, width), or a dict of {keys}"
-        )
+        raise ValueError(f"{name} is {size!r}; expected positive ints: one, (height, width), or a dict of {keys}")
     return result
 
 

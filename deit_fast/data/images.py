@@ -64,9 +64,7 @@ def check_pixels(name: str, height: int, width: int) -> None:
     if height * width == 0:
         raise ValueError(f"{name} is {height} x {width}: it has no pixels")
     if height * width > MAX_PIXELS:
-        raise ValueError(
-            f"{name} is {height} x {width} = {height * width:,} pixels; the limit is {MAX_PIXELS:,}"
-        )
+        raise ValueError(f"{name} is {height} x {width} = {height * width:,} pixels; the limit is {MAX_PIXELS:,}")
 
 
 def check_convertible(name: str, image: "PIL.Image.Image") -> None:
@@ -84,9 +82,7 @@ def check_array(name: str, image: np.ndarray | torch.Tensor, data_format: str | 
         raise TypeError(f"{name} has dtype {image.dtype}; expected uint8 or floating point")
     axis = channel_axis(shape, data_format)
     if axis is None:
-        raise ValueError(
-            f"{name} has shape {shape}; expected 1, 3 or 4 channels, {data_format or 'first or last'}"
-        )
+        raise ValueError(f"{name} has shape {shape}; expected 1, 3 or 4 channels, {data_format or 'first or last'}")
     height, width = shape[1:] if axis == 0 else shape[:2]
     check_pixels(name, height, width)
     return shape[axis], height, width

@@ -7,8 +7,10 @@ import torch
 import triton
 from triton.runtime import driver
 
-# Shared memory a program may have, in KiB, and whether 16-bit dots come as wgmma or tcgen05.
-_SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx1200"})
+# About 100 KiB of shared memory a program (64 on AMD): two stages of a 16-bit tile, not three.
+_SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200"})
+# Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
+_MMA_SYNC = frozenset({"sm_80", "sm_86", "sm_89", "sm_120"})
 _DEFAULT_ARCHITECTURE = "sm_80"
 
 
@@ -88,27 +90,33 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
 def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> Tile:
     """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads."""
     if itemsize == 4:
-        return Tile(64, 64, 32, 4, 2)
-    wide = 128 if columns % 128 == 0 else 64
+        if arch in _MMA_SYNC:
+            return Tile(64, 32, 32, 4, 2)
+        return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
     if arch in _SMALL_SHARED_MEMORY:
-        return Tile(128, 64, 64 if prologue == "layer_norm" else 32, 8 if is_amd(arch) else 4, 2)
+        return Tile(128, 64, 64 if prologue == "layer_norm" or not is_amd(arch) else 32, 8, 2)
     if prologue in ("gelu", "gelu_tanh"):
         return Tile(128, 64, 64, 8, 3)
-    return Tile(128, wide, 64, 8, 3)
+    return Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)
 
 
 @lru_cache(maxsize=256)
 def mlp(width: int, arch: str) -> Tile:
     """The whole MLP in one kernel: `rows` stay on chip, `columns` of the hidden layer a step."""
-    if arch in _SMALL_SHARED_MEMORY or arch == "sm_80":
+    if arch in _MMA_SYNC:
+        return Tile(32, 32, width, 8, 1)
+    if is_amd(arch):
         return Tile(32, 32, width, 4, 1)
-    return Tile(64, 32, width, 8, 1)
+    return Tile(64, 16 if arch == "sm_100" else 32, width, 8, 1)
 
 
 @lru_cache(maxsize=256)
 def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
     if itemsize == 4:
-        return AttentionTile(64, 32, 4, 1)
+        if arch in _MMA_SYNC:
+            # Three TF32 products for one leave no registers for wider tiles.
+            return AttentionTile(64, 16, 8, 1)
+        return AttentionTile(64, 32, 8 if arch == "sm_100" else 4, 1)
     return AttentionTile(64, 64, 4, 1 if is_amd(arch) else 2)
 
 

@@ -18,6 +18,8 @@ from deit_fast import ops
 from deit_fast.nn import functional, parts
 from deit_fast.swap.rules import RULES, Rule, register, stock_method, stock_wanted
 
+_ATTENTION_PARTS = {"qkv", "attn_drop", "proj", "proj_drop"}
+_BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
 _WIDTH = 8
 _NOT_RECOGNISED: set[type] = set()
 
@@ -37,9 +39,9 @@ def _mixin(cls: type[Module], children: Set[str], parameters: Set[str]) -> type 
     if len(inspect.signature(cls.forward).parameters) != 2:  # self and the tokens
         return None
     with torch.random.fork_rng(devices=()), torch.device("cpu"), torch.no_grad():
-        if children == _Attention.children and not parameters:
+        if children == _ATTENTION_PARTS and not parameters:
             return _Attention if _computes_attention(cls) else None
-        if children == _Block.children and (not parameters or parameters == {"gamma_1", "gamma_2"}):
+        if children == _BLOCK_PARTS and (not parameters or parameters == {"gamma_1", "gamma_2"}):
             return _Block if _computes_block(cls, layer_scale=bool(parameters)) else None
     return None
 
@@ -55,7 +57,7 @@ def _combined(stock: type[Module], mixin: type) -> type[Module]:
         swapped = type(stock.__name__, (mixin, stock), body)
         if mixin is _Attention:
             parts.ATTENTIONS.add(swapped)
-        register(stock, swapped, mixin.unfusable)
+        register(stock, swapped, block_unfusable if mixin is _Block else functional.attention_unfusable)
         rule = RULES[stock]
     return rule.swapped
 
@@ -77,9 +79,6 @@ class _Swapped:
 
 
 class _Attention(_Swapped):
-    children = frozenset(("qkv", "attn_drop", "proj", "proj_drop"))
-    unfusable = staticmethod(functional.attention_unfusable)
-
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._stock_forward(x)
@@ -93,19 +92,16 @@ class _Attention(_Swapped):
 
 def block_unfusable(block: Module) -> str | None:
     drop_path = block._modules["drop_path"]
-    if type(drop_path) not in parts.IDENTITIES:
-        reason = parts.unfusable(drop_path, parts.DROP_PATHS)
-        if reason is not None:
-            return f"drop_path {reason}"
+    idle = type(drop_path) in parts.IDENTITIES
+    reason = parts.touched(drop_path) if idle else parts.unfusable(drop_path, parts.DROP_PATHS)
+    if reason is not None:
+        return f"drop_path {reason}"
     if not parts.plain_parameters(block):
         return "has a tensor subclass for a parameter"
     return functional.block_unfusable(block)
 
 
 class _Block(_Swapped):
-    children = frozenset(("norm1", "attn", "drop_path", "norm2", "mlp"))
-    unfusable = staticmethod(block_unfusable)
-
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._stock_forward(x)

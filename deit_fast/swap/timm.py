@@ -133,7 +133,7 @@ def vision_transformer_unfusable(model: Module) -> str | None:
         return f"patch_embed: {reason}"
     if model.dynamic_img_size or patch_embed.img_size is None:
         return "takes images of any size"
-    if model._parameters.get("reg_token") is not None:
+    if model.reg_token is not None:
         return "has register tokens"
     if not parts.plain_parameters(model):
         return "has a tensor subclass for a parameter"
@@ -155,13 +155,12 @@ def _embeds(model: Module, images: object) -> bool:
 
 
 def _forward_features(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    parameters = model._parameters
     x = functional.patch_embed_forward(
         model._modules["patch_embed"],
         images,
-        pos_embed=parameters["pos_embed"],
-        cls_token=parameters["cls_token"],
-        dist_token=parameters.get("dist_token"),
+        pos_embed=model.pos_embed,
+        cls_token=model.cls_token,
+        dist_token=getattr(model, "dist_token", None),
     )
     if attn_mask is not None or is_causal:
         for block in model.blocks:

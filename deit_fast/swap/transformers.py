@@ -222,17 +222,16 @@ def _embeds(embeddings: Module, pixel_values: Tensor, mask: Tensor | None, inter
     return mask is None or (
         mask.dtype is torch.bool
         and mask.shape == (batch, patches)
-        and embeddings._parameters.get("mask_token") is not None
+        and embeddings.mask_token is not None
     )
 
 
 def _embeddings_forward(
     embeddings: Module, pixel_values: Tensor, mask: Tensor | None, interpolate: bool | None
 ) -> Tensor:
-    parameters = embeddings._parameters
     projection = embeddings._modules["patch_embeddings"]._modules["projection"]
-    cls_token, dist_token = parameters["cls_token"], parameters.get("distillation_token")
-    pos_embed = parameters["position_embeddings"]
+    cls_token, dist_token = embeddings.cls_token, getattr(embeddings, "distillation_token", None)
+    pos_embed = embeddings.position_embeddings
     if interpolate:
         height, width = pixel_values.shape[2:]
         patches = (height // projection.kernel_size[0]) * (width // projection.kernel_size[1])
@@ -246,7 +245,7 @@ def _embeddings_forward(
         pos_embed,
         cls_token,
         dist_token,
-        None if mask is None else parameters["mask_token"],
+        None if mask is None else embeddings.mask_token,
         mask,
     )
 

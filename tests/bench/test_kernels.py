@@ -16,7 +16,12 @@ TARGETS = ("sm_90", "gfx942")
 def recorded(tmp_path) -> list[dict]:
     file = tmp_path / "kernels.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options = {"--targets": ",".join(TARGETS), "--libraries": "deit_fast", "--models": "tiny,small", "--dtypes": "bf16"}
+    options = {
+        "--targets": ",".join(TARGETS),
+        "--libraries": "timm,transformers",
+        "--models": "tiny,small",
+        "--dtypes": "bf16",
+    }
     command = [sys.executable, "-m", "bench.kernels", "--json", str(file)]
     command += [part for option in options.items() for part in option]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

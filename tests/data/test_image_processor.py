@@ -19,7 +19,7 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 @pytest.fixture(scope="module")
 def photographs() -> list[np.ndarray]:
-    return datasets.load_sample_images().images  # two, [427, 640, 3] uint8
+    return [image.copy() for image in datasets.load_sample_images().images]  # two, [427, 640, 3] uint8
 
 
 def assert_same(ours: DeiTImageProcessor, theirs, images, std: float = 1.0, level: float = LEVEL, **kwargs):
@@ -58,9 +58,7 @@ def test_photographs_match_the_pil_backend_too(photographs):
 
 
 def test_defaults_are_those_of_transformers():
-    assert DeiTImageProcessor().to_dict() == transformers.DeiTImageProcessor().to_dict() | {
-        "default_to_square": True
-    }
+    assert DeiTImageProcessor().to_dict() == transformers.DeiTImageProcessor().to_dict() | {"default_to_square": True}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,248 @@
+"""Models of the original DeiT repository: classes that live in the user's own files."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deit_fast.swap import restore, swap, swapped
+from tests.swap.helpers import assert_close, assert_same_gradients, gradients, operator_calls, randomise
+
+pytest.importorskip("timm")
+from tests.swap.original_models import (  # noqa: E402
+    Attention,
+    Block,
+    DeiT3,
+    DistilledVisionTransformer,
+    LayerScaleBlock,
+)
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32)
+
+
+def deit3(**options) -> nn.Module:
+    return randomise(DeiT3(**options)).eval()
+
+
+def block_calls(blocks: int, **others: int) -> dict[str, int]:
+    block = {"layer_norm_linear": 1, "attention": 1, "linear_residual": 1, "mlp": 1}
+    return {**{op: blocks * n for op, n in block.items()}, "patch_embed": 1, "layer_norm": 1} | others
+
+
+@pytest.mark.parametrize("block", [Block, LayerScaleBlock])
+def test_both_blocks_agree_and_are_restored_bitwise(block: type[nn.Module]) -> None:
+    model, x = deit3(block=block), images()
+    classes = [type(module) for module in model.modules()]
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    with torch.inference_mode():
+        stock = model(x)
+        report = swap(model)
+        assert not report.kept and {"blocks.0", "blocks.1.attn", "norm"} <= set(report.swapped)
+        assert_close(model(x), stock)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    assert isinstance(model.blocks[0], block) and type(model.blocks[0]).__name__ == block.__name__
+    assert operator_calls(lambda: model(x)) == block_calls(2)
+    restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    with torch.inference_mode():
+        assert torch.equal(model(x), stock)
+
+
+def test_the_distilled_model_agrees_and_keeps_its_own_embedding() -> None:
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model, x = randomise(DistilledVisionTransformer(**options)).eval(), images()
+    with torch.inference_mode():
+        stock = model(x)
+        report = swap(model)
+        assert_close(model(x), stock)
+    assert report.kept == {
+        "": "DistilledVisionTransformer is a subclass of VisionTransformer with code of its own",
+    }
+    assert operator_calls(lambda: model(x)) == block_calls(2)
+
+
+def test_training_gives_stock_outputs_masks_and_gradients() -> None:
+    model, x = deit3(drop_path=0.4).train(), images(8)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        out = model(x)
+        results.append((out, gradients(model, out.square().sum())))
+        swap(model)
+    assert_close(results[1][0], results[0][0])
+    assert_same_gradients(results[1][1], results[0][1])
+
+
+def test_bfloat16_and_autocast_agree() -> None:
+    model, x = deit3(), images()
+    with torch.inference_mode():
+        stock = torch.autocast("cpu", torch.bfloat16)(model)(x)
+        swap(model)
+        assert_close(torch.autocast("cpu", torch.bfloat16)(model)(x), stock)
+        swapped = model.bfloat16()(x.bfloat16())
+        restore(model)
+        assert_close(swapped, model(x.bfloat16()))
+
+
+def test_active_attention_dropout_runs_the_users_attention() -> None:
+    model, x = deit3(attn_drop=0.5).train(), images()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(model(x))
+        report = swap(model)
+    assert report.kept["blocks.0"] == "attn: dropout is active"
+    assert_close(results[1], results[0])
+    model.eval()
+    assert operator_calls(lambda: model(x)) == block_calls(2)
+
+
+def test_hooks_on_inner_modules_fire() -> None:
+    model, x = deit3(), images()
+    swap(model)
+    seen = []
+    model.blocks[0].drop_path.register_forward_hook(lambda *_: seen.append("drop_path"))
+    model.blocks[1].attn.register_forward_hook(lambda *_: seen.append("attn"))
+    model(x)
+    assert seen == ["drop_path", "drop_path", "attn"]
+
+
+def test_copies_pickles_and_saved_models_are_swapped() -> None:
+    model, x = deit3(), images()
+    with torch.inference_mode():
+        stock = model(x)
+        swap(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twins = (
+            copy.deepcopy(model),
+            copy.copy(model),
+            *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (2, pickle.HIGHEST_PROTOCOL)),
+            torch.load(buffer, weights_only=False),
+        )
+        for twin in (*twins[:1], *twins[2:]):
+            assert type(twin.blocks[0]) is type(model.blocks[0])
+            assert torch.equal(twin(x), model(x))
+            restore(twin)
+            assert type(twin.blocks[0]) is LayerScaleBlock
+            assert torch.equal(twin(x), stock)
+
+
+def test_a_pickled_swapped_model_opens_in_a_process_that_has_swapped_nothing(tmp_path) -> None:
+    model = deit3()
+    swap(model)
+    torch.save(model, tmp_path / "model.pt")
+    program = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
+        "from deit_fast.swap import restore;"
+        "swapped = model(torch.ones(1, 3, 32, 32)); restore(model);"
+        "print(type(model.blocks[0]).__mro__[1].__name__,"
+        " (swapped - model(torch.ones(1, 3, 32, 32))).abs().max().item() < 1e-4)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.pt")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["Block", "True"], done.stderr
+
+
+class PostNormBlock(Block):
+    """The parts of a block, put together in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.drop_path(self.attn(x)))
+        return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
+class WeightsToo(Attention):
+    """As some repositories change it: the attention's weights are returned beside the output."""
+
+    def forward(self, x: Tensor):
+        return super().forward(x), None
+
+
+class Signed(Attention):
+    """The same parts and almost the same formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+class Masked(Attention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class NeedsMore(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.temperature * super().forward(x)
+
+
+class TrainingOnly(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.training else 1)
+
+
+@pytest.mark.parametrize("attention", [Signed, Masked, TrainingOnly])
+def test_an_attention_that_computes_something_else_is_not_mistaken_for_ours(attention: type[nn.Module]) -> None:
+    model, x = deit3(attention=attention), images()
+    with torch.inference_mode():
+        stock = model(x)
+        report = swap(model)
+        assert_close(model(x), stock)
+    assert type(model.blocks[0].attn) is attention
+    assert report.kept["blocks.0"] == f"attn is a {attention.__name__}"
+    assert "blocks.0.norm1" in report.swapped
+
+
+@pytest.mark.parametrize("attention", [WeightsToo, NeedsMore])
+def test_an_attention_that_fails_on_a_stand_in_is_left_alone(attention: type[nn.Module]) -> None:
+    model = deit3(attention=attention)
+    swap(model)
+    assert type(model.blocks[0].attn) is attention
+
+
+def test_a_block_that_computes_something_else_is_not_mistaken_for_ours() -> None:
+    model, x = deit3(block=PostNormBlock), images()
+    with torch.inference_mode():
+        stock = model(x)
+        report = swap(model)
+        assert_close(model(x), stock)
+    assert type(model.blocks[0]) is PostNormBlock
+    assert "blocks.0" not in report.swapped and "blocks.0.attn" in report.swapped
+
+
+def test_recognising_a_class_draws_no_random_numbers() -> None:
+    class Fresh(LayerScaleBlock):
+        pass
+
+    model = deit3(block=Fresh)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    with swapped(model):
+        assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_swapped_model_compiles_whole() -> None:
+    model, x = deit3(), images()
+    with torch.no_grad():
+        stock = model(x)
+        swap(model)
+        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), stock)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_swapped_model_can_be_scripted() -> None:
+    attention, x = randomise(Attention(64, 2)).eval(), torch.randn(2, 5, 64)
+    swap(attention)
+    assert_close(torch.jit.script(attention)(x), attention(x))
