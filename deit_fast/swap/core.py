@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 
+import torch
 from torch import nn
 from torch.nn import Module
 
-from deit_fast.nn import parts
 from deit_fast.swap import layer_norm  # noqa: F401  (registers torch's LayerNorm)
 from deit_fast.swap.report import SwapReport
 from deit_fast.swap.rules import RULES, Rule
@@ -38,21 +38,18 @@ def swap(model: Module) -> SwapReport:
     found = {name: (module, rule) for name, module in model.named_modules() if (rule := _find_rule(module))}
     if all(rule.stock is nn.LayerNorm for _, rule in found.values()):
         raise ValueError(f"deit_fast.swap found nothing to swap in this {type(model).__name__}; it knows {_SUPPORTED}")
-    report = SwapReport()
-    obstacles = {name: _obstacle(module, rule) for name, (module, rule) in found.items()}
-    for name, (module, rule) in found.items():
-        if obstacles[name] is None and rule.swapped not in type(module).__mro__:
+    for module, rule in found.values():
+        if _is_stock(module, rule):
             _set_class(module, rule.stock, rule.swapped)
-    sharded = _sharded_modules(model)
-    for name, (module, rule) in found.items():
-        report.classes[name] = rule.stock.__name__
-        reason = obstacles[name]
-        if reason is None and module not in sharded:
-            reason = rule.unfusable(module)
-        if reason is None:
-            report.swapped.append(name)
-        else:
-            report.kept[name] = reason
+    report = SwapReport()
+    with _as_gathered(model):
+        for name, (module, rule) in found.items():
+            report.classes[name] = _unwrapped(type(module)).__name__
+            reason = _obstacle(module, rule) or rule.unfusable(module)
+            if reason is None:
+                report.swapped.append(name)
+            else:
+                report.kept[name] = reason
     return report
 
 
@@ -112,32 +109,45 @@ def _swapped_rule(module: Module) -> Rule | None:
     return None
 
 
+def _is_stock(module: Module, rule: Rule) -> bool:
+    return _unwrapped(type(module)) is rule.stock
+
+
 def _obstacle(module: Module, rule: Rule) -> str | None:
-    """Why setting the class of `module` would be wrong or without effect, or None."""
+    """Why the swapped class is not what a call of `module` reaches, or None."""
     cls = _unwrapped(type(module))
-    if cls not in (rule.stock, rule.swapped):
+    if cls is not rule.swapped:
         return f"{cls.__name__} is a subclass of {rule.stock.__name__} with code of its own"
-    own = module.__dict__.get(rule.method)
-    if own is None or _captured_forward(module) is not None:
-        return None
-    return f"has a {rule.method} of its own on the instance"
+    if rule.method in module.__dict__ and _captured_forward(module) is None:
+        return f"has a {rule.method} of its own on the instance"
+    return None
 
 
-def _sharded_modules(model: Module) -> set[Module]:
-    """Modules whose parameters fully_shard gathers for the call: what they are between calls says nothing."""
+@contextmanager
+def _as_gathered(model: Module) -> Iterator[None]:
+    """The parameters that fully_shard gathers for each call stand as plain tensors, as they do during the call."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    modules: set[Module] = set()
-    if fsdp is not None:
-        for unit in model.modules():
-            if isinstance(unit, fsdp.FSDPModule):
-                modules.update(unit.modules())
-    # A module that holds a unit sharded by itself does not see that unit's parameters.
-    return {
-        module
-        for module in modules
-        if not any(isinstance(inner, fsdp.FSDPModule) for inner in module.modules() if inner is not module)
-        and not all(parts.plain_parameters(inner) for inner in module.modules())
-    }
+    if fsdp is None:
+        yield
+        return
+    from torch.distributed.tensor import DTensor
+
+    sharded = [
+        (module, name, parameter)
+        for unit in model.modules()
+        if isinstance(unit, fsdp.FSDPModule)
+        for module in unit.modules()
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, DTensor)
+    ]
+    stand_in = nn.Parameter(torch.empty(0), requires_grad=False)
+    for module, name, _ in sharded:
+        module._parameters[name] = stand_in
+    try:
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            module._parameters[name] = parameter
 
 
 # Setting ----------------------------------------------------------------------------------------------------------
@@ -169,7 +179,7 @@ def _unwrapped(cls: type[Module]) -> type[Module]:
         if issubclass(base, Module)
         and not (
             base.__module__.startswith("torch.")
-            and getattr(sys.modules[base.__module__], base.__qualname__, None) is not base
+            and getattr(sys.modules.get(base.__module__), base.__qualname__, None) is not base
         )
     )
 

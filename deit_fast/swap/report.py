@@ -3,6 +3,9 @@
 import re
 from dataclasses import dataclass, field
 
+# A number between dots: the place in a ModuleList or Sequential.
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+
 
 @dataclass
 class SwapReport:
@@ -21,7 +24,7 @@ class SwapReport:
         rows: dict[tuple[str, str, str], list[str]] = {}
         for name, class_name in self.classes.items():
             outcome = f"kept: {self.kept[name]}" if name in self.kept else "swapped"
-            rows.setdefault((re.sub(r"\d+", "#", name), class_name, outcome), []).append(name)
+            rows.setdefault((_INDEX.sub("#", name), class_name, outcome), []).append(name)
         table = [("module", "class", "number", "outcome")]
         for (_, class_name, outcome), names in rows.items():
             table.append((_joined(names), class_name, str(len(names)), outcome))
@@ -38,9 +41,9 @@ def _joined(names: list[str]) -> str:
     """One label for names that differ in their numbers: `blocks.0-11.attn`."""
     if len(names) == 1:
         return names[0] or "(model)"
-    numbers = [list(map(int, re.findall(r"\d+", name))) for name in names]
+    numbers = [list(map(int, _INDEX.findall(name))) for name in names]
     ranges = iter(_ranges(sorted(set(column))) for column in zip(*numbers, strict=True))
-    return re.sub(r"\d+", lambda _: next(ranges), names[0])
+    return _INDEX.sub(lambda _: next(ranges), names[0])
 
 
 def _ranges(numbers: list[int]) -> str:

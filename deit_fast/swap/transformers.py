@@ -220,9 +220,7 @@ def _embeds(embeddings: Module, pixel_values: Tensor, mask: Tensor | None, inter
         return False
     patches = (height // patch_height) * (width // patch_width)
     return mask is None or (
-        mask.dtype is torch.bool
-        and mask.shape == (batch, patches)
-        and embeddings.mask_token is not None
+        mask.dtype is torch.bool and mask.shape == (batch, patches) and embeddings.mask_token is not None
     )
 
 

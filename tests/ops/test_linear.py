@@ -69,7 +69,12 @@ def test_every_residual_epilogue(with_bias, with_layer_scale, with_drop_path, dt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_expanded_inputs(dtype):
     x, weight, vector = randn(3, 7, 50, dtype=dtype), weight_of(50, 50, dtype), strided(randn(50, dtype=dtype))
-    for view in (strided(x), x[:1].expand(3, 7, 50), x.transpose(0, 1).contiguous().transpose(0, 1), x[:, :1].expand(3, 7, 50)):
+    for view in (
+        strided(x),
+        x[:1].expand(3, 7, 50),
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        x[:, :1].expand(3, 7, 50),
+    ):
         for matrix in (strided(weight), weight.T, weight[:1].expand(50, 50)):
             assert_op_is_right("linear_residual", view, matrix, vector, strided(x), vector, None, "gelu")
             assert_op_is_right("layer_norm_linear", view, vector, vector, EPS, matrix, vector)
@@ -140,7 +145,10 @@ def test_what_autocast_hands_over_runs_in_the_kernels(dtype):
         (lambda x, w: ops.layer_norm_linear(x, torch.ones(5), None, EPS, w), r"norm_weight must have shape \(8,\)"),
         (lambda x, w: ops.linear_residual(x, w, None, x[:1]), r"residual must have the output's shape \(2, 3, 8\)"),
         (lambda x, w: ops.linear_residual(x, w, None, x, torch.ones(7)), r"layer_scale must have shape \(8,\)"),
-        (lambda x, w: ops.linear_residual(x, w, None, x, None, torch.ones(3)), r"drop_path_scale must have shape \(2,\)"),
+        (
+            lambda x, w: ops.linear_residual(x, w, None, x, None, torch.ones(3)),
+            r"drop_path_scale must have shape \(2,\)",
+        ),
         (lambda x, w: ops.linear(x, w.to("meta")), "weight is on meta, the input on cpu"),
         (lambda x, w: ops.layer_norm_qkv(x, None, None, EPS, w, None, w, None, w[:4], None), "must have one shape"),
     ],

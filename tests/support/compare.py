@@ -63,7 +63,7 @@ def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def strided(x: Tensor) -> Tensor:
-    """`x` with the same values and strides that no launcher may assume: every second row and element of a larger one."""
+    """`x` with strides that no launcher may assume: every second row and element of a larger tensor."""
     larger = torch.zeros([2 * n for n in x.shape], dtype=x.dtype)
     view = larger[tuple(slice(None, None, 2) for _ in x.shape)]
     view.copy_(x)

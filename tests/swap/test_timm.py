@@ -482,6 +482,14 @@ def test_scripted_and_traced_models_are_stock() -> None:
     assert type(model.blocks[0]) is not Block
 
 
+def test_onnx_export_sees_the_stock_model(monkeypatch) -> None:
+    model, x = vit(depth=1), images()
+    swap(model)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = torch.export.export(model, (x,))
+    assert not any("deit_fast" in str(node.target) for node in program.graph.nodes)
+
+
 def test_torch_fx_traces_the_stock_model() -> None:
     model, tokens = vit(depth=1), torch.randn(2, 6, 192)
     swap(model)
