@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deit_fast.kernels import attention as kernels
 from deit_fast.ops import checks
+from deit_fast.ops.attention_backward import attention_backward, attention_qkv_backward
 from deit_fast.ops.registration import cast, register
 
 
@@ -20,7 +21,12 @@ def _stock_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
         log_sum_exp = log_sum_exp[..., :tokens]
     else:
         out, log_sum_exp = _explicit(q, k, v, scale)
-    return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim), log_sum_exp.float().contiguous()
+    log_sum_exp = log_sum_exp.to(log_sum_exp_dtype(q)).contiguous()
+    return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim), log_sum_exp
+
+
+def log_sum_exp_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -61,8 +67,23 @@ def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape[0], q.shape[1], q.shape[-2], q.shape[-1]
     return (
         q.new_empty((batch, tokens, heads * head_dim)),
-        q.new_empty((batch, heads, tokens), dtype=torch.float32),
+        q.new_empty((batch, heads, tokens), dtype=log_sum_exp_dtype(q)),
     )
+
+
+def _save(ctx, args, outputs):
+    *inputs, scale = args
+    ctx.save_for_backward(*inputs, *outputs)
+    ctx.mark_non_differentiable(outputs[1])
+    ctx.scale = scale
+
+
+def _backward(ctx, grad, _):
+    return attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+def _backward_qkv(ctx, grad, _):
+    return *attention_qkv_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
 _attention = register(
@@ -74,6 +95,8 @@ _attention = register(
     unsupported=_unsupported,
     fake=_fake,
     autocast=lambda dtype, qkv, scale: (cast(qkv, dtype), scale),
+    save=_save,
+    backward=_backward,
 )
 
 _attention_qkv = register(
@@ -85,13 +108,16 @@ _attention_qkv = register(
     unsupported=_unsupported,
     fake=_fake,
     autocast=lambda dtype, q, k, v, scale: (cast(q, dtype), cast(k, dtype), cast(v, dtype), scale),
+    save=_save,
+    backward=_backward_qkv,
 )
 
 
 def attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`softmax(scale * q kᵀ) v` from packed `qkv` [B, N, 3, H, d] of any strides.
 
-    Returns the output [B, N, H·d] and the log-sum-exp of the scaled scores [B, H, N], float32.
+    Returns the output [B, N, H·d] and the log-sum-exp of the scaled scores [B, H, N], float32
+    (float64 for float64 inputs), which has no gradient.
     Kernels for d = 32, 64, 80, 96, 128; other head widths use the stock operator.
     """
     return _attention(qkv, scale)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from deit_fast.kernels import layer_norm as kernels
 from deit_fast.ops import checks
-from deit_fast.ops.registration import cast, register
+from deit_fast.ops.layer_norm_backward import layer_norm_backward
+from deit_fast.ops.registration import cast, distribute, register
 
 
 def stock_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -31,6 +32,18 @@ def _unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: flo
     return kernels.unsupported(x.shape[-1]) or checks.kernel_dtypes(x, weight, bias)
 
 
+def _save(ctx, args, y):
+    x, weight, bias, eps = args
+    ctx.save_for_backward(x, weight, bias)
+    ctx.eps = eps
+
+
+def _backward(ctx, grad):
+    needs = list(ctx.needs_input_grad[:3])
+    found = layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps, None, needs)
+    return *distribute(found, needs), None
+
+
 _layer_norm = register(
     "layer_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
@@ -45,6 +58,8 @@ _layer_norm = register(
         cast(bias, torch.float32),
         eps,
     ),
+    save=_save,
+    backward=_backward,
 )
 
 
@@ -81,6 +96,26 @@ def _fake_add(x: Tensor, residual: Tensor, weight, bias, eps: float):
     return total, torch.empty_like(total)
 
 
+def _save_add(ctx, args, outputs):
+    x, residual, weight, bias, eps = args
+    ctx.save_for_backward(outputs[0], weight, bias)
+    ctx.eps, ctx.dtypes = eps, (x.dtype, residual.dtype)
+
+
+def _backward_add(ctx, of_total, of_y):
+    total, weight, bias = ctx.saved_tensors
+    need_x, need_residual, *need_parameters, _ = ctx.needs_input_grad
+    if of_y is None:
+        found = [of_total, *(None if p is None else torch.zeros_like(p) for p in (weight, bias))]
+    else:
+        needs = [need_x or need_residual, *need_parameters]
+        found = distribute(layer_norm_backward(of_y, total, weight, bias, ctx.eps, of_total, needs), needs)
+    x_dtype, residual_dtype = ctx.dtypes
+    dx = found[0].to(x_dtype) if need_x else None
+    dresidual = found[0].to(residual_dtype) if need_residual else None
+    return dx, dresidual, found[1], found[2], None
+
+
 _add_layer_norm = register(
     "add_layer_norm",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
@@ -96,6 +131,8 @@ _add_layer_norm = register(
         cast(bias, torch.float32),
         eps,
     ),
+    save=_save_add,
+    backward=_backward_add,
 )
 
 

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import linear as kernels
-from deit_fast.ops import activation, checks
+from deit_fast.ops import checks
+from deit_fast.ops.activation import apply as apply_activation
+from deit_fast.ops.activation import check as check_activation
 from deit_fast.ops.layer_norm import stock_layer_norm
-from deit_fast.ops.registration import cast, register
+from deit_fast.ops.linear_backward import layer_norm_linear_backward, linear_backward
+from deit_fast.ops.registration import cast, distribute, register
 
 
 def stock_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,13 +71,26 @@ def check_residual(
 
 
 def _stock(x, weight, bias, act, input_act):
-    return activation.apply(act, stock_linear(activation.apply(input_act, x), weight, bias))
+    return apply_activation(act, stock_linear(apply_activation(input_act, x), weight, bias))
 
 
 def _check(x, weight, bias, act, input_act):
     check_linear("linear", x, weight, bias)
-    activation.check("linear", act)
-    activation.check("linear", input_act)
+    check_activation("linear", act)
+    check_activation("linear", input_act)
+
+
+def _save(ctx, args, y):
+    x, weight, bias, _, input_act = args
+    ctx.save_for_backward(x, weight, bias)
+    ctx.input_activation = input_act
+
+
+def _backward(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[:3], False]
+    found = linear_backward(grad, x, weight, bias, None, None, ctx.input_activation, needs)
+    return *distribute(found, needs[:3]), None, None
 
 
 _linear = register(
@@ -86,6 +102,8 @@ _linear = register(
     unsupported=lambda x, weight, bias, *_: checks.kernel_dtypes(x, weight, bias),
     fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype),
     autocast=lambda dtype, x, weight, *rest: (cast(x, dtype), cast(weight, dtype), *rest),
+    save=_save,
+    backward=_backward,
 )
 
 
@@ -102,6 +120,10 @@ def linear(
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("linear", x, weight)
+    if activation != "none" and torch.is_grad_enabled():
+        # Backward wants the pre-activation, which the fused epilogue never writes.
+        check_activation("linear", activation)
+        return apply_activation(activation, _linear(x, weight, bias, "none", input_activation))
     return _linear(x, weight, bias, activation, input_activation)
 
 
@@ -115,6 +137,21 @@ def _stock_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias):
 def _check_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias):
     check_linear("layer_norm_linear", x, weight, bias)
     check_norm("layer_norm_linear", x, norm_weight, norm_bias)
+
+
+def _save_layer_norm_linear(ctx, args, y):
+    x, norm_weight, norm_bias, eps, weight, bias = args
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
+    ctx.eps = eps
+
+
+def _backward_layer_norm_linear(ctx, grad):
+    x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    needs = [*wanted[:3], *wanted[4:]]
+    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, [grad], [weight], [bias], needs)
+    dx, dnorm_weight, dnorm_bias, dweight, dbias = distribute(found, needs)
+    return dx, dnorm_weight, dnorm_bias, None, dweight, dbias
 
 
 _layer_norm_linear = register(
@@ -137,6 +174,8 @@ _layer_norm_linear = register(
         cast(weight, dtype),
         bias,
     ),
+    save=_save_layer_norm_linear,
+    backward=_backward_layer_norm_linear,
 )
 
 
@@ -179,6 +218,25 @@ def _fake_layer_norm_qkv(x, norm_weight, norm_bias, eps, q_weight, *_):
     return tuple(x.new_empty(shape, dtype=q_weight.dtype) for _ in range(3))
 
 
+def _save_layer_norm_qkv(ctx, args, outputs):
+    x, norm_weight, norm_bias, eps, *projections = args
+    ctx.save_for_backward(x, norm_weight, norm_bias, *projections)
+    ctx.eps = eps
+
+
+def _backward_layer_norm_qkv(ctx, *grads):
+    x, norm_weight, norm_bias, *projections = ctx.saved_tensors
+    weights, biases = projections[0::2], projections[1::2]
+    wanted = ctx.needs_input_grad
+    needs = [*wanted[:3], *wanted[4::2], *wanted[5::2]]
+    shape = (*x.shape[:-1], weights[0].shape[0])
+    grads = [weights[0].new_zeros(shape) if grad is None else grad for grad in grads]
+    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, grads, weights, biases, needs)
+    dx, dnorm_weight, dnorm_bias, *rest = distribute(found, needs)
+    interleaved = (gradient for pair in zip(rest[:3], rest[3:], strict=True) for gradient in pair)
+    return dx, dnorm_weight, dnorm_bias, None, *interleaved
+
+
 _layer_norm_qkv = register(
     "layer_norm_qkv",
     "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor q_weight, Tensor? q_bias, "
@@ -197,6 +255,8 @@ _layer_norm_qkv = register(
         eps,
         *(cast(p, dtype) if i % 2 == 0 else p for i, p in enumerate(projections)),
     ),
+    save=_save_layer_norm_qkv,
+    backward=_backward_layer_norm_qkv,
 )
 
 
@@ -225,7 +285,7 @@ def layer_norm_qkv(
 
 
 def _stock_linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_act):
-    branch = stock_linear(activation.apply(input_act, x), weight, bias)
+    branch = stock_linear(apply_activation(input_act, x), weight, bias)
     return stock_residual(branch, residual, layer_scale, drop_path_scale)
 
 
@@ -234,7 +294,24 @@ def _check_linear_residual(x, weight, bias, residual, layer_scale, drop_path_sca
     check_linear(op, x, weight, bias)
     check_residual(op, residual, (*x.shape[:-1], weight.shape[0]), layer_scale, drop_path_scale)
     checks.same_device(op, x, residual=residual)
-    activation.check(op, input_act)
+    check_activation(op, input_act)
+
+
+def _save_linear_residual(ctx, args, y):
+    x, weight, bias, residual, layer_scale, drop_path_scale, input_act = args
+    ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale)
+    ctx.input_activation = input_act
+    ctx.residual_dtype = residual.dtype
+
+
+def _backward_linear_residual(ctx, grad):
+    x, weight, bias, layer_scale, drop_path_scale = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual, need_layer_scale, *_ = ctx.needs_input_grad
+    needs = [need_x, need_weight, need_bias, need_layer_scale]
+    found = linear_backward(grad, x, weight, bias, layer_scale, drop_path_scale, ctx.input_activation, needs)
+    dx, dweight, dbias, dlayer_scale = distribute(found, needs)
+    dresidual = grad.to(ctx.residual_dtype) if need_residual else None
+    return dx, dweight, dbias, dresidual, dlayer_scale, None, None
 
 
 _linear_residual = register(
@@ -251,6 +328,8 @@ _linear_residual = register(
         residual.shape, dtype=residual_dtype(residual, weight, layer_scale)
     ),
     autocast=lambda dtype, x, weight, *rest: (cast(x, dtype), cast(weight, dtype), *rest),
+    save=_save_linear_residual,
+    backward=_backward_linear_residual,
 )
 
 
@@ -266,7 +345,7 @@ def linear_residual(
     """`residual + drop_path_scale * layer_scale * (input_activation(x) @ weight.T + bias)`.
 
     x [B, ..., K], weight [N, K], bias and layer_scale [N], residual [B, ..., N], drop_path_scale [B]: one factor
-    a sample. The result has the promoted dtype of residual, weight and layer_scale.
+    a sample, taken as data (it has no gradient). The result has the promoted dtype of residual, weight and layer_scale.
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("linear_residual", x, weight)

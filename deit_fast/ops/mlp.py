@@ -1,5 +1,6 @@
 """The whole MLP half of a block: LayerNorm, FC1, GELU, FC2, LayerScale, drop path, residual."""
 
+import torch
 from torch import Tensor
 
 from deit_fast.kernels import mlp as kernels
@@ -13,7 +14,8 @@ from deit_fast.ops.linear import (
     stock_linear,
     stock_residual,
 )
-from deit_fast.ops.registration import cast, register
+from deit_fast.ops.linear_backward import layer_norm_linear_backward, linear_backward
+from deit_fast.ops.registration import cast, distribute, register
 
 
 def _stock(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale, act):
@@ -31,6 +33,34 @@ def _check(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2
     checks.same_device(op, x, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     check_residual(op, x, (*x.shape[:-1], fc2_weight.shape[0]), layer_scale, scale)
     activation.check(op, act)
+
+
+def _save(ctx, args, y):
+    x, norm_weight, norm_bias, eps, *rest, act = args
+    ctx.save_for_backward(x, norm_weight, norm_bias, *rest)
+    ctx.eps, ctx.activation = eps, act
+
+
+def _backward(ctx, grad):
+    """The hidden layer was not kept: it is computed once more, then the two halves' backwards run as ever."""
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    need_x, need_norm_weight, need_norm_bias, _, need_fc1, need_fc1_bias, *need_fc2 = wanted
+    inner = any((need_x, need_norm_weight, need_norm_bias, need_fc1, need_fc1_bias))
+    hidden = torch.ops.deit_fast.layer_norm_linear(x, norm_weight, norm_bias, ctx.eps, fc1_weight, fc1_bias)
+    needs = [inner, *need_fc2[:3]]
+    found = linear_backward(grad, hidden, fc2_weight, fc2_bias, layer_scale, scale, ctx.activation, needs)
+    of_hidden, *of_fc2 = distribute(found, needs)
+    of_fc1 = [None] * 5
+    if inner:
+        needs = [need_x, need_norm_weight, need_norm_bias, need_fc1, need_fc1_bias]
+        found = layer_norm_linear_backward(
+            x, norm_weight, norm_bias, ctx.eps, [of_hidden], [fc1_weight], [fc1_bias], needs
+        )
+        of_fc1 = distribute(found, needs)
+    if need_x:
+        of_fc1[0] = of_fc1[0] + grad.to(x.dtype)
+    return *of_fc1[:3], None, *of_fc1[3:], *of_fc2, None, None
 
 
 _mlp = register(
@@ -56,6 +86,8 @@ _mlp = register(
         cast(fc2_weight, dtype),
         *rest,
     ),
+    save=_save,
+    backward=_backward,
 )
 
 

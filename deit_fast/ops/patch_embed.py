@@ -6,7 +6,8 @@ from torch import Tensor
 
 from deit_fast.kernels import patch_embed as kernels
 from deit_fast.ops import checks
-from deit_fast.ops.registration import cast, register
+from deit_fast.ops.patch_embed_backward import patch_embed_backward
+from deit_fast.ops.registration import cast, distribute, register
 
 
 def _stock(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std):
@@ -117,6 +118,16 @@ def _fake(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, ma
     )
 
 
+def _save(ctx, args, tokens):
+    ctx.save_for_backward(*args)
+
+
+def _backward(ctx, grad):
+    needs = list(ctx.needs_input_grad[:7])
+    found = patch_embed_backward(grad, *ctx.saved_tensors, needs)
+    return *distribute(found, needs), None, None, None
+
+
 _patch_embed = register(
     "patch_embed",
     "(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, Tensor? dist_token, "
@@ -127,6 +138,8 @@ _patch_embed = register(
     unsupported=_unsupported,
     fake=_fake,
     autocast=lambda dtype, images, weight, *rest: (images, cast(weight, dtype), *rest),
+    save=_save,
+    backward=_backward,
 )
 
 

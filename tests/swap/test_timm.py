@@ -70,7 +70,7 @@ def assert_swap_is_exact(model: nn.Module, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", timm.list_models(["deit*"]))
 def test_every_deit_agrees_at_its_own_size(name: str) -> None:
-    model = randomise(timm.create_model(name, depth=1)).eval()
+    model = randomise(timm.create_model(name, depth=2)).eval()
     assert_swap_is_exact(model, images(1, model.default_cfg["input_size"][-1]))
 
 
@@ -99,6 +99,14 @@ def test_a_swapped_model_runs_whole_blocks() -> None:
     model = vit()
     swap(model)
     assert operator_calls(lambda: model(images())) == block_calls(2)
+
+
+def test_the_kernels_give_stocks_answer(triton_backend) -> None:
+    model, x = small(depth=1, init_values=0.5), images(1)
+    with torch.inference_mode():
+        stock = model(x)
+        swap(model)
+        assert_close(model(x), stock)
 
 
 def test_bfloat16_and_autocast_agree() -> None:

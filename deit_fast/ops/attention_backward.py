@@ -1,0 +1,55 @@
+"""Gradients of attention, recomputed from q, k, v and the log-sum-exp (Dao et al. 2022, appendix B)."""
+
+import torch
+from torch import Tensor
+
+from deit_fast.ops import checks
+from deit_fast.ops.registration import register_backward
+
+
+def _stock_qkv(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+) -> list[Tensor]:
+    batch, tokens, heads, head_dim = q.shape
+    if q.numel() == 0 or k.numel() == 0:
+        return [torch.zeros_like(t) for t in (q, k, v)]
+    grad, out = (t.view(batch, tokens, heads, head_dim).transpose(1, 2) for t in (grad.contiguous(), out))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, log_sum_exp, 0.0, False, scale=scale
+        )
+    else:
+        found = _explicit(grad, q, k, v, out, log_sum_exp, scale)
+    return [t.transpose(1, 2) for t in found]
+
+
+def _explicit(grad, q, k, v, out, log_sum_exp, scale):
+    """dV = Pᵀ dO, dS = P (dO Vᵀ − rowsum(dO O)), dQ = scale dS K, dK = scale dSᵀ Q."""
+    weights = torch.exp((q @ k.mT).mul(scale) - log_sum_exp.unsqueeze(-1)).to(q.dtype)
+    delta = (grad * out).sum(-1, keepdim=True)
+    of_scores = weights * (grad @ v.mT - delta) * scale
+    return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
+
+
+def _stock(grad: Tensor, qkv: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float) -> Tensor:
+    return torch.stack(_stock_qkv(grad, *qkv.unbind(2), out, log_sum_exp, scale), dim=2)
+
+
+attention_backward = register_backward(
+    "attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, float scale) -> Tensor",
+    stock=_stock,
+    triton=_stock,
+    unsupported=lambda grad, qkv, *_: checks.kernel_dtypes(grad, qkv),
+    fake=lambda grad, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
+)
+
+attention_qkv_backward = register_backward(
+    "attention_qkv_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum_exp, float scale) -> Tensor[]",
+    stock=lambda *args: [t.contiguous() for t in _stock_qkv(*args)],
+    triton=lambda *args: [t.contiguous() for t in _stock_qkv(*args)],
+    unsupported=lambda grad, q, *_: checks.kernel_dtypes(grad, q),
+    fake=lambda grad, q, k, v, *_: [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)],
+)

@@ -1,0 +1,144 @@
+"""Gradients of the GEMM family.
+
+Every backward operator takes `needs`, a flag for each gradient it knows, and returns the gradients asked for, in
+that order: a frozen weight costs nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from deit_fast.ops import activation, checks
+from deit_fast.ops.registration import register_backward
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+# linear and linear_residual ---------------------------------------------------------------------------------------
+
+
+def _stock_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    input_activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """LayerScale goes into weight-sized tensors, never into a pass over the tokens:
+
+    with g = drop_path_scale * grad and G = gᵀ act(x), the gradients are dx = g (layer_scale W) act'(x),
+    dW = layer_scale G, db = layer_scale Σg, dlayer_scale = Σ_k W G + b Σg.
+    """
+    need_x, need_weight, need_bias, need_layer_scale = needs
+    dtype = weight.dtype
+    if drop_path_scale is not None:
+        grad = grad * drop_path_scale.view(-1, *[1] * (grad.ndim - 1))
+    grad = _rows(as_dtype(grad, dtype))
+    gradients = []
+    if need_x:
+        scaled = weight if layer_scale is None else as_dtype(weight * layer_scale.unsqueeze(1), dtype)
+        dx = as_dtype(grad @ scaled, x.dtype).view(x.shape)
+        if input_activation != "none":
+            approximate = "tanh" if input_activation == "gelu_tanh" else "none"
+            dx = torch.ops.aten.gelu_backward(dx, x, approximate=approximate)
+        gradients.append(dx)
+    if need_weight or need_layer_scale:
+        product = grad.T @ _rows(as_dtype(activation.apply(input_activation, x), dtype))
+    if need_bias or need_layer_scale:
+        total = grad.sum(0, dtype=torch.promote_types(dtype, torch.float32))
+    if need_weight:
+        gradients.append(product if layer_scale is None else as_dtype(product * layer_scale.unsqueeze(1), dtype))
+    if need_bias:
+        gradients.append(as_dtype(total if layer_scale is None else total * layer_scale, bias.dtype))
+    if need_layer_scale:
+        wide = total.dtype
+        of_scale = (weight.to(wide) * product.to(wide)).sum(1)
+        if bias is not None:
+            of_scale += bias * total
+        gradients.append(of_scale.to(layer_scale.dtype))
+    return gradients
+
+
+def _fake_linear_backward(grad, x, weight, bias, layer_scale, drop_path_scale, input_activation, needs):
+    inputs = (x, weight, bias, layer_scale)
+    return [torch.empty(i.shape, dtype=i.dtype, device=i.device) for i, n in zip(inputs, needs, strict=True) if n]
+
+
+linear_backward = register_backward(
+    "linear_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? drop_path_scale, "
+    "str input_activation, bool[] needs) -> Tensor[]",
+    stock=_stock_linear_backward,
+    triton=_stock_linear_backward,
+    unsupported=lambda grad, x, weight, bias, layer_scale, drop_path_scale, *_: checks.kernel_dtypes(
+        grad, x, weight, bias, layer_scale, drop_path_scale
+    ),
+    fake=_fake_linear_backward,
+)
+
+
+# layer_norm_linear ------------------------------------------------------------------------------------------------
+
+
+def _stock_layer_norm_linear_backward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    needs: list[bool],
+) -> list[Tensor]:
+    """For one projection of LayerNorm(x) or several (separate q, k, v): their `grads`, `weights` and `biases`."""
+    need_norm, need_weights, need_biases = needs[:3], needs[3 : 3 + len(weights)], needs[3 + len(weights) :]
+    dtype = weights[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    parameters = [None if p is None else as_dtype(p, x.dtype) for p in (norm_weight, norm_bias)]
+    normalised, mean, rstd = torch.ops.aten.native_layer_norm(x, [x.shape[-1]], *parameters, eps)
+    grads = [_rows(as_dtype(g, dtype)) for g in grads]
+    gradients = []
+    if any(need_norm):
+        of_norm = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            of_norm = torch.addmm(of_norm, grad, weight)
+        of_norm = as_dtype(of_norm, x.dtype).view(x.shape)
+        found = torch.ops.aten.native_layer_norm_backward(
+            of_norm, x, [x.shape[-1]], mean, rstd, *parameters, need_norm
+        )
+        for gradient, need, like in zip(found, need_norm, (x, norm_weight, norm_bias), strict=True):
+            if need:
+                gradients.append(as_dtype(gradient, like.dtype))
+    if any(need_weights):
+        normalised = _rows(as_dtype(normalised, dtype))
+        gradients += [grad.T @ normalised for grad, need in zip(grads, need_weights, strict=True) if need]
+    for grad, bias, need in zip(grads, biases, need_biases, strict=True):
+        if need:
+            gradients.append(as_dtype(grad.sum(0, dtype=wide), bias.dtype))
+    return gradients
+
+
+def _fake_layer_norm_linear_backward(x, norm_weight, norm_bias, eps, grads, weights, biases, needs):
+    inputs = (x, norm_weight, norm_bias, *weights, *biases)
+    return [torch.empty(i.shape, dtype=i.dtype, device=i.device) for i, n in zip(inputs, needs, strict=True) if n]
+
+
+layer_norm_linear_backward = register_backward(
+    "layer_norm_linear_backward",
+    "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor[] grads, Tensor[] weights, "
+    "Tensor?[] biases, bool[] needs) -> Tensor[]",
+    stock=_stock_layer_norm_linear_backward,
+    triton=_stock_layer_norm_linear_backward,
+    unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, needs: checks.kernel_dtypes(
+        x, norm_weight, norm_bias, *grads, *weights, *biases
+    ),
+    fake=_fake_layer_norm_linear_backward,
+)
