@@ -81,7 +81,7 @@ def mlp_unfusable(mlp: Module) -> str | None:
             return f"{name} {reason}"
     activation = modules["act"]
     if parts.gelu_name(activation) is None:
-        return f"its activation is {type(activation).__name__}, not GELU"
+        return f"its activation is {parts.class_name(activation)}, not GELU"
     if parts.touched(activation) is not None:
         return f"act {parts.touched(activation)}"
     if not _identity(modules.get("norm")):

@@ -5,8 +5,9 @@
 
 from torch import Tensor
 from torch import nn as torch_nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Module, Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LINEARS: set[type] = {torch_nn.Linear}
 LAYER_NORMS: set[type] = {torch_nn.LayerNorm}
@@ -16,43 +17,55 @@ ATTENTIONS: set[type] = set()
 MLPS: set[type] = set()
 IDENTITIES: set[type] = {torch_nn.Identity}
 
-_PLAIN_TENSORS = (Parameter, Tensor)
+# Activation modules by what the operators call them; torch's own GELU says which it is by an attribute.
+GELUS: dict[type, str] = {}
+
+# Fake and functional tensors are what tracers put in an ordinary tensor's place.
+_PLAIN_TENSORS = frozenset({Parameter, Tensor, FakeTensor, FunctionalTensor, type(None)})
 
 
 def touched(module: Module) -> str | None:
     """Why `module` must be called as a module: a hook, or a forward that someone put on the instance."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    state = module.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return "has a hook"
-    if "forward" in module.__dict__:
+    # Accelerate leaves the class's own forward behind, bound, when its hooks come off: that changes nothing.
+    if "forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward:
         return "has a forward of its own on the instance"
     return None
 
 
 def plain_parameters(module: Module) -> bool:
     """Whether every parameter is an ordinary tensor (not a quantized or sharded tensor subclass)."""
-    for parameter in module._parameters.values():
-        # Exact types first: the general question costs ten times as much.
-        if parameter is None or type(parameter) in _PLAIN_TENSORS:
-            continue
-        if is_traceable_wrapper_subclass(parameter):
-            return False
-    return True
+    return all(type(parameter) in _PLAIN_TENSORS for parameter in module.__dict__["_parameters"].values())
 
 
 def unfusable(module: Module, classes: set[type]) -> str | None:
     """Why `module` can't be computed from its parameters alone, or None."""
     if type(module) not in classes:
-        return f"is a {type(module).__name__}"
+        return f"is a {class_name(module)}"
     if not plain_parameters(module):
         return "has a tensor subclass for a parameter"
     return touched(module)
 
 
+def class_name(module: Module) -> str:
+    """With its module's name, unless torch's: a LoRA layer is a `Linear` too."""
+    kind = type(module)
+    home = "" if kind.__module__.startswith("torch.") else f"{kind.__module__}."
+    return home + kind.__qualname__
+
+
 def gelu_name(activation: Module) -> str | None:
     """The operators' name of an activation module: "gelu" (erf) or "gelu_tanh"; None for any other."""
-    if type(activation) is not torch_nn.GELU:
-        return None
-    return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    if type(activation) is torch_nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return GELUS.get(type(activation))
 
 
 def idle_dropout(module: Module) -> bool:

@@ -34,8 +34,7 @@ def _fake(grad, x, weight, bias, eps, residual_grad, needs):
 
 layer_norm_backward = register_backward(
     "layer_norm_backward",
-    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual_grad, bool[] needs) "
-    "-> Tensor[]",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual_grad, bool[] needs) -> Tensor[]",
     stock=_stock,
     triton=_stock,
     unsupported=lambda grad, x, weight, bias, *_: checks.kernel_dtypes(grad, x, weight, bias),

@@ -109,11 +109,9 @@ def _stock_layer_norm_linear_backward(
     if any(need_norm):
         of_norm = grads[0] @ weights[0]
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            of_norm = torch.addmm(of_norm, grad, weight)
+            of_norm += grad @ weight
         of_norm = as_dtype(of_norm, x.dtype).view(x.shape)
-        found = torch.ops.aten.native_layer_norm_backward(
-            of_norm, x, [x.shape[-1]], mean, rstd, *parameters, need_norm
-        )
+        found = torch.ops.aten.native_layer_norm_backward(of_norm, x, [x.shape[-1]], mean, rstd, *parameters, need_norm)
         for gradient, need, like in zip(found, need_norm, (x, norm_weight, norm_bias), strict=True):
             if need:
                 gradients.append(as_dtype(gradient, like.dtype))

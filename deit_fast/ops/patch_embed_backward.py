@@ -55,9 +55,7 @@ def _stock(
         )  # fmt: skip
         gradients |= {"images": of_pixels, "weight": of_weight}
     inputs = (images, weight, bias, pos_embed, cls_token, dist_token, mask_token)
-    return [
-        gradients[name].to(i.dtype) for name, i, need in zip(GRADIENTS, inputs, needs, strict=True) if need
-    ]
+    return [gradients[name].to(i.dtype) for name, i, need in zip(GRADIENTS, inputs, needs, strict=True) if need]
 
 
 def _fake(grad, images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std, needs):

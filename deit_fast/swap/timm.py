@@ -4,7 +4,7 @@ import inspect
 
 import timm
 import torch
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerScale, activations
 from timm.layers import LayerNorm as StockLayerNorm
 from timm.layers import Mlp as StockMlp
 from timm.layers import PatchEmbed as StockPatchEmbed
@@ -205,6 +205,7 @@ parts.ATTENTIONS.add(Attention)
 parts.MLPS.add(Mlp)
 parts.LAYER_SCALES.add(LayerScale)
 parts.DROP_PATHS.add(DropPath)
+parts.GELUS.update({activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"})
 
 register(StockLayerNorm, LayerNorm, layer_norm_unfusable)
 register(vision_transformer.Attention, Attention, functional.attention_unfusable)
