@@ -1,7 +1,7 @@
 """Operator calls and boundary bytes a transformer block, stock and swapped, counted at the dispatcher.
 
     python -m bench.traffic [--libraries timm,transformers,deit_fast] [--models tiny,small,base]
-                            [--batch 32] [--json FILE]
+                            [--suites inference,training] [--batch 32] [--json FILE]
 
 A count on the CPU with the stock backend, whose operator boundaries are the kernels': no GPU is measured.
 Every operator call that reaches the dispatcher counts, with the bytes of its distinct tensor inputs and
@@ -14,6 +14,10 @@ Bytes are a token's, in units of D (the width). Two senses:
   and heads are spread over the blocks, and the weights over this batch's tokens.
 - block: one block more (a model of two blocks less a model of one), weights left out: what a large batch
   tends to.
+
+Training is one forward and backward with drop path off. Its bytes grow in proportion to the batch, so they are
+counted at batches of 1 and 2: the increment is a token's ('block'), the rest is weights and their gradients.
+'Saved' is what autograd keeps for backward, an image's.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from bench.models import DEPTH, LIBRARIES, SIZES, TOKENS, build, choices, images
 
 PRECISIONS = ("bf16", "autocast-bf16")
+SUITES = ("inference", "training")
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
@@ -140,7 +145,68 @@ def _count(model: nn.Module, precision: str, batch: int) -> TrafficCounter:
     return counter
 
 
-def maker(library: str, size: str, swapped: bool) -> Callable[[int], nn.Module]:
+@dataclass(frozen=True)
+class Training:
+    """As Traffic, for forward and backward; saved_image in MiB."""
+
+    calls_model: float
+    calls_block: int
+    bytes_model: float
+    bytes_block: float
+    saved_image: float
+    operators: dict[str, int]
+
+
+def measure_training(make_model: Callable[[int], nn.Module], width: int, precision: str, batch: int) -> Training:
+    """Traffic of one training step of the 12-block model, at `batch`."""
+    counts = {(depth, n): _count_training(make_model(depth), precision, n) for depth in (1, 2) for n in (1, 2)}
+    byte_counts = {key: count.activation_bytes + count.weight_bytes for key, (count, _) in counts.items()}
+    saved = {key: saved for key, (_, saved) in counts.items()}
+
+    def whole(values: dict, n: int) -> float:
+        return values[1, n] + (DEPTH - 1) * (values[2, n] - values[1, n])
+
+    def an_image(values: dict) -> float:
+        return whole(values, 2) - whole(values, 1)
+
+    one, two = counts[1, 1][0].calls, counts[2, 1][0].calls
+    block = [byte_counts[2, n] - byte_counts[1, n] for n in (1, 2)]
+    at_batch = whole(byte_counts, 1) + (batch - 1) * an_image(byte_counts)
+    return Training(
+        calls_model=(one.total() + (DEPTH - 1) * (two.total() - one.total())) / DEPTH,
+        calls_block=two.total() - one.total(),
+        bytes_model=at_batch / DEPTH / (batch * TOKENS * width),
+        bytes_block=(block[1] - block[0]) / (TOKENS * width),
+        saved_image=an_image(saved) / 2**20,
+        operators=dict(two - one),
+    )
+
+
+def _count_training(model: nn.Module, precision: str, batch: int) -> tuple[TrafficCounter, int]:
+    pure = precision == "bf16"
+    dtype = torch.bfloat16 if pure else torch.float32
+    model, pixels = model.train().to(dtype), images(batch, dtype)
+    weights = [*model.parameters(), *model.buffers()]
+    known = {_address(weight) for weight in weights}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _address(tensor) not in known:
+            kept[_address(tensor)] = tensor
+        return tensor
+
+    counter = TrafficCounter(weights)
+    autocast = nullcontext() if pure else torch.autocast("cpu", torch.bfloat16)
+    with counter:
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(pixels)
+            logits = getattr(logits, "logits", logits)
+            loss = sum(each.sum() for each in logits) if isinstance(logits, tuple) else logits.sum()
+        loss.backward()
+    return counter, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def maker(library: str, size: str, swapped: bool, memory: str = "balanced") -> Callable[[int], nn.Module]:
     """depth -> the model, stock or swapped."""
 
     def make(depth: int) -> nn.Module:
@@ -148,7 +214,7 @@ def maker(library: str, size: str, swapped: bool) -> Callable[[int], nn.Module]:
         if swapped:
             import deit_fast
 
-            deit_fast.swap(model)
+            deit_fast.swap(model, memory=memory)
         return model
 
     return make
@@ -187,6 +253,40 @@ def markdown(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def training_rows(libraries: list[str], sizes: list[str], batch: int) -> list[dict]:
+    """As `rows`, for a training step; swapped models with either choice of memory."""
+    from deit_fast.ops import backend
+
+    table = []
+    with backend.forced("torch"):
+        for library in (name for name in libraries if name != "deit_fast"):
+            for size in sizes:
+                for precision in PRECISIONS:
+                    for variant, options in (
+                        ("stock", (False,)),
+                        ("swapped", (True,)),
+                        ("swapped, low", (True, "low")),
+                    ):
+                        training = measure_training(maker(library, size, *options), SIZES[size][0], precision, batch)
+                        about = {"library": library, "model": size, "precision": precision}
+                        table.append({**about, "variant": variant, "batch": batch, **asdict(training)})
+    return table
+
+
+def training_markdown(table: list[dict]) -> str:
+    lines = [
+        "| library | model | precision | | calls a block | calls, model | D bytes a block | D bytes, model | saved MiB |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in table:
+        lines.append(
+            f"| {row['library']} | {row['model']} | {row['precision']} | {row['variant']} "
+            f"| {row['calls_block']} | {row['calls_model']:.1f} "
+            f"| {row['bytes_block']:.1f} | {row['bytes_model']:.1f} | {row['saved_image']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.traffic",
@@ -195,6 +295,7 @@ def main() -> None:
     )
     parser.add_argument("--libraries", default=",".join(LIBRARIES))
     parser.add_argument("--models", default=",".join(SIZES))
+    parser.add_argument("--suites", default=",".join(SUITES))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path, help="write every figure to this file as well")
     arguments = parser.parse_args()
@@ -203,15 +304,21 @@ def main() -> None:
     libraries = choices(arguments.libraries, LIBRARIES, "library")
     sizes = choices(arguments.models, SIZES, "model")
 
-    table = rows(libraries, sizes, arguments.batch)
+    suites = choices(arguments.suites, SUITES, "suite")
+
     print(
-        f"Inference at 224 pixels, batch {arguments.batch}, {TOKENS} tokens: counted on the CPU, not\n"
-        f"measured on a GPU. 'block': one block, weights left out. 'model': the whole model with its\n"
-        f"weights, divided by {DEPTH}.\n"
+        f"224 pixels, batch {arguments.batch}, {TOKENS} tokens: counted on the CPU, not measured on a GPU.\n"
+        f"'block': one block, weights left out. 'model': the whole model with its weights, divided by {DEPTH}."
     )
-    print(markdown(table))
+    found = {}
+    if "inference" in suites:
+        found["inference"] = rows(libraries, sizes, arguments.batch)
+        print(f"\nInference\n\n{markdown(found['inference'])}")
+    if "training" in suites:
+        found["training"] = training_rows(libraries, sizes, arguments.batch)
+        print(f"\nTraining step, drop path off\n\n{training_markdown(found['training'])}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -121,10 +121,23 @@ def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
 
 
 @lru_cache(maxsize=256)
+def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[AttentionTile, AttentionTile]:
+    """Tiles of the kernel that owns queries and of the kernel that owns keys."""
+    return AttentionTile(64, 32, 4, 1), AttentionTile(32, 64, 4, 1)
+
+
+@lru_cache(maxsize=256)
 def layer_norm_rows(width: int) -> tuple[int, int]:
     """Rows a program and its warps: about two thousand elements on chip, 128 bits a thread at least."""
     rows = max(1, min(16, 2048 // triton.next_power_of_2(width)))
     return rows, 4 if rows * width <= 4096 else 8
+
+
+@lru_cache(maxsize=64)
+def loss_row(classes: int) -> tuple[int, int]:
+    """Classes a step and warps, for a program that walks over one row of logits: 8 elements a thread."""
+    block = min(2048, max(16, triton.next_power_of_2(classes)))
+    return block, min(8, max(1, block // 256))
 
 
 def run(kernel, programs: int, device: torch.device, *args, **options) -> None:

@@ -10,13 +10,16 @@ from deit_fast.kernels.device import tile_of_program
 from deit_fast.kernels.layout import dense, unit_stride
 
 _GROUP = 8
+# Two thousand elements a program of what is only summed, 128 bytes of a row at least.
 _SUM_ELEMENTS = 2048
+_BATCH_BLOCK, _COLUMN_BLOCK = 32, 64
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
 def _patch_offset(
-    sample, patch, grid_width, image_batch, image_row, image_column, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr
+    sample, patch, grid_width, image_batch, image_row, image_column,
+    PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Where a patch's first pixel lies in the images."""
     top = (patch // grid_width * PATCH_HEIGHT).to(tl.int64)
@@ -106,9 +109,9 @@ def weight_gradient_kernel(
             visible = row_mask & (tl.load(mask_ptr + row, mask=row_mask, other=1) == 0)
         grad_row = sample.to(tl.int64) * grad_batch + (patch + PREFIX).to(tl.int64) * grad_token
         grad = tl.load(
-            grad_ptr + grad_row[:, None] + column[None, :], mask=visible[:, None] & column_mask[None, :], other=0.0
+            grad_ptr + column[:, None] + grad_row[None, :], mask=column_mask[:, None] & visible[None, :], other=0.0
         )
-        product = tl.dot(tl.trans(grad.to(DTYPE)), pixels.to(DTYPE), product, input_precision=PRECISION)
+        product = tl.dot(grad.to(DTYPE), pixels.to(DTYPE), product, input_precision=PRECISION)
 
     partial = partials_ptr + split.to(tl.int64) * WIDTH * DEPTH
     tl.store(
@@ -264,3 +267,199 @@ def sum_partials_kernel(
         partials = partials_ptr + i[:, None] * columns + column[None, :]
         total += tl.load(partials, mask=(i < count)[:, None] & column_mask[None, :], other=0.0)
     tl.store(total_ptr + column, tl.sum(total, axis=0).to(total_ptr.dtype.element_ty), mask=column_mask)
+
+
+def patch_embed_backward(
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    dist_token: Tensor | None,
+    mask_token: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Those gradients of `images`, …, `mask_token` that `needs` asks for, each like its argument.
+
+    grad: [B, R + P, D], of the tokens. Dots run in weight's dtype, every sum in float32. Of bias, positions and
+    tokens only shape and dtype matter. Masked patches have no gradient but the mask token's.
+    """
+    inputs = (images, weight, bias, pos_embed, cls_token, dist_token, mask_token)
+    if grad.numel() == 0:
+        return [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+    outputs = [
+        torch.empty_like(x, memory_format=torch.preserve_format if x is images else torch.contiguous_format)
+        if need
+        else None
+        for x, need in zip(inputs, needs, strict=True)
+    ]
+    of_images, of_weight, of_bias, of_pos_embed, of_cls_token, of_dist_token, of_mask_token = outputs
+    grad = unit_stride(grad)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    prefix = (cls_token is not None) + (dist_token is not None)
+    if of_weight is not None:
+        _weight_gradient(grad, images, mask, dense(mean), dense(std), prefix, of_weight)
+    if of_images is not None:
+        _image_gradient(grad, weight.contiguous(), mask, prefix, of_images)
+    if any(needs[2:]):
+        prefix_tokens = [of for of, x in ((of_cls_token, cls_token), (of_dist_token, dist_token)) if x is not None]
+        _token_gradients(grad, mask, prefix_tokens, of_pos_embed, of_bias, of_mask_token)
+    return [of for of in outputs if of is not None]
+
+
+def _weight_gradient(
+    grad: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    prefix: int,
+    of_weight: Tensor,
+) -> None:
+    batch, tokens, width = grad.shape
+    patches = tokens - prefix
+    channels, patch_height, patch_width = of_weight.shape[1:]
+    depth = channels * patch_height * patch_width
+    rows = batch * patches
+    arch = launch.architecture(grad)
+    tile, rows_per_split = launch.patch_embed_weight_gradient(rows, width, depth, of_weight.element_size(), arch)
+    tiles = triton.cdiv(width, tile.rows) * triton.cdiv(depth, tile.columns)
+    splits = triton.cdiv(rows, rows_per_split)
+    partials = of_weight
+    if splits > 1:
+        partials = torch.empty((splits, width, depth), dtype=torch.float32, device=grad.device)
+    launch.run(
+        weight_gradient_kernel,
+        splits * tiles,
+        grad.device,
+        grad,
+        images,
+        mask,
+        mean,
+        std,
+        partials,
+        rows,
+        rows_per_split,
+        patches,
+        images.shape[3] // patch_width,
+        *grad.stride()[:2],
+        *images.stride(),
+        DTYPE=_TRITON_DTYPE[of_weight.dtype],
+        CHANNELS=channels,
+        PATCH_HEIGHT=patch_height,
+        PATCH_WIDTH=patch_width,
+        WIDTH=width,
+        PREFIX=prefix,
+        WIDTH_BLOCK=tile.rows,
+        DEPTH_BLOCK=tile.columns,
+        ROW_BLOCK=tile.depth,
+        PRECISION=launch.dot_precision(of_weight.dtype, arch),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if splits > 1:
+        _sum_partials(partials, of_weight)
+
+
+def _image_gradient(grad: Tensor, weight: Tensor, mask: Tensor | None, prefix: int, of_images: Tensor) -> None:
+    batch, tokens, width = grad.shape
+    patches = tokens - prefix
+    channels, patch_height, patch_width = weight.shape[1:]
+    depth = channels * patch_height * patch_width
+    arch = launch.architecture(grad)
+    tile = launch.gemm(depth, width, weight.element_size(), arch, "none")
+    launch.run(
+        image_gradient_kernel,
+        triton.cdiv(batch * patches, tile.rows) * triton.cdiv(depth, tile.columns),
+        grad.device,
+        grad,
+        weight,
+        mask,
+        of_images,
+        batch * patches,
+        patches,
+        of_images.shape[3] // patch_width,
+        *grad.stride()[:2],
+        *of_images.stride(),
+        CHANNELS=channels,
+        PATCH_HEIGHT=patch_height,
+        PATCH_WIDTH=patch_width,
+        WIDTH=width,
+        PREFIX=prefix,
+        ROW_BLOCK=tile.rows,
+        DEPTH_BLOCK=tile.columns,
+        WIDTH_BLOCK=tile.depth,
+        GROUP=_GROUP,
+        PRECISION=launch.dot_precision(weight.dtype, arch),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _token_gradients(
+    grad: Tensor,
+    mask: Tensor | None,
+    prefix_tokens: list[Tensor | None],
+    of_pos_embed: Tensor | None,
+    of_bias: Tensor | None,
+    of_mask_token: Tensor | None,
+) -> None:
+    batch, tokens, width = grad.shape
+    prefix = len(prefix_tokens)
+    patches = tokens - prefix
+    prefix_positions = of_pos_embed is not None and of_pos_embed.shape[1] == tokens
+    of_prefix = prefix_positions or any(of is not None for of in prefix_tokens)
+    of_patches = of_pos_embed is not None or of_bias is not None or of_mask_token is not None
+    first, last = 0 if of_prefix else prefix, tokens if of_patches else prefix
+    bias_partials, mask_token_partials = (
+        None if of is None else torch.empty((patches, width), dtype=torch.float32, device=grad.device)
+        for of in (of_bias, of_mask_token)
+    )
+    launch.run(
+        token_gradients_kernel,
+        (last - first) * triton.cdiv(width, _COLUMN_BLOCK),
+        grad.device,
+        grad,
+        mask if of_bias is not None or of_mask_token is not None else None,
+        *prefix_tokens,
+        *[None] * (2 - prefix),
+        of_pos_embed,
+        bias_partials,
+        mask_token_partials,
+        first,
+        batch,
+        patches,
+        *grad.stride()[:2],
+        WIDTH=width,
+        PREFIX=prefix,
+        PREFIX_POSITIONS=prefix_positions,
+        BATCH_BLOCK=_BATCH_BLOCK,
+        COLUMN_BLOCK=_COLUMN_BLOCK,
+        num_warps=4,
+    )
+    for partials, of in ((bias_partials, of_bias), (mask_token_partials, of_mask_token)):
+        if of is not None:
+            _sum_partials(partials, of)
+
+
+def _sum_partials(partials: Tensor, total: Tensor) -> None:
+    """`partials` [count, …] summed into `total`."""
+    count, columns = len(partials), total.numel()
+    count_block = min(32, triton.next_power_of_2(count))
+    column_block = _SUM_ELEMENTS // count_block
+    launch.run(
+        sum_partials_kernel,
+        triton.cdiv(columns, column_block),
+        total.device,
+        partials,
+        total,
+        count,
+        columns,
+        COUNT_BLOCK=count_block,
+        COLUMN_BLOCK=column_block,
+        num_warps=4,
+    )

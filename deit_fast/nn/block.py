@@ -14,6 +14,9 @@ class Block(nn.Module):
 
     Computed whole, in five operator calls (four at narrow widths), when all parts are what the kernels compute;
     part by part when one is not (a hook on an inner module, active dropout, an attention mask).
+
+    memory: what is kept for backward. "balanced" keeps the block's input, qkv, the attention output, the input of
+    the MLP half and its pre-activation; "low" computes the pre-activation again. Neither changes a value.
     """
 
     def __init__(
@@ -35,10 +38,13 @@ class Block(nn.Module):
         mlp_layer: type[nn.Module] = Mlp,
         attn_layer: type[nn.Module] = Attention,
         depth: int = 0,
+        memory: str = "balanced",
         device=None,
         dtype=None,
     ) -> None:
+        functional.check_memory(memory)
         super().__init__()
+        self._deit_fast_memory = memory
         factory = {"device": device, "dtype": dtype}
         self.norm1 = norm_layer(dim, **factory)
         self.attn = attn_layer(

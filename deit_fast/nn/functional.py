@@ -13,6 +13,8 @@ from deit_fast import ops
 from deit_fast.kernels import mlp as mlp_kernels
 from deit_fast.nn import parts
 
+MEMORIES = ("balanced", "low")
+
 # LayerNorm --------------------------------------------------------------------------------------------------------
 
 
@@ -94,8 +96,15 @@ def mlp_unfusable(mlp: Module) -> str | None:
 def mlp_forward(mlp: Module, x: Tensor) -> Tensor:
     """FC1, GELU, FC2: x [..., D] → [..., D_out]."""
     modules = mlp._modules
-    fc1, fc2 = modules["fc1"], modules["fc2"]
-    hidden = ops.linear(x, fc1.weight, fc1.bias, activation=parts.gelu_name(modules["act"]))
+    return mlp_linears(x, modules["fc1"], modules["fc2"], parts.gelu_name(modules["act"]))
+
+
+def mlp_linears(x: Tensor, fc1: Module, fc2: Module, activation: str) -> Tensor:
+    """GELU in the epilogue of FC1; where backward will want the pre-activation, as FC2 loads it."""
+    if torch.is_grad_enabled():
+        hidden = ops.linear(x, fc1.weight, fc1.bias)
+        return ops.linear(hidden, fc2.weight, fc2.bias, input_activation=activation)
+    hidden = ops.linear(x, fc1.weight, fc1.bias, activation=activation)
     return ops.linear(hidden, fc2.weight, fc2.bias)
 
 
@@ -152,7 +161,18 @@ def block_forward(block: Module, x: Tensor) -> Tensor:
     fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
     gamma = _gamma(modules.get("ls2"))
     drop_path_scale = draw_drop_path(modules.get("drop_path2"), x, fc2.weight, gamma)
-    return mlp_residual(x, norm, fc1, fc2, gamma, drop_path_scale, parts.gelu_name(mlp._modules["act"]))
+    activation = parts.gelu_name(mlp._modules["act"])
+    return mlp_residual(x, norm, fc1, fc2, gamma, drop_path_scale, activation, memory_of(block))
+
+
+def memory_of(block: Module) -> str:
+    """What `block` keeps for backward: "balanced" or "low" (`deit_fast.swap`)."""
+    return block.__dict__.get("_deit_fast_memory", "balanced")
+
+
+def check_memory(memory: str) -> None:
+    if memory not in MEMORIES:
+        raise ValueError(f"memory must be one of {', '.join(MEMORIES)}; got {memory!r}")
 
 
 def mlp_residual(
@@ -163,9 +183,15 @@ def mlp_residual(
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
     activation: str,
+    memory: str,
 ) -> Tensor:
-    """The MLP half of a block, in one operator where the whole of it fits on chip, in two elsewhere."""
-    if mlp_kernels.fits(x.shape[-1], fc1.weight.shape[0]):
+    """The MLP half of a block.
+
+    Without gradients, in one operator where the whole of it fits on chip. With gradients that operator keeps no
+    pre-activation and computes it again in backward: `memory="low"`. Otherwise in two operators.
+    """
+    whole = memory == "low" if torch.is_grad_enabled() else mlp_kernels.fits(x.shape[-1], fc1.weight.shape[0])
+    if whole:
         return ops.mlp(
             x,
             norm.weight,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import Module
 
+from deit_fast.nn.functional import check_memory
 from deit_fast.swap import layer_norm  # noqa: F401  (registers torch's LayerNorm)
 from deit_fast.swap.report import SwapReport
 from deit_fast.swap.rules import RULES, Rule
@@ -21,19 +22,24 @@ _SUPPORTED = (
 )
 
 
-def swap(model: Module) -> SwapReport:
+def swap(model: Module, *, memory: str = "balanced") -> SwapReport:
     """Puts `model`'s modules on the fused operators, in place.
 
     Parameters, buffers, names, hooks and `state_dict` stay as they are; only `__class__` changes. A block runs whole
     where all its parts are what the kernels compute, and part by part where one is not. That is asked again at every
-    call; the report says how it stands now. Swapping again changes nothing and reports anew.
+    call; the report says how it stands now. Swapping again changes no more than `memory` and reports anew.
+
+    memory: what a block keeps for backward. "balanced": its input, qkv, the attention output and log-sum-exp, the
+    input of its MLP half and the MLP's pre-activation. "low": the pre-activation is computed again. Neither keeps
+    a LayerNorm's or GELU's output, and neither changes a value.
 
     Raises:
-        ValueError: nothing in `model` is known.
+        ValueError: nothing in `model` is known, or no such `memory`.
         ImportError: the installed release of the model's library is too old.
     """
     if not isinstance(model, Module):
         raise TypeError(f"deit_fast.swap takes a torch.nn.Module, got {type(model).__name__}")
+    check_memory(memory)
     _load_rules(model)
     found = {name: (module, rule) for name, module in model.named_modules() if (rule := _find_rule(module))}
     if all(rule.stock is nn.LayerNorm for _, rule in found.values()):
@@ -41,6 +47,7 @@ def swap(model: Module) -> SwapReport:
     for module, rule in found.values():
         if _is_stock(module, rule):
             _set_class(module, rule.stock, rule.swapped)
+        module.__dict__["_deit_fast_memory"] = memory
     report = SwapReport()
     with _as_gathered(model):
         for name, (module, rule) in found.items():
@@ -59,10 +66,10 @@ def restore(model: Module) -> None:
 
 
 @contextmanager
-def swapped(model: Module) -> Iterator[SwapReport]:
+def swapped(model: Module, *, memory: str = "balanced") -> Iterator[SwapReport]:
     """`swap` for the length of a `with` block; what was swapped before stays swapped after it."""
     before = {module for module in model.modules() if _swapped_rule(module)}
-    report = swap(model)
+    report = swap(model, memory=memory)
     try:
         yield report
     finally:
@@ -74,6 +81,7 @@ def _restore(modules: Iterator[Module]) -> None:
         rule = _swapped_rule(module)
         if rule is not None:
             _set_class(module, rule.swapped, rule.stock)
+            module.__dict__.pop("_deit_fast_memory", None)
 
 
 # Finding ----------------------------------------------------------------------------------------------------------

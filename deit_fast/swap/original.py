@@ -128,7 +128,10 @@ def _block_forward(block: Module, x: Tensor) -> Tensor:
     gamma = getattr(block, "gamma_2", None)
     drop_path_scale = functional.draw_drop_path(drop_path, x, mlp["fc2"].weight, gamma)
     activation = parts.gelu_name(mlp["act"])
-    return functional.mlp_residual(x, modules["norm2"], mlp["fc1"], mlp["fc2"], gamma, drop_path_scale, activation)
+    memory = functional.memory_of(block)
+    return functional.mlp_residual(
+        x, modules["norm2"], mlp["fc1"], mlp["fc2"], gamma, drop_path_scale, activation, memory
+    )
 
 
 # What a class computes ----------------------------------------------------------------------------------------------

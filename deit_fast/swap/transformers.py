@@ -18,7 +18,7 @@ from transformers.utils import output_capturing
 
 from deit_fast import ops
 from deit_fast.nn import parts
-from deit_fast.nn.functional import mlp_residual
+from deit_fast.nn.functional import memory_of, mlp_linears, mlp_residual
 from deit_fast.swap.rules import register, stock_wanted
 
 for _library, _prefix in ((modeling_deit, "DeiT"), (modeling_vit, "ViT")):
@@ -69,9 +69,7 @@ def mlp_unfusable(mlp: Module) -> str | None:
 
 def _mlp_forward(mlp: Module, x: Tensor) -> Tensor:
     modules = mlp._modules
-    fc1, fc2 = modules["fc1"], modules["fc2"]
-    hidden = ops.linear(x, fc1.weight, fc1.bias, activation=_gelu_name(modules["activation_fn"]))
-    return ops.linear(hidden, fc2.weight, fc2.bias)
+    return mlp_linears(x, modules["fc1"], modules["fc2"], _gelu_name(modules["activation_fn"]))
 
 
 # Attention --------------------------------------------------------------------------------------------------------
@@ -184,7 +182,9 @@ def _layer_forward(layer: Module, x: Tensor) -> Tensor:
 
     mlp = modules["mlp"]._modules
     activation = _gelu_name(mlp["activation_fn"])
-    return mlp_residual(x, modules["layernorm_after"], mlp["fc1"], mlp["fc2"], None, None, activation)
+    return mlp_residual(
+        x, modules["layernorm_after"], mlp["fc1"], mlp["fc2"], None, None, activation, memory_of(layer)
+    )
 
 
 # Embeddings -------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_every_deit_agrees_at_its_own_size(name: str) -> None:
         {"norm_layer": nn.LayerNorm},
         {"final_norm": True, "fc_norm": True, "global_pool": "avg"},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_plain_vits_of_the_same_blocks_agree(options: dict) -> None:
     model = small(**options)

@@ -1,0 +1,389 @@
+"""Gradients of flash attention, without atomics (Dao et al. 2022, appendix B; split over two kernels as in Dao 2023).
+
+    P = exp(scale · q kᵀ − log_sum_exp),  delta = rowsum(dO ∘ O),  dS = P ∘ (dO vᵀ − delta)
+    dv = Pᵀ dO,  dk = scale · dSᵀ q,  dq = scale · dS k
+
+A program of the first kernel owns a block of queries and walks over the keys: dq, and delta for the second. A program
+of the second owns a block of keys and walks over the queries: dk and dv. Every element has one owner that adds in one
+order, so the bits are the same every run. Blocks and tails are those of the forward kernel, and so is what q, k and v
+may look like.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deit_fast.kernels import launch
+from deit_fast.kernels.layout import unit_stride
+
+
+@triton.jit
+def query_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    grad_ptr,
+    log_sum_exp_ptr,
+    delta_ptr,
+    dq_ptr,
+    queries,
+    keys,
+    heads,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    grad_batch,
+    grad_token,
+    dq_batch,
+    dq_token,
+    dq_head,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    QUERY_TAIL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    KEY_TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq and delta of one block of queries of one head, HEAD + TAIL wide. `out` [B, N, H·d] and delta are dense."""
+    whole_blocks = queries // QUERY_BLOCK
+    blocks = whole_blocks
+    if QUERY_TAIL > 0:
+        blocks += 1
+    block = tl.program_id(0) % blocks
+    batch_head = tl.program_id(0) // blocks
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    out_token = heads * (HEAD + TAIL)
+    q_ptr += batch * q_batch + head * q_head
+    k_ptr += batch * k_batch + head * k_head
+    v_ptr += batch * v_batch + head * v_head
+    out_ptr += batch * queries * out_token + head * (HEAD + TAIL)
+    grad_ptr += batch * grad_batch + head * (HEAD + TAIL)
+    dq_ptr += batch * dq_batch + head * dq_head
+    log_sum_exp_ptr += batch_head.to(tl.int64) * queries
+    delta_ptr += batch_head.to(tl.int64) * queries
+
+    if QUERY_TAIL == 0 or block < whole_blocks:
+        _query_gradient(
+            q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dq_ptr,
+            block * QUERY_BLOCK, queries, keys, scale, q_token, k_token, v_token, out_token, grad_token, dq_token,
+            HEAD, TAIL, QUERY_BLOCK, False, KEY_BLOCK, KEY_TAIL, PRECISION,
+        )  # fmt: skip
+    else:
+        _query_gradient(
+            q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dq_ptr,
+            block * QUERY_BLOCK, queries, keys, scale, q_token, k_token, v_token, out_token, grad_token, dq_token,
+            HEAD, TAIL, QUERY_TAIL, True, KEY_BLOCK, KEY_TAIL, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _query_gradient(
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dq_ptr,
+    first_query, queries, keys, scale, q_token, k_token, v_token, out_token, grad_token, dq_token,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    query = first_query + tl.arange(0, QUERIES)
+    q_head, q_tail = _load(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
+    grad_head, grad_tail = _load(grad_ptr, query, grad_token, queries, HEAD, TAIL, MASKED)
+    out_head, out_tail = _load(out_ptr, query, out_token, queries, HEAD, TAIL, MASKED)
+    delta = tl.sum(grad_head.to(tl.float32) * out_head.to(tl.float32), axis=1)
+    if TAIL > 0:
+        delta += tl.sum(grad_tail.to(tl.float32) * out_tail.to(tl.float32), axis=1)
+    log_sum_exp = _load_vector(log_sum_exp_ptr, query, queries, MASKED)
+    tl.store(delta_ptr + query, delta, mask=query < queries)
+
+    dq_head = tl.zeros([QUERIES, HEAD], dtype=tl.float32)
+    dq_tail = tl.zeros([QUERIES, TAIL if TAIL > 0 else 16], dtype=tl.float32)  # folded away where there is no tail
+    whole_keys = keys // KEY_BLOCK * KEY_BLOCK
+    for first_key in range(0, whole_keys, KEY_BLOCK):
+        dq_head, dq_tail = _add_keys(
+            dq_head, dq_tail, q_head, q_tail, grad_head, grad_tail, log_sum_exp, delta, k_ptr, v_ptr,
+            first_key, keys, scale, k_token, v_token, HEAD, TAIL, KEY_BLOCK, False, PRECISION,
+        )  # fmt: skip
+    if KEY_TAIL > 0:
+        dq_head, dq_tail = _add_keys(
+            dq_head, dq_tail, q_head, q_tail, grad_head, grad_tail, log_sum_exp, delta, k_ptr, v_ptr,
+            whole_keys, keys, scale, k_token, v_token, HEAD, TAIL, KEY_TAIL, True, PRECISION,
+        )  # fmt: skip
+    _store(dq_ptr, query, dq_token, queries, dq_head * scale, dq_tail * scale, HEAD, TAIL, MASKED)
+
+
+@triton.jit
+def _add_keys(
+    dq_head, dq_tail, q_head, q_tail, grad_head, grad_tail, log_sum_exp, delta, k_ptr, v_ptr,
+    first_key, keys, scale, k_token, v_token,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq with what one block of KEYS keys adds to it, the scale left out."""
+    key = first_key + tl.arange(0, KEYS)
+    k_head, k_tail = _load(k_ptr, key, k_token, keys, HEAD, TAIL, MASKED)
+    v_head, v_tail = _load(v_ptr, key, v_token, keys, HEAD, TAIL, MASKED)
+    scores = tl.dot(q_head, tl.trans(k_head), input_precision=PRECISION)
+    of_weights = tl.dot(grad_head, tl.trans(v_head), input_precision=PRECISION)
+    if TAIL > 0:
+        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+        of_weights = tl.dot(grad_tail, tl.trans(v_tail), of_weights, input_precision=PRECISION)
+    of_scores = _weights(scores, log_sum_exp[:, None], scale) * (of_weights - delta[:, None])
+    if MASKED:
+        of_scores = tl.where((key < keys)[None, :], of_scores, 0.0)
+    of_scores = of_scores.to(k_head.dtype)
+    dq_head = tl.dot(of_scores, k_head, dq_head, input_precision=PRECISION)
+    if TAIL > 0:
+        dq_tail = tl.dot(of_scores, k_tail, dq_tail, input_precision=PRECISION)
+    return dq_head, dq_tail
+
+
+@triton.jit
+def key_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    log_sum_exp_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    queries,
+    keys,
+    heads,
+    scale,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    grad_batch,
+    grad_token,
+    dk_batch,
+    dk_token,
+    dk_head,
+    dv_batch,
+    dv_token,
+    dv_head,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    QUERY_TAIL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    KEY_TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of one block of keys of one head."""
+    whole_blocks = keys // KEY_BLOCK
+    blocks = whole_blocks
+    if KEY_TAIL > 0:
+        blocks += 1
+    block = tl.program_id(0) % blocks
+    batch_head = tl.program_id(0) // blocks
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    q_ptr += batch * q_batch + head * q_head
+    k_ptr += batch * k_batch + head * k_head
+    v_ptr += batch * v_batch + head * v_head
+    grad_ptr += batch * grad_batch + head * (HEAD + TAIL)
+    dk_ptr += batch * dk_batch + head * dk_head
+    dv_ptr += batch * dv_batch + head * dv_head
+    log_sum_exp_ptr += batch_head.to(tl.int64) * queries
+    delta_ptr += batch_head.to(tl.int64) * queries
+
+    if KEY_TAIL == 0 or block < whole_blocks:
+        _key_gradient(
+            q_ptr, k_ptr, v_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dk_ptr, dv_ptr,
+            block * KEY_BLOCK, queries, keys, scale, q_token, k_token, v_token, grad_token, dk_token, dv_token,
+            HEAD, TAIL, KEY_BLOCK, False, QUERY_BLOCK, QUERY_TAIL, PRECISION,
+        )  # fmt: skip
+    else:
+        _key_gradient(
+            q_ptr, k_ptr, v_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dk_ptr, dv_ptr,
+            block * KEY_BLOCK, queries, keys, scale, q_token, k_token, v_token, grad_token, dk_token, dv_token,
+            HEAD, TAIL, KEY_TAIL, True, QUERY_BLOCK, QUERY_TAIL, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _key_gradient(
+    q_ptr, k_ptr, v_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dk_ptr, dv_ptr,
+    first_key, queries, keys, scale, q_token, k_token, v_token, grad_token, dk_token, dv_token,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, QUERY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    key = first_key + tl.arange(0, KEYS)
+    k_head, k_tail = _load(k_ptr, key, k_token, keys, HEAD, TAIL, MASKED)
+    v_head, v_tail = _load(v_ptr, key, v_token, keys, HEAD, TAIL, MASKED)
+    dk_head = tl.zeros([KEYS, HEAD], dtype=tl.float32)
+    dv_head = tl.zeros([KEYS, HEAD], dtype=tl.float32)
+    dk_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], dtype=tl.float32)  # folded away where there is no tail
+    dv_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], dtype=tl.float32)
+    whole_queries = queries // QUERY_BLOCK * QUERY_BLOCK
+    for first_query in range(0, whole_queries, QUERY_BLOCK):
+        dk_head, dk_tail, dv_head, dv_tail = _add_queries(
+            dk_head, dk_tail, dv_head, dv_tail, k_head, k_tail, v_head, v_tail, q_ptr, grad_ptr, log_sum_exp_ptr,
+            delta_ptr, first_query, queries, scale, q_token, grad_token, HEAD, TAIL, QUERY_BLOCK, False, PRECISION,
+        )  # fmt: skip
+    if QUERY_TAIL > 0:
+        dk_head, dk_tail, dv_head, dv_tail = _add_queries(
+            dk_head, dk_tail, dv_head, dv_tail, k_head, k_tail, v_head, v_tail, q_ptr, grad_ptr, log_sum_exp_ptr,
+            delta_ptr, whole_queries, queries, scale, q_token, grad_token, HEAD, TAIL, QUERY_TAIL, True, PRECISION,
+        )  # fmt: skip
+    _store(dk_ptr, key, dk_token, keys, dk_head * scale, dk_tail * scale, HEAD, TAIL, MASKED)
+    _store(dv_ptr, key, dv_token, keys, dv_head, dv_tail, HEAD, TAIL, MASKED)
+
+
+@triton.jit
+def _add_queries(
+    dk_head, dk_tail, dv_head, dv_tail, k_head, k_tail, v_head, v_tail, q_ptr, grad_ptr, log_sum_exp_ptr,
+    delta_ptr, first_query, queries, scale, q_token, grad_token,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, the scale left out, and dv with what one block of QUERIES queries adds. Scores lie [KEYS, QUERIES]."""
+    query = first_query + tl.arange(0, QUERIES)
+    q_head, q_tail = _load(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
+    grad_head, grad_tail = _load(grad_ptr, query, grad_token, queries, HEAD, TAIL, MASKED)
+    log_sum_exp = _load_vector(log_sum_exp_ptr, query, queries, MASKED)
+    delta = _load_vector(delta_ptr, query, queries, MASKED)
+    scores = tl.dot(k_head, tl.trans(q_head), input_precision=PRECISION)
+    of_weights = tl.dot(v_head, tl.trans(grad_head), input_precision=PRECISION)
+    if TAIL > 0:
+        scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
+        of_weights = tl.dot(v_tail, tl.trans(grad_tail), of_weights, input_precision=PRECISION)
+    weights = _weights(scores, log_sum_exp[None, :], scale)
+    of_scores = weights * (of_weights - delta[None, :])
+    if MASKED:
+        # Against an infinite k or v the zeros of a query that isn't there make NaN.
+        weights = tl.where((query < queries)[None, :], weights, 0.0)
+        of_scores = tl.where((query < queries)[None, :], of_scores, 0.0)
+    weights = weights.to(q_head.dtype)
+    of_scores = of_scores.to(q_head.dtype)
+    dv_head = tl.dot(weights, grad_head, dv_head, input_precision=PRECISION)
+    dk_head = tl.dot(of_scores, q_head, dk_head, input_precision=PRECISION)
+    if TAIL > 0:
+        dv_tail = tl.dot(weights, grad_tail, dv_tail, input_precision=PRECISION)
+        dk_tail = tl.dot(of_scores, q_tail, dk_tail, input_precision=PRECISION)
+    return dk_head, dk_tail, dv_head, dv_tail
+
+
+@triton.jit
+def _weights(scores, log_sum_exp, scale):
+    """The softmax, recomputed; by exp2, which the hardware has."""
+    return tl.exp2((scores * scale - log_sum_exp) * 1.4426950408889634)
+
+
+@triton.jit
+def _load(ptr, rows, token, length, HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a head in two tiles, zeros past `length`; no `tail` where TAIL is 0."""
+    head = ptr + (rows.to(tl.int64) * token)[:, None] + tl.arange(0, HEAD)[None, :]
+    mask = (rows < length)[:, None] if MASKED else None
+    other = 0.0 if MASKED else None
+    head_tile = tl.load(head, mask=mask, other=other)
+    tail_tile = head_tile
+    if TAIL > 0:
+        tail = ptr + (rows.to(tl.int64) * token)[:, None] + HEAD + tl.arange(0, TAIL)[None, :]
+        tail_tile = tl.load(tail, mask=mask, other=other)
+    return head_tile, tail_tile
+
+
+@triton.jit
+def _load_vector(ptr, rows, length, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr + rows, mask=rows < length, other=0.0)
+    else:
+        return tl.load(ptr + rows)
+
+
+@triton.jit
+def _store(
+    ptr, rows, token, length, head_tile, tail_tile, HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr
+):
+    head = ptr + (rows.to(tl.int64) * token)[:, None] + tl.arange(0, HEAD)[None, :]
+    mask = (rows < length)[:, None] if MASKED else None
+    tl.store(head, head_tile.to(ptr.dtype.element_ty), mask=mask)
+    if TAIL > 0:
+        tail = ptr + (rows.to(tl.int64) * token)[:, None] + HEAD + tl.arange(0, TAIL)[None, :]
+        tl.store(tail, tail_tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes the gradients of `attention_qkv(q, k, v, scale)` into dq, dk and dv.
+
+    grad_out, out: [B, N, H·d]; q, dq: [B, N, H, d]; k, v, dk, dv: [B, M, H, d]; log_sum_exp: [B, H, N], float32,
+    natural logarithm. Any strides; for packed gradients dq, dk and dv are the three slices of one [B, N, 3, H, d].
+    """
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    if q.numel() == 0 or k.numel() == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
+    q, k, v, grad_out = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(grad_out)
+    out, log_sum_exp = out.contiguous(), log_sum_exp.contiguous()
+    written = [
+        g if g.stride(-1) == 1 else torch.empty_like(g, memory_format=torch.contiguous_format) for g in (dq, dk, dv)
+    ]
+    delta = torch.empty_like(log_sum_exp)
+    arch = launch.architecture(q)
+    head, tail = launch.cover(head_dim)
+    query_tile, key_tile = launch.attention_backward(head_dim, q.element_size(), arch)
+    shape = (queries, keys, heads, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:2])
+
+    def options(tile: launch.AttentionTile) -> dict:
+        return {
+            "HEAD": head,
+            "TAIL": tail,
+            "QUERY_BLOCK": tile.queries,
+            "QUERY_TAIL": launch.tail_block(queries, tile.queries),
+            "KEY_BLOCK": tile.keys,
+            "KEY_TAIL": launch.tail_block(keys, tile.keys),
+            "PRECISION": launch.dot_precision(q.dtype, arch),
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    launch.run(
+        query_gradient_kernel,
+        batch * heads * triton.cdiv(queries, query_tile.queries),
+        q.device,
+        *(q, k, v, out, grad_out, log_sum_exp, delta, written[0]),
+        *shape,
+        *written[0].stride()[:3],
+        **options(query_tile),
+    )
+    launch.run(
+        key_gradient_kernel,
+        batch * heads * triton.cdiv(keys, key_tile.keys),
+        q.device,
+        *(q, k, v, grad_out, log_sum_exp, delta, *written[1:]),
+        *shape,
+        *written[1].stride()[:3],
+        *written[2].stride()[:3],
+        **options(key_tile),
+    )
+    for gradient, tensor in zip((dq, dk, dv), written, strict=True):
+        if tensor is not gradient:
+            gradient.copy_(tensor)

@@ -1,0 +1,300 @@
+"""LayerNorm backward: the input's gradient row by row, the parameters' by a fixed tree over the rows."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deit_fast.kernels import launch
+from deit_fast.kernels.device import tile_statistics
+from deit_fast.kernels.layout import as_rows, dense
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    residual_grad_ptr,
+    dx_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    grad_stride,
+    x_stride,
+    residual_grad_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`dx = rstd * (g - mean(g) - x̂ * mean(g * x̂)) + residual_grad` with g = weight * grad; mean and rstd are kept.
+
+    Without `grad_ptr`, only mean and rstd.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    head = tl.arange(0, HEAD)
+    head_mask = head < WIDTH
+    tail = HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
+    tail_mask = tail < WIDTH
+    x_rows = x_ptr + row[:, None] * x_stride
+    x_head = _load(x_rows, row_mask, head, head_mask)
+    x_tail = x_head
+    if TAIL > 0:
+        x_tail = _load(x_rows, row_mask, tail, tail_mask)
+    mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
+    tl.store(mean_ptr + row, mean, mask=row_mask)
+    tl.store(rstd_ptr + row, rstd, mask=row_mask)
+
+    if grad_ptr is not None:
+        grad_rows = grad_ptr + row[:, None] * grad_stride
+        x_head, g_head, total, projection = _normalised(
+            x_head, grad_rows, weight_ptr, mean, rstd, row_mask, head, head_mask
+        )
+        x_tail, g_tail = x_head, g_head
+        if TAIL > 0:
+            x_tail, g_tail, total_tail, projection_tail = _normalised(
+                _load(x_rows, row_mask, tail, tail_mask), grad_rows, weight_ptr, mean, rstd, row_mask, tail, tail_mask
+            )
+            total += total_tail
+            projection += projection_tail
+        total /= WIDTH
+        projection /= WIDTH
+        residual_grad_rows = residual_grad_ptr
+        if residual_grad_ptr is not None:
+            residual_grad_rows += row[:, None] * residual_grad_stride
+        dx_rows = dx_ptr + row[:, None] * WIDTH
+        _store(dx_rows, residual_grad_rows, x_head, g_head, total, projection, rstd, row_mask, head, head_mask)
+        if TAIL > 0:
+            _store(dx_rows, residual_grad_rows, x_tail, g_tail, total, projection, rstd, row_mask, tail, tail_mask)
+
+
+@triton.jit
+def _load(x_rows, row_mask, columns, column_mask):
+    return tl.load(x_rows + columns[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normalised(x, grad_rows, weight_ptr, mean, rstd, row_mask, columns, column_mask):
+    """x̂ and g, with their row sums Σ g and Σ g x̂; g is 0 where masked."""
+    x = (x - mean[:, None]) * rstd[:, None]
+    g = _load(grad_rows, row_mask, columns, column_mask)
+    if weight_ptr is not None:
+        g *= tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    return x, g, tl.sum(g, axis=1), tl.sum(g * x, axis=1)
+
+
+@triton.jit
+def _store(dx_rows, residual_grad_rows, x, g, total, projection, rstd, row_mask, columns, column_mask):
+    dx = (g - total[:, None] - x * projection[:, None]) * rstd[:, None]
+    if residual_grad_rows is not None:
+        dx += _load(residual_grad_rows, row_mask, columns, column_mask)
+    tl.store(
+        dx_rows + columns[None, :],
+        dx.to(dx_rows.dtype.element_ty),
+        mask=row_mask[:, None] & column_mask[None, :],
+    )
+
+
+@triton.jit
+def column_sums_kernel(
+    grad_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    drop_path_scale_ptr,
+    sums_ptr,
+    rows,
+    tokens,
+    grad_stride,
+    x_stride,
+    WIDTH: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+):
+    """Of one block of columns over SPLIT_ROWS rows: Σ s grad, and with `x_ptr` Σ s grad x̂ after it.
+
+    sums: [splits, WIDTH], or [splits, 2, WIDTH] with `x_ptr`; s is drop path's factor of the row's sample.
+    """
+    column_tiles: tl.constexpr = (WIDTH + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    split = tl.program_id(0) // column_tiles
+    column = (tl.program_id(0) % column_tiles) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    column_mask = column < WIDTH
+    # Element by element, so that the rows are summed across threads once, at the end.
+    total = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    projection = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    for start in range(0, SPLIT_ROWS, ROW_BLOCK):
+        row = split * SPLIT_ROWS + start + tl.arange(0, ROW_BLOCK)
+        row_mask = row < rows
+        offset = row.to(tl.int64)[:, None]
+        grad = _load(grad_ptr + offset * grad_stride, row_mask, column, column_mask)
+        if drop_path_scale_ptr is not None:
+            scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
+            grad *= scale.to(tl.float32)[:, None]
+        total += grad
+        if x_ptr is not None:
+            mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
+            x = _load(x_ptr + offset * x_stride, row_mask, column, column_mask)
+            projection += grad * ((x - mean[:, None]) * rstd[:, None])
+    if x_ptr is not None:
+        sums_ptr += split.to(tl.int64) * 2 * WIDTH
+        tl.store(sums_ptr + WIDTH + column, tl.sum(projection, axis=0), mask=column_mask)
+    else:
+        sums_ptr += split.to(tl.int64) * WIDTH
+    tl.store(sums_ptr + column, tl.sum(total, axis=0), mask=column_mask)
+
+
+@triton.jit
+def sum_splits_kernel(
+    sums_ptr,
+    scale_ptr,
+    first_ptr,
+    second_ptr,
+    splits,
+    WIDTH: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+):
+    """Σ over splits of `sums`: `first`, times `scale` where there is one, and with `second_ptr` what lies after it."""
+    column = tl.program_id(0) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    column_mask = column < WIDTH
+    if second_ptr is not None:
+        second = _sum(sums_ptr + WIDTH, splits, 2 * WIDTH, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
+        tl.store(second_ptr + column, second.to(second_ptr.dtype.element_ty), mask=column_mask)
+        first = _sum(sums_ptr, splits, 2 * WIDTH, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
+    else:
+        first = _sum(sums_ptr, splits, WIDTH, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
+    if scale_ptr is not None:
+        first *= tl.load(scale_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    tl.store(first_ptr + column, first.to(first_ptr.dtype.element_ty), mask=column_mask)
+
+
+@triton.jit
+def _sum(
+    sums_ptr, splits, split_stride, column, column_mask, SPLIT_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr
+):  # fmt: skip
+    total = tl.zeros([SPLIT_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    for start in range(0, splits, SPLIT_BLOCK):
+        split = start + tl.arange(0, SPLIT_BLOCK)
+        total += _load(sums_ptr + split.to(tl.int64)[:, None] * split_stride, split < splits, column, column_mask)
+    return tl.sum(total, axis=0)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, *, residual_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, with `residual_grad` added, in x's dtype; and the rows' mean and 1/std, float32 [rows]."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, *_launch(grad, x, weight, eps, residual_grad, dx)
+
+
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rows' mean and 1/std, float32 [rows]."""
+    return _launch(None, x, None, eps, None, None)
+
+
+def _launch(grad, x, weight, eps, residual_grad, dx) -> tuple[Tensor, Tensor]:
+    x = as_rows(x)
+    rows, width = x.shape
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if not x.numel():
+        return mean, rstd
+    grad = None if grad is None else as_rows(grad)
+    residual_grad = None if residual_grad is None else as_rows(residual_grad)
+    block, warps = launch.layer_norm_rows(width)
+    head, tail = launch.cover(width)
+    launch.run(
+        layer_norm_backward_kernel,
+        triton.cdiv(rows, block),
+        x.device,
+        grad,
+        x,
+        dense(weight),
+        residual_grad,
+        dx,
+        mean,
+        rstd,
+        rows,
+        0 if grad is None else grad.stride(0),
+        x.stride(0),
+        0 if residual_grad is None else residual_grad.stride(0),
+        eps,
+        WIDTH=width,
+        HEAD=head,
+        TAIL=tail,
+        ROWS=block,
+        num_warps=warps,
+    )
+    return mean, rstd
+
+
+def layer_norm_parameter_gradients(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """dγ and dβ, both [D], in `dtype` or else x's."""
+    x = as_rows(x)
+    of_bias, of_weight = _column_sums(grad, x, mean, rstd, None, None, dtype or x.dtype)
+    return of_weight, of_bias
+
+
+def column_sums(
+    grad: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, drop_path_scale: Tensor | None = None
+) -> Tensor:
+    """A bias's gradient where the weight wants none: `scale * Σ drop_path_scale * grad` over the rows, [D]."""
+    return _column_sums(grad, None, None, None, scale, drop_path_scale, dtype)[0]
+
+
+def _column_sums(grad, x, mean, rstd, scale, drop_path_scale, dtype) -> tuple[Tensor, Tensor | None]:
+    width = grad.shape[-1]
+    if not grad.numel():
+        return tuple(torch.zeros(width, dtype=dtype, device=grad.device) for _ in range(2))
+    tokens = grad.numel() // (grad.shape[0] * width) if drop_path_scale is not None else 1
+    grad = as_rows(grad)
+    rows = grad.shape[0]
+    kinds = 1 if x is None else 2
+    tile, split_rows = launch.column_sums(rows)
+    splits = triton.cdiv(rows, split_rows)
+    sums = torch.empty((splits, kinds, width), dtype=torch.float32, device=grad.device)
+    launch.run(
+        column_sums_kernel,
+        splits * triton.cdiv(width, tile.columns),
+        grad.device,
+        grad,
+        x,
+        mean,
+        rstd,
+        dense(drop_path_scale),
+        sums,
+        rows,
+        tokens,
+        grad.stride(0),
+        0 if x is None else x.stride(0),
+        WIDTH=width,
+        SPLIT_ROWS=split_rows,
+        ROW_BLOCK=tile.rows,
+        COLUMN_BLOCK=tile.columns,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    first = torch.empty(width, dtype=dtype, device=grad.device)
+    second = None if x is None else torch.empty(width, dtype=dtype, device=grad.device)
+    launch.run(
+        sum_splits_kernel,
+        triton.cdiv(width, tile.columns),
+        grad.device,
+        sums,
+        dense(scale),
+        first,
+        second,
+        splits,
+        WIDTH=width,
+        SPLIT_BLOCK=tile.rows,
+        COLUMN_BLOCK=tile.columns,
+        num_warps=tile.num_warps,
+    )
+    return first, second
