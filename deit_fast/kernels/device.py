@@ -15,6 +15,18 @@ def gelu(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def gelu_derivative(x, KIND: tl.constexpr):
+    if KIND == "gelu":
+        # Φ(x) + x φ(x)
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        slope = 1.5957691216057308 + 0.21406444881780076 * x * x
+        sigmoid = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
+        return sigmoid + x * sigmoid * (1.0 - sigmoid) * slope
+
+
+@triton.jit
 def row_statistics(x_rows, row_mask, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Mean and 1/std of the rows at pointers `x_rows` [ROWS, 1], in one pass of CHUNK columns a step.
 

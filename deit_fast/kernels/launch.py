@@ -11,7 +11,8 @@ from triton.runtime import driver
 _SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200"})
 # Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
 _MMA_SYNC = frozenset({"sm_80", "sm_86", "sm_89", "sm_120"})
-_DEFAULT_ARCHITECTURE = "sm_80"
+# The interpreter is quickest with the largest tiles.
+_INTERPRETED_AS = "sm_90"
 
 
 class Tile(NamedTuple):
@@ -29,6 +30,13 @@ class AttentionTile(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+
+
+# Sums over rows: `depth` of them a program, `rows` a step; a few hundred programs at batch 32.
+COLUMN_SUMS = Tile(rows=32, columns=64, depth=256, num_warps=4, num_stages=1)
+# Whole rows and whole columns of weight-sized tensors: `depth` is all there is.
+FINISH_LINEAR = Tile(rows=4, columns=256, depth=0, num_warps=4, num_stages=1)
+FINISH_LAYER_NORM_LINEAR = Tile(rows=256, columns=8, depth=0, num_warps=4, num_stages=1)
 
 
 class Cover(NamedTuple):
@@ -68,8 +76,17 @@ def _architecture(active_driver: object, device: int | None) -> str:
 def architecture(tensor: torch.Tensor) -> str:
     """`sm_90`, `gfx942`, …: what this tensor's device is."""
     if interpreted():
-        return _DEFAULT_ARCHITECTURE
+        return _INTERPRETED_AS
     return _architecture(driver.active, tensor.device.index)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(active_driver: object, device: int | None) -> int:
+    return active_driver.utils.get_device_properties(device or 0)["multiprocessor_count"]
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    return 108 if interpreted() else _multiprocessors(driver.active, tensor.device.index)
 
 
 def is_amd(arch: str) -> bool:
@@ -127,10 +144,57 @@ def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[Attenti
 
 
 @lru_cache(maxsize=256)
+def patch_embed_weight_gradient(rows: int, width: int, depth: int, itemsize: int, arch: str) -> tuple[Tile, int]:
+    """The tile of gradᵀ [width, rows] × patches [rows, depth], and how many rows a program sums.
+
+    The rows are split among some 256 programs, about two a multiprocessor, of 256 rows at least.
+    """
+    if itemsize == 4:
+        tile = Tile(64, 64, 32, 8, 2)
+    else:
+        tile = Tile(128 if width % 128 == 0 else 64, 128, 32, 8, 2 if is_amd(arch) else 3)
+    tiles = triton.cdiv(width, tile.rows) * triton.cdiv(depth, tile.columns)
+    splits = max(1, min(256 // tiles, rows // 256))
+    return tile, triton.cdiv(triton.cdiv(rows, splits), tile.depth) * tile.depth
+
+
+@lru_cache(maxsize=256)
 def layer_norm_rows(width: int) -> tuple[int, int]:
     """Rows a program and its warps: about two thousand elements on chip, 128 bits a thread at least."""
     rows = max(1, min(16, 2048 // triton.next_power_of_2(width)))
     return rows, 4 if rows * width <= 4096 else 8
+
+
+@lru_cache(maxsize=1024)
+def input_gradient(columns: int, itemsize: int, arch: str) -> Tile:
+    """The tile for an [M, depth] × [depth, columns] product whose right operand lies row by row."""
+    if itemsize == 4:
+        if arch in _MMA_SYNC:
+            return Tile(64, 32, 32, 4, 2)
+        return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
+    if arch in _SMALL_SHARED_MEMORY:
+        return Tile(128, 64, 64, 8, 2)
+    return Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)
+
+
+@lru_cache(maxsize=1024)
+def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: str) -> Tile:
+    """The tile of an [out_features, in_features] gradient, `depth` of the tokens a step."""
+    if itemsize == 4:
+        return Tile(64, 64, 32, 4, 2)
+    if arch in _SMALL_SHARED_MEMORY:
+        return Tile(128, 64, 64, 8, 2)
+    rows, columns = (128 if n % 128 == 0 else 64 for n in (out_features, in_features))
+    return Tile(rows, columns, 64, 8 if rows * columns > 4096 else 4, 3)
+
+
+def splits(tiles: int, rows: int, multiprocessors: int) -> int:
+    """Into how many parts the rows of a weight gradient of `tiles` tiles are split; a power of two up to 16.
+
+    As many as fill the device once, but a part has a thousand rows: its partial sums are written and read.
+    """
+    most = max(1, min(16, multiprocessors // tiles, rows // 1024))
+    return 1 << (most.bit_length() - 1)
 
 
 @lru_cache(maxsize=64)

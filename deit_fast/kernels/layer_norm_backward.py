@@ -53,10 +53,9 @@ def layer_norm_backward_kernel(
         x_head, g_head, total, projection = _normalised(
             x_head, grad_rows, weight_ptr, mean, rstd, row_mask, head, head_mask
         )
-        x_tail, g_tail = x_head, g_head
         if TAIL > 0:
             x_tail, g_tail, total_tail, projection_tail = _normalised(
-                _load(x_rows, row_mask, tail, tail_mask), grad_rows, weight_ptr, mean, rstd, row_mask, tail, tail_mask
+                x_tail, grad_rows, weight_ptr, mean, rstd, row_mask, tail, tail_mask
             )
             total += total_tail
             projection += projection_tail
@@ -257,8 +256,8 @@ def _column_sums(grad, x, mean, rstd, scale, drop_path_scale, dtype) -> tuple[Te
     grad = as_rows(grad)
     rows = grad.shape[0]
     kinds = 1 if x is None else 2
-    tile, split_rows = launch.column_sums(rows)
-    splits = triton.cdiv(rows, split_rows)
+    tile = launch.COLUMN_SUMS
+    splits = triton.cdiv(rows, tile.depth)
     sums = torch.empty((splits, kinds, width), dtype=torch.float32, device=grad.device)
     launch.run(
         column_sums_kernel,
@@ -275,7 +274,7 @@ def _column_sums(grad, x, mean, rstd, scale, drop_path_scale, dtype) -> tuple[Te
         grad.stride(0),
         0 if x is None else x.stride(0),
         WIDTH=width,
-        SPLIT_ROWS=split_rows,
+        SPLIT_ROWS=tile.depth,
         ROW_BLOCK=tile.rows,
         COLUMN_BLOCK=tile.columns,
         num_warps=tile.num_warps,

@@ -85,6 +85,8 @@ def weight_gradient_kernel(
         channel = k // (PATCH_HEIGHT * PATCH_WIDTH)
         mean = tl.load(mean_ptr + channel, mask=k_mask, other=0.0).to(tl.float32)
         std = tl.load(std_ptr + channel, mask=k_mask, other=1.0).to(tl.float32)
+        scale = 1.0 / (255.0 * std)
+        shift = mean / std
 
     # Row numbers fit 32 bits: that many gradient rows would not fit any memory.
     first = split * rows_per_split
@@ -102,12 +104,13 @@ def weight_gradient_kernel(
             images_ptr + corner[:, None] + pixel[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0
         )
         if mean_ptr is not None:
-            pixels = (pixels.to(tl.float32) / 255.0 - mean[None, :]) / std[None, :]
-            # Rows past the end need no mask here: their gradients are zero.
+            # Not zero where masked, but there the gradients are.
+            pixels = pixels.to(tl.float32) * scale[None, :] - shift[None, :]
         visible = row_mask
         if mask_ptr is not None:
             visible = row_mask & (tl.load(mask_ptr + row, mask=row_mask, other=1) == 0)
         grad_row = sample.to(tl.int64) * grad_batch + (patch + PREFIX).to(tl.int64) * grad_token
+        # Loaded as the transposed tile: `tl.trans` of a converted float32 tile makes the copies 4 bytes wide.
         grad = tl.load(
             grad_ptr + column[:, None] + grad_row[None, :], mask=column_mask[:, None] & visible[None, :], other=0.0
         )

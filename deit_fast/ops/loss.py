@@ -12,11 +12,13 @@ from deit_fast.ops import checks
 from deit_fast.ops.registration import register
 
 _OP = "distillation_loss"
+# How `F.cross_entropy` marks labels to leave out.
+_IGNORED = -100
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raises where a label on the CPU is no class. On a GPU this would wait for it: the kernel answers with NaN."""
-    if labels.device.type != "cpu" or isinstance(labels, FakeTensor):
+    if labels.device.type != "cpu" or isinstance(labels, FakeTensor) or torch.compiler.is_compiling():
         return
     wrong = (labels < 0) | (labels >= classes)
     if ignore_index is not None:
@@ -82,6 +84,17 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
+def stock_distillation(dist_logits: Tensor, teacher_logits: Tensor, distillation_type: str, tau: float) -> Tensor:
+    """The distillation term of `distillation_loss` in stock PyTorch, in float32 at least: a float16 sum overflows."""
+    dtype = _compute_dtype(dist_logits)
+    dist_logits, teacher_logits = dist_logits.to(dtype), teacher_logits.to(dtype)
+    if distillation_type == "hard":
+        return F.cross_entropy(dist_logits, teacher_logits.argmax(dim=1))
+    student, teacher = F.log_softmax(dist_logits / tau, dim=1), F.log_softmax(teacher_logits / tau, dim=1)
+    # The mean over all elements; unlike sum / numel it is also defined, as NaN, where there are none.
+    return F.kl_div(student, teacher, reduction="none", log_target=True).mean() * tau**2
+
+
 def _stock(
     logits: Tensor,
     dist_logits: Tensor,
@@ -96,31 +109,40 @@ def _stock(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(logits)
     logits, dist_logits, teacher_logits = logits.to(dtype), dist_logits.to(dtype), teacher_logits.to(dtype)
-    batch, classes = logits.shape
     if targets.is_floating_point():
         targets = targets.to(dtype)
         base = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-        target, row_weight = targets, 1 / max(batch, 1)
     else:
-        ignored = targets == ignore_index if ignore_index is not None else torch.zeros_like(targets, dtype=torch.bool)
-        labels = targets.long().masked_fill(ignored, -100)
-        base = F.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=label_smoothing)
-        target = F.one_hot(labels.masked_fill(ignored, 0), classes).to(dtype)
-        row_weight = (~ignored / (~ignored).sum().clamp(min=1)).to(dtype)[:, None]
-    if distillation_type == "soft":
-        student, teacher = F.log_softmax(dist_logits / tau, dim=1), F.log_softmax(teacher_logits / tau, dim=1)
-        divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
-        distillation = divergence * tau**2 / dist_logits.numel() if batch else divergence * torch.nan
-        dist_grad = (student.exp() - teacher.exp()) * (tau / max(dist_logits.numel(), 1))
-    else:
-        teacher_class = teacher_logits.argmax(dim=1)
-        distillation = F.cross_entropy(dist_logits, teacher_class)
-        dist_grad = (F.softmax(dist_logits, dim=1) - F.one_hot(teacher_class, classes)) / max(batch, 1)
-    target = (1 - label_smoothing) * target + label_smoothing / classes
-    grad = (F.softmax(logits, dim=1) * target.sum(dim=1, keepdim=True) - target) * row_weight
-    loss = (1 - alpha) * base + alpha * distillation
-    gradients = (((1 - alpha) * grad), alpha * dist_grad)
-    return loss, *(g.detach() if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
+        ignored = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+        targets = targets.long().masked_fill(ignored, _IGNORED)
+        base = F.cross_entropy(logits, targets, ignore_index=_IGNORED, label_smoothing=label_smoothing)
+    distillation = stock_distillation(dist_logits, teacher_logits, distillation_type, tau)
+    gradients = [logits.new_empty(0), logits.new_empty(0)]
+    if needs[0]:
+        q = (1 - alpha) * _mean_targets(targets, logits.shape[1], label_smoothing, dtype)
+        gradients[0] = _gradient(logits, q)
+    if needs[1] and distillation_type == "soft":
+        q = alpha * tau / max(dist_logits.numel(), 1) * F.softmax(teacher_logits / tau, dim=1)
+        gradients[1] = _gradient(dist_logits / tau, q)
+    elif needs[1]:
+        classes = teacher_logits.argmax(dim=1)
+        gradients[1] = _gradient(dist_logits, alpha * _mean_targets(classes, logits.shape[1], 0.0, dtype))
+    return (1 - alpha) * base + alpha * distillation, *gradients
+
+
+def _mean_targets(targets: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
+    """q [B, C] such that cross-entropy, averaged over the rows that are not ignored, is -Σ q log p."""
+    if targets.is_floating_point():
+        return ((1 - label_smoothing) * targets + label_smoothing / classes) / max(len(targets), 1)
+    kept = targets != _IGNORED
+    one_hot = F.one_hot(targets * kept, classes).to(dtype)
+    return ((1 - label_smoothing) * one_hot + label_smoothing / classes) * kept[:, None] / kept.sum().clamp(min=1)
+
+
+def _gradient(logits: Tensor, q: Tensor) -> Tensor:
+    """Of -Σ q log softmax(logits)."""
+    log_p = F.log_softmax(logits.detach(), dim=1)
+    return torch.ops.aten._log_softmax_backward_data(-q, log_p, 1, log_p.dtype)
 
 
 def _fake(logits, *arguments):
@@ -142,6 +164,8 @@ def _backward(ctx, grad_loss: Tensor | None, *_) -> tuple:
             f"deit_fast.{_OP} has no second derivative (backward was called with create_graph=True): "
             f"write the loss in stock PyTorch for that"
         )
+    if grad_loss is None:
+        return (None,) * 10
     heads = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     # The saved gradients are float32 and rounded only now, so that a loss scale keeps small ones from vanishing.
     gradients = [(saved * grad_loss).to(dtype) if need else None for saved, dtype, need in heads]

@@ -154,7 +154,24 @@ def _embeds(model: Module, images: object) -> bool:
     )
 
 
-def _forward_features(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def _reads_prefix_only(model: Module) -> bool:
+    """Whether the last norm's rows beyond the prefix tokens' reach no logit, and nobody else sees them."""
+    return (
+        model.global_pool == "token"
+        and model.attn_pool is None
+        and parts.touched(model._modules["norm"]) is None
+        and "forward_features" not in model.__dict__
+        and "forward_head" not in model.__dict__
+    )
+
+
+def _logits(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    x = _encode(model, images, attn_mask, is_causal)
+    # LayerNorm works by rows: what is left out changes nothing.
+    return model.forward_head(model.norm(x[:, : model.num_prefix_tokens].contiguous()))
+
+
+def _encode(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     x = functional.patch_embed_forward(
         model._modules["patch_embed"],
         images,
@@ -169,11 +186,22 @@ def _forward_features(model: Module, images: Tensor, attn_mask: Tensor | None, i
         x = checkpoint_seq(model.blocks, x)
     else:
         x = model.blocks(x)
-    return model.norm(x)
+    return x
 
 
 class VisionTransformer(vision_transformer.VisionTransformer):
+    _stock_forward = stock_method(vision_transformer.VisionTransformer.forward)
     _stock_forward_features = stock_method(vision_transformer.VisionTransformer.forward_features)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x, attn_mask, is_causal)
+        elif not isinstance(self, VisionTransformer):
+            return type(self).forward(self, x, attn_mask, is_causal)
+        elif not _embeds(self, x) or not _reads_prefix_only(self):
+            return self._stock_forward(x, attn_mask, is_causal)
+        else:
+            return _logits(self, x, attn_mask, is_causal)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if torch.jit.is_scripting():
@@ -183,11 +211,22 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         elif not _embeds(self, x):
             return self._stock_forward_features(x, attn_mask, is_causal)
         else:
-            return _forward_features(self, x, attn_mask, is_causal)
+            return self.norm(_encode(self, x, attn_mask, is_causal))
 
 
 class VisionTransformerDistilled(deit.VisionTransformerDistilled):
+    _stock_forward = stock_method(deit.VisionTransformerDistilled.forward)
     _stock_forward_features = stock_method(deit.VisionTransformerDistilled.forward_features)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x, attn_mask, is_causal)
+        elif not isinstance(self, VisionTransformerDistilled):
+            return type(self).forward(self, x, attn_mask, is_causal)
+        elif not _embeds(self, x) or not _reads_prefix_only(self):
+            return self._stock_forward(x, attn_mask, is_causal)
+        else:
+            return _logits(self, x, attn_mask, is_causal)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if torch.jit.is_scripting():
@@ -197,7 +236,7 @@ class VisionTransformerDistilled(deit.VisionTransformerDistilled):
         elif not _embeds(self, x):
             return self._stock_forward_features(x, attn_mask, is_causal)
         else:
-            return _forward_features(self, x, attn_mask, is_causal)
+            return self.norm(_encode(self, x, attn_mask, is_causal))
 
 
 parts.LAYER_NORMS.update((StockLayerNorm, LayerNorm))

@@ -182,9 +182,7 @@ def _layer_forward(layer: Module, x: Tensor) -> Tensor:
 
     mlp = modules["mlp"]._modules
     activation = _gelu_name(mlp["activation_fn"])
-    return mlp_residual(
-        x, modules["layernorm_after"], mlp["fc1"], mlp["fc2"], None, None, activation, memory_of(layer)
-    )
+    return mlp_residual(x, modules["layernorm_after"], mlp["fc1"], mlp["fc2"], None, None, activation, memory_of(layer))
 
 
 # Embeddings -------------------------------------------------------------------------------------------------------

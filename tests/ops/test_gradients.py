@@ -9,7 +9,7 @@ from tests.support.compare import DTYPES, assert_gradients_are_right, randn, str
 EPS = 1e-6
 BACKENDS = ("triton", "torch")
 TOKENS = (1, 2, 17, 65, 198)
-WIDTHS = (64, 192, 384, 50)
+WIDTHS = (64, 192, 50)
 
 everywhere = pytest.mark.parametrize("chosen", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -134,13 +134,10 @@ def test_only_the_gradients_asked_for_are_computed(chosen):
     y.sum().backward()
 
 
-@in_every_dtype
 @pytest.mark.parametrize("op", ["layer_norm_linear", "linear_residual", "mlp"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_autocast_gives_gradients_in_the_parameters_own_dtype(op, low, dtype):
-    if dtype is not torch.float32:
-        pytest.skip("autocast is for float32 parameters")
-    arguments = arguments_of(op, 3, 9, 64, dtype)
+def test_autocast_gives_gradients_in_the_parameters_own_dtype(op, low):
+    arguments = arguments_of(op, 3, 9, 64, torch.float32)
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     for index in WRT.get(op, range(len(arguments))):
         if isinstance(arguments[index], torch.Tensor):

@@ -24,12 +24,13 @@ def test_any_number_of_tokens(tokens, dtype):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_any_width(width, dtype):
     x, norm = randn(2, 9, width, dtype=dtype), randn(width, dtype=dtype)
-    assert_op_is_right("layer_norm_linear", x, norm, norm, EPS, weight_of(3 * width, width, dtype), None)
-    square = weight_of(width, width, dtype)
-    assert_op_is_right("layer_norm_qkv", x, norm, norm, EPS, square, norm, square.flip(0), None, -square, norm)
-    wide, back = randn(2, 9, 2 * width, dtype=dtype), weight_of(width, 2 * width, dtype)
-    assert_op_is_right("linear_residual", wide, back, norm, x, None, None, "gelu_tanh")
-    assert_op_is_right("linear", x, weight_of(100, width, dtype), None, "none", "none")
+    into = weight_of(100, width, dtype)
+    assert_op_is_right("layer_norm_linear", x, norm, norm, EPS, into, None)
+    assert_op_is_right("linear", x, into, None, "none", "none")
+    narrow, bias = into[:64], randn(64, dtype=dtype)
+    assert_op_is_right("layer_norm_qkv", x, norm, norm, EPS, narrow, bias, narrow.flip(0), None, -narrow, bias)
+    back = weight_of(width, 100, dtype)
+    assert_op_is_right("linear_residual", randn(2, 9, 100, dtype=dtype), back, norm, x, None, None, "gelu_tanh")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -205,7 +205,7 @@ def test_an_attention_that_computes_something_else_is_not_mistaken_for_ours(atte
         report = swap(model)
         assert_close(model(x), stock)
     assert type(model.blocks[0].attn) is attention
-    assert report.kept["blocks.0"] == f"attn is a {attention.__name__}"
+    assert report.kept["blocks.0"] == f"attn is a {attention.__module__}.{attention.__name__}"
     assert "blocks.0.norm1" in report.swapped
 
 

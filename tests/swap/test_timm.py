@@ -297,8 +297,8 @@ def test_a_lora_linear_is_computed_and_the_other_parts_stay_on_the_operators() -
         report = swap(model)
         assert_close(model(x), stock)
     assert report.kept == {
-        "blocks.0": "attn: qkv is a LoraLinear",
-        "blocks.0.attn": "qkv is a LoraLinear",
+        "blocks.0": "attn: qkv is a tests.swap.helpers.LoraLinear",
+        "blocks.0.attn": "qkv is a tests.swap.helpers.LoraLinear",
     }
     assert operator_calls(lambda: model(x)) == block_calls(1, layer_norm=3, linear=2)
 

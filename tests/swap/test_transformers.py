@@ -276,8 +276,8 @@ def test_a_lora_linear_keeps_its_layer_and_is_computed() -> None:
         report = swap(model)
         assert_close(model(x).logits, stock)
     assert report.kept == {
-        "deit.layers.0": "attention: v_proj is a LoraLinear",
-        "deit.layers.0.attention": "v_proj is a LoraLinear",
+        "deit.layers.0": "attention: v_proj is a tests.swap.helpers.LoraLinear",
+        "deit.layers.0.attention": "v_proj is a tests.swap.helpers.LoraLinear",
     }
     assert operator_calls(lambda: model(x)) == layer_calls(1, layer_norm=3, linear=2)
 

@@ -1,0 +1,69 @@
+"""scikit-learn's handwritten digits: 1,797 real 8 × 8 images of ten classes, which come with the package."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deit_fast._extras import require
+from deit_fast.data import DeiTImageProcessor
+
+CLASSES = 10
+IMG_SIZE = 32
+
+
+class Split(NamedTuple):
+    """pixels: [N, 8, 8] uint8, white on black; images: the same prepared, [N, 3, 32, 32] float32; labels: [N]."""
+
+    pixels: np.ndarray
+    images: Tensor
+    labels: Tensor
+
+
+def image_processor() -> DeiTImageProcessor:
+    """Bilinear to `IMG_SIZE`, values from -1 to 1."""
+    return DeiTImageProcessor(size=IMG_SIZE, crop_size=IMG_SIZE, resample=2)
+
+
+def load(seed: int = 0) -> tuple[Split, Split]:
+    """Training digits and, apart from them, test digits: a quarter, every class by its share."""
+    require("sklearn", extra="demo")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(pixels, digits.target, test_size=0.25, random_state=seed, stratify=digits.target)
+    train_pixels, test_pixels, train_labels, test_labels = parts
+    return _split(train_pixels, train_labels), _split(test_pixels, test_labels)
+
+
+def _split(pixels: np.ndarray, labels: np.ndarray) -> Split:
+    rgb = np.repeat(pixels[..., None], 3, axis=-1)
+    images = image_processor()(list(rgb), return_tensors="pt").pixel_values
+    return Split(pixels, images, torch.from_numpy(labels).long())
+
+
+def batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end, shuffled anew each epoch, each image moved by up to a pixel of the original.
+
+    The same seed gives the same batches. An epoch's last, smaller batch is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(split.labels), generator=generator)
+        for index in order.split(batch_size)[: len(order) // batch_size]:
+            yield _moved(split.images[index], generator), split.labels[index]
+
+
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image by its own number of pixels down and right, black moving in."""
+    batch, _, height, width = images.shape
+    reach = IMG_SIZE // 8
+    padded = torch.nn.functional.pad(images, (reach,) * 4, value=-1.0)
+    top, left = torch.randint(2 * reach + 1, (2, batch, 1), generator=generator).to(images.device)
+    rows, columns = top + torch.arange(height, device=top.device), left + torch.arange(width, device=top.device)
+    first = torch.arange(batch, device=top.device)[:, None, None]
+    return padded[first, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
