@@ -37,7 +37,7 @@ from bench.models import DEPTH, LIBRARIES, SIZES, TOKENS, build, choices, images
 
 PRECISIONS = ("bf16", "autocast-bf16")
 SUITES = ("inference", "training")
-_ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
 class TrafficCounter(TorchDispatchMode):
@@ -49,7 +49,7 @@ class TrafficCounter(TorchDispatchMode):
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
         # The tensors are kept, lest an address be used again for something else.
-        self._weights = {_address(weight): weight for weight in weights}
+        self._weights = {address(weight): weight for weight in weights}
         self.calls: Counter[str] = Counter()
         self.activation_bytes = 0
         self.weight_bytes = 0
@@ -59,35 +59,38 @@ class TrafficCounter(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         name = func._schema.name
-        if _is_view(func, inputs, outputs) or name in _ALLOCATIONS:
+        if is_view(func, inputs, outputs) or name in ALLOCATIONS:
             return result
         self.calls[name] += 1
-        if name == "aten::_to_copy" and _address(inputs[0]) in self._weights:
-            self._weights |= {_address(output): output for output in outputs}
+        if name == "aten::_to_copy" and address(inputs[0]) in self._weights:
+            self._weights |= {address(output): output for output in outputs}
         self._add_distinct(inputs)
         self._add_distinct(outputs)
         return result
 
     def _add_distinct(self, tensors: list[Tensor]) -> None:
-        distinct = {(t.data_ptr(), t.shape, t.stride()): t for t in tensors}
-        for tensor in distinct.values():
-            if _address(tensor) in self._weights:
-                self.weight_bytes += _distinct_bytes(tensor)
+        for tensor in distinct(tensors):
+            if address(tensor) in self._weights:
+                self.weight_bytes += distinct_bytes(tensor)
             else:
-                self.activation_bytes += _distinct_bytes(tensor)
+                self.activation_bytes += distinct_bytes(tensor)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _is_view(func, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def distinct(tensors: list[Tensor]) -> list[Tensor]:
+    return list({(t.data_ptr(), t.shape, t.stride()): t for t in tensors}.values())
+
+
+def is_view(func, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     # By storage, not by schema alone: `_unsafe_view` does not say that it is one.
-    storages = {_address(tensor) for tensor in inputs}
-    return not func._schema.is_mutable and all(_address(output) in storages for output in outputs)
+    storages = {address(tensor) for tensor in inputs}
+    return not func._schema.is_mutable and all(address(output) in storages for output in outputs)
 
 
-def _distinct_bytes(tensor: Tensor) -> int:
+def distinct_bytes(tensor: Tensor) -> int:
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1
@@ -187,12 +190,12 @@ def _count_training(model: nn.Module, precision: str, batch: int) -> tuple[Traff
     dtype = torch.bfloat16 if pure else torch.float32
     model, pixels = model.train().to(dtype), images(batch, dtype)
     weights = [*model.parameters(), *model.buffers()]
-    known = {_address(weight) for weight in weights}
+    known = {address(weight) for weight in weights}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in known:
-            kept[_address(tensor)] = tensor
+        if address(tensor) not in known:
+            kept[address(tensor)] = tensor
         return tensor
 
     counter = TrafficCounter(weights)

@@ -14,8 +14,9 @@ from deit_fast._extras import require
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.data import DeiTImageProcessor, load_image
 from deit_fast.data.image_processor import CONFIG_NAME
-from deit_fast.models import create_model
+from deit_fast.models import create_model, load_model
 from deit_fast.models.checkpoint import load_checkpoint
+from deit_fast.models.description import read_description
 from deit_fast.models.key_maps import to_timm_names
 
 BATCH_SIZE = 32
@@ -30,7 +31,9 @@ def add_parser(commands: Any) -> None:
     """Declare the subcommand and its arguments."""
     parser = commands.add_parser("predict", help="print the most likely classes of images")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"default: what the checkpoint says it holds, if it does, else {DEFAULT_MODEL}"
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="PATH",
@@ -62,11 +65,16 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.labels} has {len(labels)} labels, the model {num_classes} classes")
         if not 1 <= args.topk <= num_classes:
             raise ValueError(f"--topk is {args.topk}; expected 1 to {num_classes}, the number of classes")
-        model = create_model(args.model, num_classes=num_classes, checkpoint=args.checkpoint, device=device).eval()
+        name = args.model
+        if name is None and args.checkpoint and read_description(args.checkpoint):
+            model = load_model(args.checkpoint, device=device).eval()
+        else:
+            name = name or DEFAULT_MODEL
+            model = create_model(name, num_classes=num_classes, checkpoint=args.checkpoint, device=device).eval()
         processor = image_processor(args.checkpoint, model.config.img_size)
     if args.checkpoint is None:
         print(
-            f"deit-fast: no --checkpoint: the weights of {args.model} are random, and the predictions mean nothing",
+            f"deit-fast: no --checkpoint: the weights of {name} are random, and the predictions mean nothing",
             file=sys.stderr,
         )
 
@@ -80,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         for path, row in zip(args.images, torch.cat(probabilities), strict=True)
     ]
     if args.json:
-        header = {"model": args.model, "checkpoint": args.checkpoint, "device": str(device)}
+        header = {"model": name, "checkpoint": args.checkpoint, "device": str(device)}
         print(json.dumps({**header, "images": results}, indent=2, ensure_ascii=False))
     else:
         print_tables(results, random=args.checkpoint is None)
@@ -153,14 +161,24 @@ def image_processor(checkpoint: str | None, img_size: int) -> DeiTImageProcessor
     A saved one for another image size gives its mean and standard deviation only.
     """
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if checkpoint is not None and (Path(checkpoint) / CONFIG_NAME).is_file():
-        saved = DeiTImageProcessor.from_pretrained(checkpoint)
+    saved = saved_image_processor(checkpoint) if checkpoint is not None else None
+    if saved is not None:
         if saved.crop_size == {"height": img_size, "width": img_size}:
             return saved
         mean, std = saved.image_mean, saved.image_std
     return DeiTImageProcessor(
         size={"shortest_edge": img_size * 256 // 224}, crop_size=img_size, image_mean=mean, image_std=std
     )
+
+
+def saved_image_processor(checkpoint: str) -> DeiTImageProcessor | None:
+    """From a folder's file, or from the metadata of a safetensors file."""
+    if (Path(checkpoint) / CONFIG_NAME).is_file():
+        return DeiTImageProcessor.from_pretrained(checkpoint)
+    description = read_description(checkpoint)
+    if description is None or description.image_processor is None:
+        return None
+    return DeiTImageProcessor.from_dict(description.image_processor)
 
 
 def top_classes(probabilities: Tensor, labels: list[str], k: int) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@
 
 A program of the first kernel owns a block of queries and walks over the keys: dq, and delta for the second. A program
 of the second owns a block of keys and walks over the queries: dk and dv. Every element has one owner that adds in one
-order, so the bits are the same every run. Blocks and tails are those of the forward kernel, and so is what q, k and v
-may look like.
+order, so the bits are the same every run. The last owners have a tail as small as what is left; the walk masks every
+block instead, since a second body behind the loop, for tiles of another shape, takes the registers of both.
 """
 
 import torch
@@ -51,7 +51,7 @@ def query_gradient_kernel(
     QUERY_BLOCK: tl.constexpr,
     QUERY_TAIL: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    KEY_TAIL: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq and delta of one block of queries of one head, HEAD + TAIL wide. `out` [B, N, H·d] and delta are dense."""
@@ -77,13 +77,13 @@ def query_gradient_kernel(
         _query_gradient(
             q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dq_ptr,
             block * QUERY_BLOCK, queries, keys, scale, q_token, k_token, v_token, out_token, grad_token, dq_token,
-            HEAD, TAIL, QUERY_BLOCK, False, KEY_BLOCK, KEY_TAIL, PRECISION,
+            HEAD, TAIL, QUERY_BLOCK, False, KEY_BLOCK, MASK_KEYS, PRECISION,
         )  # fmt: skip
     else:
         _query_gradient(
             q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dq_ptr,
             block * QUERY_BLOCK, queries, keys, scale, q_token, k_token, v_token, out_token, grad_token, dq_token,
-            HEAD, TAIL, QUERY_TAIL, True, KEY_BLOCK, KEY_TAIL, PRECISION,
+            HEAD, TAIL, QUERY_TAIL, True, KEY_BLOCK, MASK_KEYS, PRECISION,
         )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _query_gradient(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dq_ptr,
     first_query, queries, keys, scale, q_token, k_token, v_token, out_token, grad_token, dq_token,
     HEAD: tl.constexpr, TAIL: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     query = first_query + tl.arange(0, QUERIES)
     q_head, q_tail = _load(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
@@ -106,16 +106,10 @@ def _query_gradient(
 
     dq_head = tl.zeros([QUERIES, HEAD], dtype=tl.float32)
     dq_tail = tl.zeros([QUERIES, TAIL if TAIL > 0 else 16], dtype=tl.float32)  # folded away where there is no tail
-    whole_keys = keys // KEY_BLOCK * KEY_BLOCK
-    for first_key in range(0, whole_keys, KEY_BLOCK):
+    for first_key in range(0, keys, KEY_BLOCK):
         dq_head, dq_tail = _add_keys(
             dq_head, dq_tail, q_head, q_tail, grad_head, grad_tail, log_sum_exp, delta, k_ptr, v_ptr,
-            first_key, keys, scale, k_token, v_token, HEAD, TAIL, KEY_BLOCK, False, PRECISION,
-        )  # fmt: skip
-    if KEY_TAIL > 0:
-        dq_head, dq_tail = _add_keys(
-            dq_head, dq_tail, q_head, q_tail, grad_head, grad_tail, log_sum_exp, delta, k_ptr, v_ptr,
-            whole_keys, keys, scale, k_token, v_token, HEAD, TAIL, KEY_TAIL, True, PRECISION,
+            first_key, keys, scale, k_token, v_token, HEAD, TAIL, KEY_BLOCK, MASK_KEYS, PRECISION,
         )  # fmt: skip
     _store(dq_ptr, query, dq_token, queries, dq_head * scale, dq_tail * scale, HEAD, TAIL, MASKED)
 
@@ -137,6 +131,7 @@ def _add_keys(
         of_weights = tl.dot(grad_tail, tl.trans(v_tail), of_weights, input_precision=PRECISION)
     of_scores = _weights(scores, log_sum_exp[:, None], scale) * (of_weights - delta[:, None])
     if MASKED:
+        # After the weights: against an infinite delta a weight of 0 would not do.
         of_scores = tl.where((key < keys)[None, :], of_scores, 0.0)
     of_scores = of_scores.to(k_head.dtype)
     dq_head = tl.dot(of_scores, k_head, dq_head, input_precision=PRECISION)
@@ -179,7 +174,7 @@ def key_gradient_kernel(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
-    QUERY_TAIL: tl.constexpr,
+    MASK_QUERIES: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     KEY_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -206,13 +201,13 @@ def key_gradient_kernel(
         _key_gradient(
             q_ptr, k_ptr, v_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dk_ptr, dv_ptr,
             block * KEY_BLOCK, queries, keys, scale, q_token, k_token, v_token, grad_token, dk_token, dv_token,
-            HEAD, TAIL, KEY_BLOCK, False, QUERY_BLOCK, QUERY_TAIL, PRECISION,
+            HEAD, TAIL, KEY_BLOCK, False, QUERY_BLOCK, MASK_QUERIES, PRECISION,
         )  # fmt: skip
     else:
         _key_gradient(
             q_ptr, k_ptr, v_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dk_ptr, dv_ptr,
             block * KEY_BLOCK, queries, keys, scale, q_token, k_token, v_token, grad_token, dk_token, dv_token,
-            HEAD, TAIL, KEY_TAIL, True, QUERY_BLOCK, QUERY_TAIL, PRECISION,
+            HEAD, TAIL, KEY_TAIL, True, QUERY_BLOCK, MASK_QUERIES, PRECISION,
         )  # fmt: skip
 
 
@@ -221,7 +216,7 @@ def _key_gradient(
     q_ptr, k_ptr, v_ptr, grad_ptr, log_sum_exp_ptr, delta_ptr, dk_ptr, dv_ptr,
     first_key, queries, keys, scale, q_token, k_token, v_token, grad_token, dk_token, dv_token,
     HEAD: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, QUERY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, MASK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key = first_key + tl.arange(0, KEYS)
     k_head, k_tail = _load(k_ptr, key, k_token, keys, HEAD, TAIL, MASKED)
@@ -230,16 +225,10 @@ def _key_gradient(
     dv_head = tl.zeros([KEYS, HEAD], dtype=tl.float32)
     dk_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], dtype=tl.float32)  # folded away where there is no tail
     dv_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], dtype=tl.float32)
-    whole_queries = queries // QUERY_BLOCK * QUERY_BLOCK
-    for first_query in range(0, whole_queries, QUERY_BLOCK):
+    for first_query in range(0, queries, QUERY_BLOCK):
         dk_head, dk_tail, dv_head, dv_tail = _add_queries(
             dk_head, dk_tail, dv_head, dv_tail, k_head, k_tail, v_head, v_tail, q_ptr, grad_ptr, log_sum_exp_ptr,
-            delta_ptr, first_query, queries, scale, q_token, grad_token, HEAD, TAIL, QUERY_BLOCK, False, PRECISION,
-        )  # fmt: skip
-    if QUERY_TAIL > 0:
-        dk_head, dk_tail, dv_head, dv_tail = _add_queries(
-            dk_head, dk_tail, dv_head, dv_tail, k_head, k_tail, v_head, v_tail, q_ptr, grad_ptr, log_sum_exp_ptr,
-            delta_ptr, whole_queries, queries, scale, q_token, grad_token, HEAD, TAIL, QUERY_TAIL, True, PRECISION,
+            delta_ptr, first_query, queries, scale, q_token, grad_token, HEAD, TAIL, QUERY_BLOCK, MASK_QUERIES, PRECISION,
         )  # fmt: skip
     _store(dk_ptr, key, dk_token, keys, dk_head * scale, dk_tail * scale, HEAD, TAIL, MASKED)
     _store(dv_ptr, key, dv_token, keys, dv_head, dv_tail, HEAD, TAIL, MASKED)
@@ -262,12 +251,11 @@ def _add_queries(
     if TAIL > 0:
         scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
         of_weights = tl.dot(v_tail, tl.trans(grad_tail), of_weights, input_precision=PRECISION)
+    if MASKED:
+        # Of a query that isn't there every weight is 0, whatever the key.
+        scores = tl.where((query < queries)[None, :], scores, float("-inf"))
     weights = _weights(scores, log_sum_exp[None, :], scale)
     of_scores = weights * (of_weights - delta[None, :])
-    if MASKED:
-        # Against an infinite k or v the zeros of a query that isn't there make NaN.
-        weights = tl.where((query < queries)[None, :], weights, 0.0)
-        of_scores = tl.where((query < queries)[None, :], of_scores, 0.0)
     weights = weights.to(q_head.dtype)
     of_scores = of_scores.to(q_head.dtype)
     dv_head = tl.dot(weights, grad_head, dv_head, input_precision=PRECISION)
@@ -357,9 +345,7 @@ def attention_backward(
             "HEAD": head,
             "TAIL": tail,
             "QUERY_BLOCK": tile.queries,
-            "QUERY_TAIL": launch.tail_block(queries, tile.queries),
             "KEY_BLOCK": tile.keys,
-            "KEY_TAIL": launch.tail_block(keys, tile.keys),
             "PRECISION": launch.dot_precision(q.dtype, arch),
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
@@ -372,6 +358,8 @@ def attention_backward(
         *(q, k, v, out, grad_out, log_sum_exp, delta, written[0]),
         *shape,
         *written[0].stride()[:3],
+        QUERY_TAIL=launch.tail_block(queries, query_tile.queries),
+        MASK_KEYS=keys % query_tile.keys != 0,
         **options(query_tile),
     )
     launch.run(
@@ -382,6 +370,8 @@ def attention_backward(
         *shape,
         *written[1].stride()[:3],
         *written[2].stride()[:3],
+        KEY_TAIL=launch.tail_block(keys, key_tile.keys),
+        MASK_QUERIES=queries % key_tile.queries != 0,
         **options(key_tile),
     )
     for gradient, tensor in zip((dq, dk, dv), written, strict=True):

@@ -72,6 +72,37 @@ def tile_statistics(head, tail, head_mask, tail_mask, eps, WIDTH: tl.constexpr, 
 
 
 @triton.jit
+def sum_rows(
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, first, rows, count, tokens, column, column_mask,
+    grad_stride, x_stride, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ s grad and, with `x_ptr`, Σ s grad x̂ over `count` rows from `first` on, or as many as there are.
+
+    s: drop path's scale of the row's sample.
+    """
+    # Element by element, so that threads meet once, at the end.
+    total = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    projection = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    # Nothing but loads: they are under way several steps ahead.
+    for start in tl.range(0, tl.minimum(count, rows - first), ROW_BLOCK, num_stages=4):
+        row = first + start + tl.arange(0, ROW_BLOCK)
+        row_mask = row < rows
+        mask = row_mask[:, None] & column_mask[None, :]
+        offset = row.to(tl.int64)[:, None]
+        grad = tl.load(grad_ptr + offset * grad_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if drop_path_scale_ptr is not None:
+            scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
+            grad *= scale.to(tl.float32)[:, None]
+        total += grad
+        if x_ptr is not None:
+            mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
+            rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
+            x = tl.load(x_ptr + offset * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            projection += grad * ((x - mean[:, None]) * rstd[:, None])
+    return tl.sum(total, axis=0), tl.sum(projection, axis=0)
+
+
+@triton.jit
 def normalise(x, mean, rstd, weight_ptr, bias_ptr, columns, mask):
     """`(x - mean) * rstd * weight + bias` for a float32 tile [ROWS, COLUMNS]; absent parameters are skipped."""
     x = (x - mean[:, None]) * rstd[:, None]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import tile_statistics
+from deit_fast.kernels.device import sum_rows, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
 
 
@@ -122,29 +122,16 @@ def column_sums_kernel(
     split = tl.program_id(0) // column_tiles
     column = (tl.program_id(0) % column_tiles) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < WIDTH
-    # Element by element, so that the rows are summed across threads once, at the end.
-    total = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
-    projection = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
-    for start in range(0, SPLIT_ROWS, ROW_BLOCK):
-        row = split * SPLIT_ROWS + start + tl.arange(0, ROW_BLOCK)
-        row_mask = row < rows
-        offset = row.to(tl.int64)[:, None]
-        grad = _load(grad_ptr + offset * grad_stride, row_mask, column, column_mask)
-        if drop_path_scale_ptr is not None:
-            scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
-            grad *= scale.to(tl.float32)[:, None]
-        total += grad
-        if x_ptr is not None:
-            mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
-            x = _load(x_ptr + offset * x_stride, row_mask, column, column_mask)
-            projection += grad * ((x - mean[:, None]) * rstd[:, None])
+    total, projection = sum_rows(
+        grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, split * SPLIT_ROWS, rows, SPLIT_ROWS, tokens,
+        column, column_mask, grad_stride, x_stride, ROW_BLOCK, COLUMN_BLOCK,
+    )  # fmt: skip
     if x_ptr is not None:
         sums_ptr += split.to(tl.int64) * 2 * WIDTH
-        tl.store(sums_ptr + WIDTH + column, tl.sum(projection, axis=0), mask=column_mask)
+        tl.store(sums_ptr + WIDTH + column, projection, mask=column_mask)
     else:
         sums_ptr += split.to(tl.int64) * WIDTH
-    tl.store(sums_ptr + column, tl.sum(total, axis=0), mask=column_mask)
+    tl.store(sums_ptr + column, total, mask=column_mask)
 
 
 @triton.jit

@@ -21,13 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import gelu, gelu_derivative, tile_of_program
+from deit_fast.kernels.device import gelu, gelu_derivative, sum_rows, tile_of_program
 from deit_fast.kernels.layer_norm_backward import column_sums
 from deit_fast.kernels.layout import as_rows, dense
 
 _GROUP = 8
-# As wide as the narrowest tensor-core product: a column of ones beside x would do.
-_ONES = 16
 
 
 @triton.jit
@@ -141,19 +139,21 @@ def weight_gradient_kernel(
     OUT_BLOCK: tl.constexpr,
     IN_BLOCK: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
-    ONES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of G over one part of the rows; the programs of the first tiles along `IN` sum the gradient's rows too.
+    """A tile of G over one part of the rows, turned, since what is done to x is done once where x is turned.
 
+    The programs past the last tile along IN sum the gradient's rows instead.
     product: [splits, PROJECTIONS * OUT, IN]; sum: [splits, PROJECTIONS * OUT].
     """
-    in_tiles: tl.constexpr = (IN + IN_BLOCK - 1) // IN_BLOCK
     out_tiles: tl.constexpr = (OUT + OUT_BLOCK - 1) // OUT_BLOCK
-    tile = tl.program_id(0) % (PROJECTIONS * out_tiles * in_tiles)
-    split = tl.program_id(0) // (PROJECTIONS * out_tiles * in_tiles)
-    tile_k = tile % in_tiles
-    tile_n = tile // in_tiles
+    in_tiles: tl.constexpr = (IN + IN_BLOCK - 1) // IN_BLOCK
+    across = in_tiles
+    if sum_ptr is not None:
+        across += 1
+    tile_k = tl.program_id(0) % across
+    tile_n = tl.program_id(0) // across % (PROJECTIONS * out_tiles)
+    split = tl.program_id(0) // (across * PROJECTIONS * out_tiles)
     projection = tile_n // out_tiles
     if PROJECTIONS > 1:
         if projection == 1:
@@ -162,61 +162,41 @@ def weight_gradient_kernel(
             grad_ptr = v_grad_ptr
 
     n = (tile_n % out_tiles) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
-    k = tile_k * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    n_mask = n < OUT
     first = split * split_rows
     part = split.to(tl.int64) * (PROJECTIONS * OUT) + projection * OUT
-    if sum_ptr is not None and tile_k == 0:
-        product, total = _accumulate(
-            grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, first, rows, split_rows, tokens, n, k,
-            grad_stride, x_stride, OUT, IN, ACTIVATION, DTYPE, OUT_BLOCK, IN_BLOCK, ROW_BLOCK, ONES, True, PRECISION,
+    if sum_ptr is not None and tile_k == in_tiles:
+        total, _ = sum_rows(
+            grad_ptr, None, None, None, drop_path_scale_ptr, first, rows, split_rows, tokens, n, n_mask,
+            grad_stride, 0, ROW_BLOCK, OUT_BLOCK,
         )  # fmt: skip
-        # ONES equal columns.
-        tl.store(sum_ptr + part + n, tl.max(total, axis=1), mask=n < OUT)
+        tl.store(sum_ptr + part + n, total, mask=n_mask)
     else:
-        product, total = _accumulate(
-            grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, first, rows, split_rows, tokens, n, k,
-            grad_stride, x_stride, OUT, IN, ACTIVATION, DTYPE, OUT_BLOCK, IN_BLOCK, ROW_BLOCK, ONES, False, PRECISION,
-        )  # fmt: skip
-    tl.store(
-        product_ptr + (part + n)[:, None] * IN + k[None, :],
-        product.to(product_ptr.dtype.element_ty),
-        mask=(n < OUT)[:, None] & (k < IN)[None, :],
-    )
-
-
-@triton.jit
-def _accumulate(
-    grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, first, rows, split_rows, tokens, n, k,
-    grad_stride, x_stride, OUT: tl.constexpr, IN: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
-    OUT_BLOCK: tl.constexpr, IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, ONES: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    product = tl.zeros([OUT_BLOCK, IN_BLOCK], dtype=tl.float32)
-    total = tl.zeros([OUT_BLOCK, ONES], dtype=tl.float32)
-    ones = tl.full([ROW_BLOCK, ONES], 1.0, dtype=DTYPE)
-    for start in range(0, split_rows, ROW_BLOCK):
-        row = first + start + tl.arange(0, ROW_BLOCK)
-        row_mask = row < rows
-        offset = row.to(tl.int64)[:, None]
-        grad = tl.load(
-            grad_ptr + offset * grad_stride + n[None, :], mask=row_mask[:, None] & (n < OUT)[None, :], other=0.0
+        k = tile_k * IN_BLOCK + tl.arange(0, IN_BLOCK)
+        k_mask = k < IN
+        product = tl.zeros([IN_BLOCK, OUT_BLOCK], dtype=tl.float32)
+        for start in range(0, tl.minimum(split_rows, rows - first), ROW_BLOCK):
+            row = first + start + tl.arange(0, ROW_BLOCK)
+            row_mask = row < rows
+            offset = row.to(tl.int64)[:, None]
+            x = tl.load(x_ptr + offset * x_stride + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            grads = grad_ptr + offset * grad_stride + n[None, :]
+            grad = tl.load(grads, mask=row_mask[:, None] & n_mask[None, :], other=0.0)
+            if mean_ptr is not None:
+                mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
+                rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
+                x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            elif ACTIVATION != "none":
+                x = gelu(x.to(tl.float32), ACTIVATION)
+            if drop_path_scale_ptr is not None:
+                scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
+                x = x.to(tl.float32) * scale.to(tl.float32)[:, None]
+            product = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), product, input_precision=PRECISION)
+        tl.store(
+            product_ptr + (part + n)[None, :] * IN + k[:, None],
+            product,
+            mask=k_mask[:, None] & n_mask[None, :],
         )
-        x = tl.load(x_ptr + offset * x_stride + k[None, :], mask=row_mask[:, None] & (k < IN)[None, :], other=0.0)
-        if drop_path_scale_ptr is not None:
-            scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
-            grad = grad.to(tl.float32) * scale.to(tl.float32)[:, None]
-        if mean_ptr is not None:
-            mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
-            x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
-        elif ACTIVATION != "none":
-            x = gelu(x.to(tl.float32), ACTIVATION)
-        grad = tl.trans(grad.to(DTYPE))
-        product = tl.dot(grad, x.to(DTYPE), product, input_precision=PRECISION)
-        if SUM:
-            # A sum has no reason to be in TF32.
-            total = tl.dot(grad, ones, total, input_precision="tf32x3" if PRECISION == "tf32" else PRECISION)
-    return product, total
 
 
 @triton.jit
@@ -471,12 +451,13 @@ def _weight_gradient(
     tile = launch.weight_gradient(out_features, in_features, dtype.itemsize, arch)
     tiles = len(grads) * triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.columns)
     splits = launch.splits(tiles, rows, launch.multiprocessors(x))
+    programs = tiles + (len(grads) * triton.cdiv(out_features, tile.rows) if need_sum else 0)
     all_features = len(grads) * out_features
     product = torch.empty((splits, all_features, in_features), dtype=torch.float32, device=x.device)
     total = torch.empty((splits, all_features), dtype=torch.float32, device=x.device) if need_sum else None
     launch.run(
         weight_gradient_kernel,
-        tiles * splits,
+        programs * splits,
         x.device,
         *grads,
         *absent,
@@ -499,7 +480,6 @@ def _weight_gradient(
         OUT_BLOCK=tile.rows,
         IN_BLOCK=tile.columns,
         ROW_BLOCK=tile.depth,
-        ONES=_ONES,
         PRECISION=launch.dot_precision(dtype, arch),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

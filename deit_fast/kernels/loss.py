@@ -35,7 +35,8 @@ def distillation_loss_kernel(
     dist_weight,
     dist_grad_weight,
     tau,
-    label_smoothing,
+    confidence,
+    smoothing,
     SOFT: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -46,6 +47,7 @@ def distillation_loss_kernel(
     """SOFT: distillation by KL divergence, else by the teacher's class. SOFT_TARGETS: [B, C], else labels [B].
 
     base_weight, dist_weight: of the two losses' sums over the rows; base_weight is divided by the rows kept here.
+    confidence, smoothing: smoothed targets are `confidence * target + smoothing`.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
@@ -85,7 +87,7 @@ def distillation_loss_kernel(
     kept = batch
     is_kept = True
     if SOFT_TARGETS:
-        target_sum = target_sum * (1.0 - label_smoothing) + label_smoothing
+        target_sum = target_sum * confidence + smoothing * CLASSES
     else:
         target_sum = 1.0
         label = tl.load(targets_row)
@@ -107,15 +109,15 @@ def distillation_loss_kernel(
         p, log_p = _softmax(x, base_max, base_sum)
         if SOFT_TARGETS:
             target = tl.load(targets_row + column, mask=mask, other=0.0).to(tl.float32)
-            target = target * (1.0 - label_smoothing) + label_smoothing / CLASSES
+            target = target * confidence + smoothing
             base_loss -= tl.sum(tl.where(mask, target * log_p, 0.0), axis=0)
         else:
             is_label = column == label
-            target = tl.where(is_label, 1.0 - label_smoothing, 0.0) + label_smoothing / CLASSES
+            target = tl.where(is_label, confidence + smoothing, smoothing)
             # Apart from the target, so that a class without any weight may have a logit of -inf.
-            base_loss -= (1.0 - label_smoothing) * tl.sum(tl.where(is_label, log_p, 0.0), axis=0)
+            base_loss -= confidence * tl.sum(tl.where(is_label, log_p, 0.0), axis=0)
             if SMOOTHING:
-                base_loss -= label_smoothing / CLASSES * tl.sum(tl.where(mask, log_p, 0.0), axis=0)
+                base_loss -= smoothing * tl.sum(tl.where(mask, log_p, 0.0), axis=0)
         if logits_grad_ptr is not None:
             gradient = (p * target_sum - target) * base_grad_weight
             tl.store(logits_grad_ptr + row * CLASSES + column, gradient, mask=mask)
@@ -213,7 +215,8 @@ def distillation_loss(
         dist_weight,
         dist_weight / tau if soft else dist_weight,
         tau,
-        label_smoothing,
+        1.0 - label_smoothing,
+        label_smoothing / classes,
         SOFT=soft,
         SOFT_TARGETS=soft_targets,
         SMOOTHING=label_smoothing > 0,

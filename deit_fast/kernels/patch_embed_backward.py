@@ -10,9 +10,8 @@ from deit_fast.kernels.device import tile_of_program
 from deit_fast.kernels.layout import dense, unit_stride
 
 _GROUP = 8
-# Two thousand elements a program of what is only summed, 128 bytes of a row at least.
-_SUM_ELEMENTS = 2048
-_BATCH_BLOCK, _COLUMN_BLOCK = 32, 64
+# Terms added at once where a kernel only sums, and columns: two thousand elements a program, 128 bytes of a row.
+_LANES, _SUM_COLUMNS = 32, 64
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -215,26 +214,26 @@ def token_gradients_kernel(
     patch = token - PREFIX
     column = tl.program_id(0) % column_tiles * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < WIDTH
-    visible = tl.zeros([BATCH_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
-    masked = tl.zeros([BATCH_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    visible = tl.zeros([COLUMN_BLOCK, BATCH_BLOCK], dtype=tl.float32)
+    masked = tl.zeros([COLUMN_BLOCK, BATCH_BLOCK], dtype=tl.float32)
     for start in range(0, batch, BATCH_BLOCK):
         sample = start + tl.arange(0, BATCH_BLOCK)
         sample_mask = sample < batch
         grad_row = sample.to(tl.int64) * grad_batch + token.to(tl.int64) * grad_token
         grad = tl.load(
-            grad_ptr + grad_row[:, None] + column[None, :], mask=sample_mask[:, None] & column_mask[None, :], other=0.0
+            grad_ptr + column[:, None] + grad_row[None, :], mask=column_mask[:, None] & sample_mask[None, :], other=0.0
         ).to(tl.float32)
         if mask_ptr is not None:
             mask_row = mask_ptr + sample.to(tl.int64) * patches + patch
             is_masked = tl.load(mask_row, mask=sample_mask & (patch >= 0), other=0) != 0
-            masked += tl.where(is_masked[:, None], grad, 0.0)
-            grad = tl.where(is_masked[:, None], 0.0, grad)
+            masked += tl.where(is_masked[None, :], grad, 0.0)
+            grad = tl.where(is_masked[None, :], 0.0, grad)
         visible += grad
 
-    of_visible = tl.sum(visible, axis=0)
+    of_visible = tl.sum(visible, axis=1)
     total = of_visible
     if mask_ptr is not None:
-        of_masked = tl.sum(masked, axis=0)
+        of_masked = tl.sum(masked, axis=1)
         total += of_masked
         if mask_token_partials_ptr is not None:
             tl.store(mask_token_partials_ptr + patch * WIDTH + column, of_masked, mask=column_mask & (patch >= 0))
@@ -264,12 +263,12 @@ def sum_partials_kernel(
     """Column sums of float32 [count, columns], in an order that does not depend on the run."""
     column = tl.program_id(0).to(tl.int64) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < columns
-    total = tl.zeros([COUNT_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
+    total = tl.zeros([COLUMN_BLOCK, COUNT_BLOCK], dtype=tl.float32)
     for start in range(0, count, COUNT_BLOCK):
         i = start + tl.arange(0, COUNT_BLOCK).to(tl.int64)
-        partials = partials_ptr + i[:, None] * columns + column[None, :]
-        total += tl.load(partials, mask=(i < count)[:, None] & column_mask[None, :], other=0.0)
-    tl.store(total_ptr + column, tl.sum(total, axis=0).to(total_ptr.dtype.element_ty), mask=column_mask)
+        partials = partials_ptr + i[None, :] * columns + column[:, None]
+        total += tl.load(partials, mask=column_mask[:, None] & (i < count)[None, :], other=0.0)
+    tl.store(total_ptr + column, tl.sum(total, axis=1).to(total_ptr.dtype.element_ty), mask=column_mask)
 
 
 def patch_embed_backward(
@@ -374,7 +373,7 @@ def _image_gradient(grad: Tensor, weight: Tensor, mask: Tensor | None, prefix: i
     channels, patch_height, patch_width = weight.shape[1:]
     depth = channels * patch_height * patch_width
     arch = launch.architecture(grad)
-    tile = launch.gemm(depth, width, weight.element_size(), arch, "none")
+    tile = launch.input_gradient(depth, weight.element_size(), arch)
     launch.run(
         image_gradient_kernel,
         triton.cdiv(batch * patches, tile.rows) * triton.cdiv(depth, tile.columns),
@@ -424,7 +423,7 @@ def _token_gradients(
     )
     launch.run(
         token_gradients_kernel,
-        (last - first) * triton.cdiv(width, _COLUMN_BLOCK),
+        (last - first) * triton.cdiv(width, _SUM_COLUMNS),
         grad.device,
         grad,
         mask if of_bias is not None or of_mask_token is not None else None,
@@ -440,8 +439,8 @@ def _token_gradients(
         WIDTH=width,
         PREFIX=prefix,
         PREFIX_POSITIONS=prefix_positions,
-        BATCH_BLOCK=_BATCH_BLOCK,
-        COLUMN_BLOCK=_COLUMN_BLOCK,
+        BATCH_BLOCK=_LANES,
+        COLUMN_BLOCK=_SUM_COLUMNS,
         num_warps=4,
     )
     for partials, of in ((bias_partials, of_bias), (mask_token_partials, of_mask_token)):
@@ -452,8 +451,8 @@ def _token_gradients(
 def _sum_partials(partials: Tensor, total: Tensor) -> None:
     """`partials` [count, …] summed into `total`."""
     count, columns = len(partials), total.numel()
-    count_block = min(32, triton.next_power_of_2(count))
-    column_block = _SUM_ELEMENTS // count_block
+    count_block = min(_LANES, triton.next_power_of_2(count))
+    column_block = _LANES * _SUM_COLUMNS // count_block
     launch.run(
         sum_partials_kernel,
         triton.cdiv(columns, column_block),

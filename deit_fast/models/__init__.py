@@ -2,6 +2,6 @@
 
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.deit import VisionTransformer
-from deit_fast.models.registry import create_model, list_models
+from deit_fast.models.registry import create_model, list_models, load_model
 
-__all__ = ["DeiTConfig", "VisionTransformer", "create_model", "list_models"]
+__all__ = ["DeiTConfig", "VisionTransformer", "create_model", "list_models", "load_model"]

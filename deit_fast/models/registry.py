@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from deit_fast.models.checkpoint import follow_config, load_checkpoint, load_weights
+from deit_fast.models.checkpoint import Checkpoint, follow_config, load_checkpoint, load_weights
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.deit import VisionTransformer
+from deit_fast.models.description import read_description
 
 _TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 _SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
@@ -97,12 +98,39 @@ def create_model(
     if checkpoint is None:
         return VisionTransformer(config, drop_path_rate=drop_path_rate, device=device, dtype=dtype)
 
+    loaded = load_checkpoint(checkpoint)
+    return _with_weights(follow_config(config, loaded), loaded, drop_path_rate, device, dtype)
+
+
+def load_model(
+    checkpoint: str | os.PathLike,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> VisionTransformer:
+    """The model of a `.safetensors` file that says itself which one it holds, as `deit-fast demo` saves it.
+
+    Raises:
+        ValueError: the file doesn't say it, is unreadable, or its weights don't fit what it says.
+        FileNotFoundError: nothing there.
+    """
+    description = read_description(checkpoint)
+    if description is None:
+        raise ValueError(f"{checkpoint} doesn't say which model it holds: name it to create_model")
+    return _with_weights(description.config, load_checkpoint(checkpoint), 0.0, device, dtype)
+
+
+def _with_weights(
+    config: DeiTConfig,
+    checkpoint: Checkpoint,
+    drop_path_rate: float,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> VisionTransformer:
     device = torch.get_default_device() if device is None else torch.device(device)
     if device.type == "meta":
         raise ValueError("a checkpoint can't be loaded on the meta device; give a real one, or no checkpoint")
-    loaded = load_checkpoint(checkpoint)
-    config = follow_config(config, loaded)
     # On meta nothing is initialised only to be overwritten, and a checkpoint that doesn't fit costs nothing.
     model = VisionTransformer(config, drop_path_rate=drop_path_rate, device="meta", dtype=dtype)
-    load_weights(model, loaded, device)
+    load_weights(model, checkpoint, device)
     return model

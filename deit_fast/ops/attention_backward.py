@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deit_fast.kernels import attention_backward as kernels
+from deit_fast.kernels.attention import unsupported
 from deit_fast.ops import checks
 from deit_fast.ops.registration import register_backward
 
@@ -36,12 +38,26 @@ def _stock(grad: Tensor, qkv: Tensor, out: Tensor, log_sum_exp: Tensor, scale: f
     return torch.stack(_stock_qkv(grad, *qkv.unbind(2), out, log_sum_exp, scale), dim=2)
 
 
+def _triton_qkv(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+) -> list[Tensor]:
+    found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    kernels.attention_backward(grad, q, k, v, out, log_sum_exp, scale, *found)
+    return found
+
+
+def _triton(grad: Tensor, qkv: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float) -> Tensor:
+    found = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    kernels.attention_backward(grad, *qkv.unbind(2), out, log_sum_exp, scale, *found.unbind(2))
+    return found
+
+
 attention_backward = register_backward(
     "attention_backward",
     "(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, float scale) -> Tensor",
     stock=_stock,
-    triton=_stock,
-    unsupported=lambda grad, qkv, *_: checks.kernel_dtypes(grad, qkv),
+    triton=_triton,
+    unsupported=lambda grad, qkv, *rest: unsupported(qkv.shape[-1], rest[-1]) or checks.kernel_dtypes(grad, qkv),
     fake=lambda grad, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
 )
 
@@ -49,7 +65,7 @@ attention_qkv_backward = register_backward(
     "attention_qkv_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum_exp, float scale) -> Tensor[]",
     stock=lambda *args: [t.contiguous() for t in _stock_qkv(*args)],
-    triton=lambda *args: [t.contiguous() for t in _stock_qkv(*args)],
-    unsupported=lambda grad, q, *_: checks.kernel_dtypes(grad, q),
+    triton=_triton_qkv,
+    unsupported=lambda grad, q, *rest: unsupported(q.shape[-1], rest[-1]) or checks.kernel_dtypes(grad, q),
     fake=lambda grad, q, k, v, *_: [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)],
 )

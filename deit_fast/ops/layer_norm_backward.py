@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deit_fast.kernels import layer_norm_backward as kernels
 from deit_fast.ops import checks
 from deit_fast.ops.registration import register_backward
 
@@ -27,6 +28,28 @@ def _stock(
     return [g.to(i.dtype) for g, i, need in zip(found, inputs, needs, strict=True) if need]
 
 
+def _triton(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual_grad: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    gradients = []
+    if needs[0]:
+        dx, mean, rstd = kernels.layer_norm_backward(grad, x, weight, eps, residual_grad=residual_grad)
+        gradients.append(dx)
+    else:
+        mean, rstd = kernels.row_statistics(x, eps)
+    if any(needs[1:]):
+        found = kernels.layer_norm_parameter_gradients(grad, x, mean, rstd)
+        inputs = (weight, bias)
+        gradients += [g.to(i.dtype) for g, i, need in zip(found, inputs, needs[1:], strict=True) if need]
+    return gradients
+
+
 def _fake(grad, x, weight, bias, eps, residual_grad, needs):
     inputs = (x, weight, bias)
     return [torch.empty(i.shape, dtype=i.dtype, device=i.device) for i, n in zip(inputs, needs, strict=True) if n]
@@ -36,7 +59,7 @@ layer_norm_backward = register_backward(
     "layer_norm_backward",
     "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual_grad, bool[] needs) -> Tensor[]",
     stock=_stock,
-    triton=_stock,
+    triton=_triton,
     unsupported=lambda grad, x, weight, bias, *_: checks.kernel_dtypes(grad, x, weight, bias),
     fake=_fake,
 )

@@ -7,6 +7,8 @@ that order: a frozen weight costs nothing.
 import torch
 from torch import Tensor
 
+from deit_fast.kernels import layer_norm_backward as layer_norm_kernels
+from deit_fast.kernels import linear_backward as kernels
 from deit_fast.ops import activation, checks
 from deit_fast.ops.registration import register_backward
 
@@ -67,6 +69,30 @@ def _stock_linear_backward(
     return gradients
 
 
+def _triton_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    input_activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    gradients = []
+    scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
+    if needs[0]:
+        gelu_of = None if input_activation == "none" else x
+        dx = kernels.input_gradient(grad, weight, **scales, gelu_of=gelu_of, activation=input_activation)
+        gradients.append(as_dtype(dx, x.dtype))
+    if any(needs[1:]):
+        found = kernels.linear_parameter_gradients(
+            grad, x, weight, bias, **scales, activation=input_activation, needs=tuple(needs[1:])
+        )
+        gradients += [gradient for gradient, need in zip(found, needs[1:], strict=True) if need]
+    return gradients
+
+
 def _fake_linear_backward(grad, x, weight, bias, layer_scale, drop_path_scale, input_activation, needs):
     inputs = (x, weight, bias, layer_scale)
     return [torch.empty(i.shape, dtype=i.dtype, device=i.device) for i, n in zip(inputs, needs, strict=True) if n]
@@ -77,7 +103,7 @@ linear_backward = register_backward(
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? drop_path_scale, "
     "str input_activation, bool[] needs) -> Tensor[]",
     stock=_stock_linear_backward,
-    triton=_stock_linear_backward,
+    triton=_triton_linear_backward,
     unsupported=lambda grad, x, weight, bias, layer_scale, drop_path_scale, *_: checks.kernel_dtypes(
         grad, x, weight, bias, layer_scale, drop_path_scale
     ),
@@ -124,6 +150,34 @@ def _stock_layer_norm_linear_backward(
     return gradients
 
 
+def _triton_layer_norm_linear_backward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    needs: list[bool],
+) -> list[Tensor]:
+    gradients = []
+    if needs[0]:
+        separate = len(grads) > 1
+        of_norm = (
+            kernels.input_gradient_qkv(grads, weights) if separate else kernels.input_gradient(grads[0], weights[0])
+        )
+        dx, mean, rstd = layer_norm_kernels.layer_norm_backward(of_norm, x, norm_weight, eps)
+        gradients.append(dx)
+    elif any(needs):
+        mean, rstd = layer_norm_kernels.row_statistics(x, eps)
+    if any(needs[1:]):
+        found = kernels.layer_norm_linear_parameter_gradients(
+            grads, x, mean, rstd, norm_weight, norm_bias, weights, biases, needs[1:]
+        )
+        gradients += [gradient for gradient, need in zip(found, needs[1:], strict=True) if need]
+    return gradients
+
+
 def _fake_layer_norm_linear_backward(x, norm_weight, norm_bias, eps, grads, weights, biases, needs):
     inputs = (x, norm_weight, norm_bias, *weights, *biases)
     return [torch.empty(i.shape, dtype=i.dtype, device=i.device) for i, n in zip(inputs, needs, strict=True) if n]
@@ -134,7 +188,7 @@ layer_norm_linear_backward = register_backward(
     "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor[] grads, Tensor[] weights, "
     "Tensor?[] biases, bool[] needs) -> Tensor[]",
     stock=_stock_layer_norm_linear_backward,
-    triton=_stock_layer_norm_linear_backward,
+    triton=_triton_layer_norm_linear_backward,
     unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, needs: checks.kernel_dtypes(
         x, norm_weight, norm_bias, *grads, *weights, *biases
     ),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deit_fast.kernels import patch_embed_backward as kernels
 from deit_fast.ops import checks
 from deit_fast.ops.registration import register_backward
 
@@ -68,7 +69,7 @@ patch_embed_backward = register_backward(
     "(Tensor grad, Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, "
     "Tensor? dist_token, Tensor? mask_token, Tensor? mask, Tensor? mean, Tensor? std, bool[] needs) -> Tensor[]",
     stock=_stock,
-    triton=_stock,
+    triton=kernels.patch_embed_backward,
     unsupported=lambda grad, images, weight, *_: checks.kernel_dtypes(grad, weight),
     fake=_fake,
 )

@@ -12,6 +12,7 @@ from deit_fast.data import DeiTImageProcessor
 
 CLASSES = 10
 IMG_SIZE = 32
+REACH = 2
 
 
 class Split(NamedTuple):
@@ -61,7 +62,7 @@ def batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image by its own number of pixels down and right, black moving in."""
     batch, _, height, width = images.shape
-    reach = IMG_SIZE // 8
+    reach = REACH
     padded = torch.nn.functional.pad(images, (reach,) * 4, value=-1.0)
     top, left = torch.randint(2 * reach + 1, (2, batch, 1), generator=generator).to(images.device)
     rows, columns = top + torch.arange(height, device=top.device), left + torch.arange(width, device=top.device)

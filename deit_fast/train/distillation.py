@@ -144,7 +144,7 @@ class DistillationLoss(nn.Module):
                 f"the teacher returned logits of shape {list(logits.shape)}, the student's distillation head "
                 f"{list(dist_logits.shape)}: use a teacher with the student's {dist_logits.shape[-1]} classes"
             )
-        return logits
+        return logits.detach()
 
 
 def _heads(outputs: object) -> tuple[Tensor, Tensor | None]:

@@ -16,18 +16,19 @@ from tests.swap.helpers import randomise
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
-BATCH, SIZE, CLASSES = 4, 48, 10
+BATCH, SIZE, CLASSES = 4, 48, 64
 DROP_PATH = 0.1
 # The key bias cancels in the softmax: its true gradient is zero, and what is found is the rounding of sums whose
-# terms are of the query bias's size. Stock was seen at up to 2.4 eps of that one's largest element.
-KEY_BIAS_EPS = 8.0
+# terms are of the query bias's size. Stock was seen at up to 4.5 eps of that one's largest element.
+KEY_BIAS_EPS = 16.0
 
 TIMM = {
-    "timm Ti": "deit_tiny_patch16_224",
-    "timm Ti distilled": "deit_tiny_distilled_patch16_224",
-    "timm S": "deit_small_patch16_224",
-    "timm S distilled": "deit_small_distilled_patch16_224",
-    "timm DeiT III S": "deit3_small_patch16_224",
+    "timm Ti": ("deit_tiny_patch16_224", {}),
+    "timm Ti distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "timm Ti distilled, LayerScale": ("deit_tiny_distilled_patch16_224", {"init_values": 0.5}),
+    "timm S": ("deit_small_patch16_224", {}),
+    "timm S distilled": ("deit_small_distilled_patch16_224", {}),
+    "timm DeiT III S": ("deit3_small_patch16_224", {}),
 }
 TRANSFORMERS = {
     "transformers Ti": ("DeiTForImageClassification", 192),
@@ -38,9 +39,11 @@ TRANSFORMERS = {
 
 
 def build(name: str) -> nn.Module:
-    """Two blocks, in training, both heads where there are two, LayerScale in DeiT III, drop path where it exists."""
+    """Two blocks, in training: both heads where there are two, drop path where the library has it."""
     if name in TIMM:
-        model = timm.create_model(TIMM[name], depth=2, img_size=SIZE, num_classes=CLASSES, drop_path_rate=DROP_PATH)
+        timm_name, options = TIMM[name]
+        options = {"img_size": SIZE, "num_classes": CLASSES, "drop_path_rate": DROP_PATH} | options
+        model = timm.create_model(timm_name, depth=2, **options)
         if "distilled" in name:
             model.set_distilled_training(True)
     else:
@@ -152,9 +155,10 @@ def test_every_gradient_is_as_accurate_as_stocks(name: str, precision: str, memo
     assert_gradients_as_accurate_as_stock(name, PRECISIONS[precision], memory)
 
 
-@pytest.mark.parametrize("memory", ["balanced", "low"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["timm Ti distilled", "transformers Ti distilled"])
+@pytest.mark.parametrize(
+    ("name", "memory"), [("timm Ti distilled, LayerScale", "balanced"), ("transformers Ti distilled", "low")]
+)
 def test_every_gradient_of_the_kernels_is_as_accurate_as_stocks(
     name: str, precision: str, memory: str, triton_backend
 ) -> None:
