@@ -6,9 +6,11 @@ from deit_fast import nn, ops
 from deit_fast.data import DeiTImageProcessor
 from deit_fast.models import create_model, list_models
 from deit_fast.swap import SwapReport, restore, swap, swapped
+from deit_fast.train.distillation import DistillationLoss
 
 __all__ = [
     "DeiTImageProcessor",
+    "DistillationLoss",
     "SwapReport",
     "create_model",
     "list_models",

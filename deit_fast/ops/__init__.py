@@ -3,6 +3,7 @@
 from deit_fast.ops.attention import attention, attention_qkv
 from deit_fast.ops.layer_norm import add_layer_norm, layer_norm
 from deit_fast.ops.linear import layer_norm_linear, layer_norm_qkv, linear, linear_residual
+from deit_fast.ops.loss import distillation_loss
 from deit_fast.ops.mlp import mlp
 from deit_fast.ops.patch_embed import patch_embed
 
@@ -10,6 +11,7 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "attention_qkv",
+    "distillation_loss",
     "layer_norm",
     "layer_norm_linear",
     "layer_norm_qkv",

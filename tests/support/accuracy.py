@@ -2,9 +2,9 @@
 
     error(ours) ≤ 2 × error(the stock PyTorch operator, same dtype, same input), against float64
 
-measured twice: as the largest absolute error, which finds one wrong element among many, and as the relative
-L2 norm, which finds a small bias in all of them and hardly moves with the seed. Either may instead meet its
-floor, since stock can be exact by luck (one product of powers of two) where a right kernel rounds once.
+The error is the relative L2 norm, which finds a small bias in all elements and hardly moves with the seed. The
+largest absolute error is held to a wider factor, to find one wrong element among many. Either may instead meet
+its floor, since stock can be exact by luck (one product of powers of two) where a right kernel rounds once.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ from torch import Tensor
 
 # Different summation orders of one algorithm differ by up to this much; a lost digit is far more.
 STOCK_FACTOR = 2.0
+# The largest of a few hundred roundings is an extreme value: sums of the same 27 float32 numbers in two orders, by
+# 192 columns, had largest errors up to 2.8 times apart in 2000 draws, where their norms were up to 1.4 apart.
+LARGEST_FACTOR = 4.0
 # Largest absolute error: two units in the last place of the output's largest element. Small elements come
 # out of cancellation and inherit the rounding of the large terms, so their own unit says nothing.
 FLOOR_ULPS = 2.0
@@ -70,7 +73,7 @@ def assert_as_accurate_as_stock(
     ours_is, stock_is = errors(ours, exact), errors(stock, exact)
     magnitude = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
     allowed = Errors(
-        max(STOCK_FACTOR * stock_is.largest, FLOOR_ULPS * unit_in_last_place(magnitude, dtype)),
+        max(LARGEST_FACTOR * stock_is.largest, FLOOR_ULPS * unit_in_last_place(magnitude, dtype)),
         max(STOCK_FACTOR * stock_is.relative, FLOOR_EPS * torch.finfo(dtype).eps),
     )
     few = exact.numel() < FEW
