@@ -1,10 +1,10 @@
-"""What the design promises of inference, in operator calls and bytes at their boundaries."""
+"""What the design promises, in operator calls, bytes at their boundaries and bytes saved for backward."""
 
 import pytest
 import torch
 
 from bench.models import SIZES
-from bench.traffic import TrafficCounter, maker, measure
+from bench.traffic import TrafficCounter, Training, maker, measure, measure_training
 from deit_fast.ops import backend
 
 # What the promises are made for; bytes of activations a token do not depend on the batch, the weights' are
@@ -82,3 +82,35 @@ def test_under_autocast_a_swapped_block_adds_weight_casts_only(library):
     ours = {name: calls for name, calls in traffic.operators.items() if name != "aten::_to_copy"}
     assert sum(ours.values()) <= 5
     assert traffic.activations_block <= 57
+
+
+# Training: one step of timm's DeiT-S at batch 32, drop path off, stock and swapped in the same run ------------------------
+
+
+def training(precision: str, *options) -> Training:
+    with backend.forced("torch"):
+        return measure_training(maker("timm", "small", *options), SIZES["small"][0], precision, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("precision", "d_bytes", "calls", "saved"), [("bf16", 254, 32, 28.5), ("autocast-bf16", 344, 56, 33.3)]
+)
+def test_stock_timm_trains_at_what_the_design_was_made_against(precision, d_bytes, calls, saved):
+    stock = training(precision, False)
+    assert stock.bytes_model == pytest.approx(d_bytes, rel=0.02)
+    assert stock.calls_model == pytest.approx(calls, rel=0.02)
+    # Under autocast stock keeps the weights' casts too, which the design spread over its batch.
+    assert stock.saved_image == pytest.approx(saved, rel=0.02 if precision == "bf16" else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("precision", "d_bytes", "calls", "saved", "saved_low"),
+    [("bf16", 160, 16, 18, 11), ("autocast-bf16", 200, 24, 22, 15)],
+)
+def test_a_swapped_model_trains_within_what_is_promised(precision, d_bytes, calls, saved, saved_low):
+    balanced, low = training(precision, True), training(precision, True, "low")
+    for found in (balanced, low):
+        assert found.bytes_model <= d_bytes
+        assert found.calls_model <= calls
+    assert balanced.saved_image <= saved
+    assert low.saved_image <= saved_low
