@@ -1,30 +1,39 @@
-"""Compiles every launch of DeiT's inference ahead of time and prints what each takes of the GPU.
+"""Compiles every launch of DeiT's inference and training ahead of time and prints what each takes of the GPU.
 
     python -m bench.kernels [--targets sm_80,sm_90,…] [--libraries timm,deit_fast] [--models tiny,small,base]
-                            [--dtypes bf16,fp16,fp32] [--batch 32] [--json FILE]
+                            [--suites inference,training] [--dtypes bf16,fp16,fp32] [--batch 32] [--json FILE]
 
 No GPU is needed and none is measured: the launches are recorded from the running models through a stand-in
-for Triton's driver, each on one block plus patch embedding, last norm and heads. Exits with 1 if a launch
-does not compile, asks for more shared memory than the target has, or has a 16-bit dot without tensor-core
-instructions.
+for Triton's driver, each on one block plus patch embedding, last norm and heads, with the whole model in a dtype
+and, in 16 bits, under autocast. Training is forward and backward, down to the image's gradient; also of a block with
+LayerScale and drop path, and of the distillation loss.
+
+Exits with 1 if a launch does not compile, asks for more shared memory than the target has, or has a 16-bit dot
+without tensor-core instructions.
 """
 
 import argparse
 import json
 import multiprocessing
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from bench.models import LIBRARIES, SIZES, build, choices, images
+from bench.models import LIBRARIES, SIZES, TOKENS, build, choices, images
 from bench.resources import resources
 from bench.standin_driver import Launch, recording
 from bench.targets import TARGETS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Whether a model is run under autocast, or cast as a whole.
+AUTOCAST = {"bf16": (False, True), "fp16": (False, True), "fp32": (False,)}
+SUITES = ("inference", "training")
+CLASSES = 1000
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,sm_120,gfx942"
 WORKERS = 2
 WORST = 5
@@ -32,9 +41,10 @@ WORST = 5
 SCATTERED = 8
 
 
-def compile_for(target: str, libraries: list[str], sizes: list[str], dtypes: list[str], batch: int) -> list[dict]:
+def compile_for(
+    target: str, libraries: list[str], sizes: list[str], suites: list[str], dtypes: list[str], batch: int
+) -> list[dict]:
     """Every distinct launch on one target, as table rows. Runs in a process of its own."""
-    import deit_fast
     from deit_fast.ops import backend
 
     torch.set_num_threads(1)
@@ -42,19 +52,66 @@ def compile_for(target: str, libraries: list[str], sizes: list[str], dtypes: lis
     with backend.forced("triton"), recording(TARGETS[target]) as launches, warnings.catch_warnings():
         # A fallback to the stock operators would hide a kernel from the table.
         warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
-        for library in libraries:
-            for size in sizes:
+        for name, dtype, run in _subjects(libraries, sizes, suites, dtypes, batch):
+            launches.clear()
+            run()
+            for launch in launches:
+                row = rows.get(launch.key) or rows.setdefault(launch.key, _row(launch, dtype))
+                row["models"] = sorted({*row["models"], name})
+    return list(rows.values())
+
+
+def _subjects(
+    libraries: list[str], sizes: list[str], suites: list[str], dtypes: list[str], batch: int
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """What launches are recorded of: its name, the dtype of its dots, and a function that runs it."""
+    import deit_fast
+    from deit_fast.nn import Block
+
+    for dtype in dtypes:
+        if "training" in suites:
+            yield "loss", dtype, partial(_train_loss, DTYPES[dtype], batch)
+        for size in sizes:
+            if "training" in suites:
+                block = Block(*SIZES[size], qkv_bias=True, init_values=1e-5, drop_path=0.1)
+                for autocast in AUTOCAST[dtype]:
+                    inputs = torch.zeros(batch, TOKENS, SIZES[size][0])
+                    yield f"block {size}", dtype, partial(_train, block, inputs, DTYPES[dtype], autocast)
+            for library in libraries:
                 model = build(library, size, depth=1)
                 if library != "deit_fast":
                     deit_fast.swap(model)
-                for dtype in dtypes:
-                    launches.clear()
-                    with torch.no_grad():
-                        model.to(DTYPES[dtype])(images(batch, DTYPES[dtype]))
-                    for launch in launches:
-                        row = rows.get(launch.key) or rows.setdefault(launch.key, _row(launch, dtype))
-                        row["models"] = sorted({*row["models"], f"{library} {size}"})
-    return list(rows.values())
+                for autocast in AUTOCAST[dtype]:
+                    pixels = images(batch, torch.float32)
+                    for suite in suites:
+                        run = _train if suite == "training" else _infer
+                        yield f"{library} {size}", dtype, partial(run, model, pixels, DTYPES[dtype], autocast)
+
+
+def _infer(model: nn.Module, inputs: Tensor, dtype: torch.dtype, autocast: bool) -> None:
+    model.eval().to(torch.float32 if autocast else dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        model(inputs if autocast else inputs.to(dtype))
+
+
+def _train(model: nn.Module, inputs: Tensor, dtype: torch.dtype, autocast: bool) -> None:
+    model.train().to(torch.float32 if autocast else dtype)
+    inputs = (inputs if autocast else inputs.to(dtype)).detach().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        outputs = model(inputs)
+    logits = getattr(outputs, "logits", outputs)
+    # What it is does not matter: no kernel has run.
+    sum(each.sum() for each in (logits if isinstance(logits, tuple) else [logits])).backward()
+
+
+def _train_loss(dtype: torch.dtype, batch: int) -> None:
+    from deit_fast.ops.loss import distillation_loss
+
+    heads = [torch.zeros(batch, CLASSES, dtype=dtype, requires_grad=True) for _ in range(2)]
+    teacher, mixed = torch.zeros(batch, CLASSES), torch.full((batch, CLASSES), 1 / CLASSES)
+    for kind in ("hard", "soft"):
+        for targets in (torch.zeros(batch, dtype=torch.int64), mixed):
+            distillation_loss(*heads, targets, teacher, kind, 0.5, 3.0, label_smoothing=0.1).backward()
 
 
 def _row(launch: Launch, dtype: str) -> dict:
@@ -162,6 +219,7 @@ def main() -> None:
     parser.add_argument("--targets", default=DEFAULT_TARGETS, help=f"of {', '.join(TARGETS)}, or 'all'")
     parser.add_argument("--libraries", default="timm,transformers,deit_fast")
     parser.add_argument("--models", default=",".join(SIZES))
+    parser.add_argument("--suites", default=",".join(SUITES))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path, help="write every figure to this file as well")
@@ -173,6 +231,7 @@ def main() -> None:
     task = (
         choices(arguments.libraries, LIBRARIES, "library"),
         choices(arguments.models, SIZES, "model"),
+        choices(arguments.suites, SUITES, "suite"),
         choices(arguments.dtypes, DTYPES, "dtype"),
         arguments.batch,
     )

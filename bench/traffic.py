@@ -278,7 +278,8 @@ def training_rows(libraries: list[str], sizes: list[str], batch: int) -> list[di
 
 def training_markdown(table: list[dict]) -> str:
     lines = [
-        "| library | model | precision | | calls a block | calls, model | D bytes a block | D bytes, model | saved MiB |",
+        "| library | model | precision | | calls a block | calls, model | D bytes a block | D bytes, model "
+        "| saved MiB |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in table:

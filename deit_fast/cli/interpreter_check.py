@@ -18,7 +18,7 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 
 import deit_fast
-from deit_fast.cli.demo import SEED, logits, photographs
+from deit_fast.cli.demo_inference import SEED, logits, photographs
 
 MODEL = "deit_tiny_patch16_224"
 DEPTH = 12

@@ -22,8 +22,10 @@ def gelu_derivative(x, KIND: tl.constexpr):
         return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
         slope = 1.5957691216057308 + 0.21406444881780076 * x * x
-        sigmoid = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
-        return sigmoid + x * sigmoid * (1.0 - sigmoid) * slope
+        double = x * (1.5957691216057308 + 0.07135481627260025 * x * x)
+        sigmoid = tl.sigmoid(double)
+        # Not 1 - sigmoid, which has no digits left where sigmoid is near 1.
+        return sigmoid + x * sigmoid * tl.sigmoid(-double) * slope
 
 
 @triton.jit

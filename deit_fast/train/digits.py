@@ -11,16 +11,20 @@ from deit_fast._extras import require
 from deit_fast.data import DeiTImageProcessor
 
 CLASSES = 10
-IMG_SIZE = 32
+IMG_SIZE = 16
 REACH = 2
 
 
 class Split(NamedTuple):
-    """pixels: [N, 8, 8] uint8, white on black; images: the same prepared, [N, 3, 32, 32] float32; labels: [N]."""
+    """pixels: [N, 8, 8] uint8, white on black; images: the same prepared, [N, 3, 16, 16] float32; labels: [N]."""
 
     pixels: np.ndarray
     images: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same with images and labels there."""
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
 
 def image_processor() -> DeiTImageProcessor:
