@@ -1,7 +1,8 @@
 """Compiles every launch of DeiT's inference and training ahead of time and prints what each takes of the GPU.
 
     python -m bench.kernels [--targets sm_80,sm_90,…] [--libraries timm,deit_fast] [--models tiny,small,base]
-                            [--suites inference,training] [--dtypes bf16,fp16,fp32] [--batch 32] [--json FILE]
+                            [--suites inference,training] [--precisions bf16,autocast-bf16,fp16,fp32]
+                            [--batch 32] [--json FILE]
 
 No GPU is needed and none is measured: the launches are recorded from the running models through a stand-in
 for Triton's driver, each on one block plus patch embedding, last norm and heads, with the whole model in a dtype
@@ -29,9 +30,14 @@ from bench.resources import resources
 from bench.standin_driver import Launch, recording
 from bench.targets import TARGETS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Whether a model is run under autocast, or cast as a whole.
-AUTOCAST = {"bf16": (False, True), "fp16": (False, True), "fp32": (False,)}
+_16_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The dtype of the dots, and whether the model is float32 and under autocast or cast as a whole.
+PRECISIONS = {
+    **{name: (dtype, False) for name, dtype in (*_16_BITS.items(), ("fp32", torch.float32))},
+    **{f"autocast-{name}": (dtype, True) for name, dtype in _16_BITS.items()},
+}
+# Autocast differs from a cast model in which tensors stay float32, whatever the 16 bits are.
+DEFAULT_PRECISIONS = "bf16,autocast-bf16,fp16,fp32"
 SUITES = ("inference", "training")
 CLASSES = 1000
 DEFAULT_TARGETS = "sm_80,sm_90,sm_100,sm_120,gfx942"
@@ -42,7 +48,7 @@ SCATTERED = 8
 
 
 def compile_for(
-    target: str, libraries: list[str], sizes: list[str], suites: list[str], dtypes: list[str], batch: int
+    target: str, libraries: list[str], sizes: list[str], suites: list[str], precisions: list[str], batch: int
 ) -> list[dict]:
     """Every distinct launch on one target, as table rows. Runs in a process of its own."""
     from deit_fast.ops import backend
@@ -52,40 +58,42 @@ def compile_for(
     with backend.forced("triton"), recording(TARGETS[target]) as launches, warnings.catch_warnings():
         # A fallback to the stock operators would hide a kernel from the table.
         warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
-        for name, dtype, run in _subjects(libraries, sizes, suites, dtypes, batch):
+        for name, precision, run in _runs(libraries, sizes, suites, precisions, batch):
             launches.clear()
             run()
             for launch in launches:
-                row = rows.get(launch.key) or rows.setdefault(launch.key, _row(launch, dtype))
+                row = rows.get(launch.key) or rows.setdefault(launch.key, _row(launch, precision))
                 row["models"] = sorted({*row["models"], name})
     return list(rows.values())
 
 
-def _subjects(
-    libraries: list[str], sizes: list[str], suites: list[str], dtypes: list[str], batch: int
+def _runs(
+    libraries: list[str], sizes: list[str], suites: list[str], precisions: list[str], batch: int
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """What launches are recorded of: its name, the dtype of its dots, and a function that runs it."""
+    """What is run: its name, its precision, and a function without arguments."""
     import deit_fast
     from deit_fast.nn import Block
 
-    for dtype in dtypes:
-        if "training" in suites:
-            yield "loss", dtype, partial(_train_loss, DTYPES[dtype], batch)
-        for size in sizes:
-            if "training" in suites:
-                block = Block(*SIZES[size], qkv_bias=True, init_values=1e-5, drop_path=0.1)
-                for autocast in AUTOCAST[dtype]:
-                    inputs = torch.zeros(batch, TOKENS, SIZES[size][0])
-                    yield f"block {size}", dtype, partial(_train, block, inputs, DTYPES[dtype], autocast)
-            for library in libraries:
-                model = build(library, size, depth=1)
-                if library != "deit_fast":
-                    deit_fast.swap(model)
-                for autocast in AUTOCAST[dtype]:
-                    pixels = images(batch, torch.float32)
-                    for suite in suites:
-                        run = _train if suite == "training" else _infer
-                        yield f"{library} {size}", dtype, partial(run, model, pixels, DTYPES[dtype], autocast)
+    training = "training" in suites
+    for size in sizes:
+        width, heads = SIZES[size]
+        subjects = {}
+        for library in libraries:
+            model = subjects[f"{library} {size}"] = build(library, size, depth=1)
+            if library != "deit_fast":
+                deit_fast.swap(model)
+        for precision in precisions:
+            for name, model in subjects.items():
+                for suite in suites:
+                    run = _train if suite == "training" else _infer
+                    yield name, precision, partial(run, model, images(batch, torch.float32), *PRECISIONS[precision])
+            if training:
+                block = Block(width, heads, qkv_bias=True, init_values=1e-5, drop_path=0.1)
+                x = torch.zeros(batch, TOKENS, width)
+                yield f"block {size}", precision, partial(_train, block, x, *PRECISIONS[precision])
+    if training:
+        for precision in precisions:
+            yield "distillation", precision, partial(_train_loss, PRECISIONS[precision][0], batch)
 
 
 def _infer(model: nn.Module, inputs: Tensor, dtype: torch.dtype, autocast: bool) -> None:
@@ -100,7 +108,7 @@ def _train(model: nn.Module, inputs: Tensor, dtype: torch.dtype, autocast: bool)
     with torch.autocast("cpu", dtype, enabled=autocast):
         outputs = model(inputs)
     logits = getattr(outputs, "logits", outputs)
-    # What it is does not matter: no kernel has run.
+    # Whatever their values are: no kernel has run.
     sum(each.sum() for each in (logits if isinstance(logits, tuple) else [logits])).backward()
 
 
@@ -114,11 +122,11 @@ def _train_loss(dtype: torch.dtype, batch: int) -> None:
             distillation_loss(*heads, targets, teacher, kind, 0.5, 3.0, label_smoothing=0.1).backward()
 
 
-def _row(launch: Launch, dtype: str) -> dict:
+def _row(launch: Launch, precision: str) -> dict:
     row = {
         "target": launch.target.name,
         "kernel": launch.kernel,
-        "dtype": dtype,
+        "precision": precision,
         "models": [],
         "error": None if launch.error is None else _innermost(launch.error),
     }
@@ -160,19 +168,19 @@ def problem(row: dict) -> str | None:
         return f"does not compile: {row['error']}"
     if row["shared_memory"] > row["shared_memory_limit"]:
         return f"{row['shared_memory']} bytes of shared memory where {row['shared_memory_limit']} are allowed"
-    if row["scalar_dots"] or (row["dots"] and not row["tensor_core"] and row["dtype"] != "fp32"):
+    if row["scalar_dots"] or (row["dots"] and not row["tensor_core"] and row["precision"] != "fp32"):
         return "a 16-bit dot without tensor-core instructions"
     return None
 
 
 def markdown(rows: Iterable[dict]) -> str:
     lines = [
-        "| target | kernel | dtype | shape | blocks | warps | stages "
+        "| target | kernel | precision | shape | blocks | warps | stages "
         "| registers | spilled B | shared B (limit) | widest store B | tensor cores |",
         "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        about = f"| {row['target']} | {row['kernel']} | {row['dtype']} "
+        about = f"| {row['target']} | {row['kernel']} | {row['precision']} "
         if row["error"]:
             lines.append(about + "| " * 8 + "| does not compile |")
             continue
@@ -220,7 +228,7 @@ def main() -> None:
     parser.add_argument("--libraries", default="timm,transformers,deit_fast")
     parser.add_argument("--models", default=",".join(SIZES))
     parser.add_argument("--suites", default=",".join(SUITES))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--precisions", default=DEFAULT_PRECISIONS, help=f"of {', '.join(PRECISIONS)}")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path, help="write every figure to this file as well")
     arguments = parser.parse_args()
@@ -232,7 +240,7 @@ def main() -> None:
         choices(arguments.libraries, LIBRARIES, "library"),
         choices(arguments.models, SIZES, "model"),
         choices(arguments.suites, SUITES, "suite"),
-        choices(arguments.dtypes, DTYPES, "dtype"),
+        choices(arguments.precisions, PRECISIONS, "precision"),
         arguments.batch,
     )
 
@@ -242,13 +250,13 @@ def main() -> None:
         futures = [pool.submit(compile_for, target, *task) for target in targets]
         rows = [row for future in futures for row in future.result()]
 
-    rows.sort(key=lambda row: (row["kernel"], row["dtype"], targets.index(row["target"])))
+    rows.sort(key=lambda row: (row["kernel"], row["precision"], targets.index(row["target"])))
     print(markdown(rows), summary(rows), sep="\n\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     problems = [(row, problem(row)) for row in rows if problem(row)]
     for row, what in problems:
-        print(f"\nFAILED {row['target']} {row['kernel']} {row['dtype']} {', '.join(row['models'])}: {what}")
+        print(f"\nFAILED {row['target']} {row['kernel']} {row['precision']} {', '.join(row['models'])}: {what}")
     raise SystemExit(bool(problems))
 
 

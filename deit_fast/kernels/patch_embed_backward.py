@@ -159,9 +159,6 @@ def image_gradient_kernel(
     patch = row % patches
     k = tile_n * DEPTH_BLOCK + tl.arange(0, DEPTH_BLOCK)
     k_mask = k < DEPTH
-    visible = row_mask
-    if mask_ptr is not None:
-        visible = row_mask & (tl.load(mask_ptr + row, mask=row_mask, other=1) == 0)
     grad_row = sample.to(tl.int64) * grad_batch + (patch + PREFIX).to(tl.int64) * grad_token
 
     product = tl.zeros([ROW_BLOCK, DEPTH_BLOCK], dtype=tl.float32)
@@ -169,13 +166,16 @@ def image_gradient_kernel(
         column = start + tl.arange(0, WIDTH_BLOCK)
         column_mask = column < WIDTH
         grad = tl.load(
-            grad_ptr + grad_row[:, None] + column[None, :], mask=visible[:, None] & column_mask[None, :], other=0.0
+            grad_ptr + grad_row[:, None] + column[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0
         )
         weight = tl.load(
             weight_ptr + column[:, None] * DEPTH + k[None, :], mask=column_mask[:, None] & k_mask[None, :], other=0.0
         )
         product = tl.dot(grad.to(weight.dtype), weight, product, input_precision=PRECISION)
 
+    if mask_ptr is not None:
+        visible = tl.load(mask_ptr + row, mask=row_mask, other=1) == 0
+        product = tl.where(visible[:, None], product, 0.0)
     corner = _patch_offset(sample, patch, grid_width, image_batch, image_row, image_column, PATCH_HEIGHT, PATCH_WIDTH)
     pixel = _pixel_offset(k, image_channel, image_row, image_column, PATCH_HEIGHT, PATCH_WIDTH)
     tl.store(
