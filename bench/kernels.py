@@ -5,9 +5,10 @@
                             [--batch 32] [--json FILE]
 
 No GPU is needed and none is measured: the launches are recorded from the running models through a stand-in
-for Triton's driver, each on one block plus patch embedding, last norm and heads, with the whole model in a dtype
-and, in 16 bits, under autocast. Training is forward and backward, down to the image's gradient; also of a block with
-LayerScale and drop path, and of the distillation loss.
+for Triton's driver, each on one block plus patch embedding, last norm and heads, cast to a dtype or under
+autocast. Training is forward and backward, down to the image's gradient, and the distillation loss; under autocast,
+as recipes train, also a block with LayerScale and drop path. By default that is what differs most; 'all' is the rest,
+for --targets and --precisions.
 
 Exits with 1 if a launch does not compile, asks for more shared memory than the target has, or has a 16-bit dot
 without tensor-core instructions.
@@ -30,13 +31,15 @@ from bench.resources import resources
 from bench.standin_driver import Launch, recording
 from bench.targets import TARGETS
 
-_16_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# The dtype of the dots, and whether the model is float32 and under autocast or cast as a whole.
+# The dtype of the dots, and whether the model is float32 and under autocast, or cast as a whole.
 PRECISIONS = {
-    **{name: (dtype, False) for name, dtype in (*_16_BITS.items(), ("fp32", torch.float32))},
-    **{f"autocast-{name}": (dtype, True) for name, dtype in _16_BITS.items()},
+    "bf16": (torch.bfloat16, False),
+    "autocast-bf16": (torch.bfloat16, True),
+    "fp16": (torch.float16, False),
+    "autocast-fp16": (torch.float16, True),
+    "fp32": (torch.float32, False),
 }
-# Autocast differs from a cast model in which tensors stay float32, whatever the 16 bits are.
+# Under autocast it is float32 tensors beside 16 bits that make the difference, not which 16 bits.
 DEFAULT_PRECISIONS = "bf16,autocast-bf16,fp16,fp32"
 SUITES = ("inference", "training")
 CLASSES = 1000
@@ -48,9 +51,9 @@ SCATTERED = 8
 
 
 def compile_for(
-    target: str, libraries: list[str], sizes: list[str], suites: list[str], precisions: list[str], batch: int
-) -> list[dict]:
-    """Every distinct launch on one target, as table rows. Runs in a process of its own."""
+    target: str, size: str, libraries: list[str], suites: list[str], precisions: list[str], batch: int
+) -> dict[str, dict]:
+    """Every distinct launch on one target, as table rows by key. Runs in a process of its own."""
     from deit_fast.ops import backend
 
     torch.set_num_threads(1)
@@ -58,42 +61,41 @@ def compile_for(
     with backend.forced("triton"), recording(TARGETS[target]) as launches, warnings.catch_warnings():
         # A fallback to the stock operators would hide a kernel from the table.
         warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
-        for name, precision, run in _runs(libraries, sizes, suites, precisions, batch):
+        for name, precision, run in _runs(size, libraries, suites, precisions, batch):
             launches.clear()
             run()
             for launch in launches:
                 row = rows.get(launch.key) or rows.setdefault(launch.key, _row(launch, precision))
                 row["models"] = sorted({*row["models"], name})
-    return list(rows.values())
+    return rows
 
 
 def _runs(
-    libraries: list[str], sizes: list[str], suites: list[str], precisions: list[str], batch: int
+    size: str, libraries: list[str], suites: list[str], precisions: list[str], batch: int
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """What is run: its name, its precision, and a function without arguments."""
     import deit_fast
     from deit_fast.nn import Block
 
-    training = "training" in suites
-    for size in sizes:
-        width, heads = SIZES[size]
-        subjects = {}
-        for library in libraries:
-            model = subjects[f"{library} {size}"] = build(library, size, depth=1)
-            if library != "deit_fast":
-                deit_fast.swap(model)
-        for precision in precisions:
-            for name, model in subjects.items():
-                for suite in suites:
-                    run = _train if suite == "training" else _infer
-                    yield name, precision, partial(run, model, images(batch, torch.float32), *PRECISIONS[precision])
-            if training:
-                block = Block(width, heads, qkv_bias=True, init_values=1e-5, drop_path=0.1)
-                x = torch.zeros(batch, TOKENS, width)
-                yield f"block {size}", precision, partial(_train, block, x, *PRECISIONS[precision])
-    if training:
-        for precision in precisions:
-            yield "distillation", precision, partial(_train_loss, PRECISIONS[precision][0], batch)
+    models = {f"{library} {size}": build(library, size, depth=1) for library in libraries}
+    for name, model in models.items():
+        if not name.startswith("deit_fast"):
+            deit_fast.swap(model)
+    for precision in precisions:
+        dtype, autocast = PRECISIONS[precision]
+        for name, model in models.items():
+            pixels = images(batch, torch.float32)
+            if "inference" in suites:
+                yield name, precision, partial(_infer, model, pixels, dtype, autocast)
+            # Nobody trains in float16 alone: small updates would vanish in its weights.
+            if "training" in suites and precision != "fp16":
+                yield name, precision, partial(_train, model, pixels, dtype, autocast)
+        if "training" in suites and autocast:
+            width, heads = SIZES[size]
+            block = Block(width, heads, qkv_bias=True, init_values=1e-5, drop_path=0.1)
+            yield f"block {size}", precision, partial(_train, block, torch.zeros(batch, TOKENS, width), dtype, autocast)
+        if "training" in suites:
+            yield "distillation", precision, partial(_train_loss, dtype, batch)
 
 
 def _infer(model: nn.Module, inputs: Tensor, dtype: torch.dtype, autocast: bool) -> None:
@@ -218,6 +220,10 @@ def summary(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def _all(text: str, known: Iterable[str]) -> str:
+    return ",".join(known) if text == "all" else text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels",
@@ -228,29 +234,34 @@ def main() -> None:
     parser.add_argument("--libraries", default="timm,transformers,deit_fast")
     parser.add_argument("--models", default=",".join(SIZES))
     parser.add_argument("--suites", default=",".join(SUITES))
-    parser.add_argument("--precisions", default=DEFAULT_PRECISIONS, help=f"of {', '.join(PRECISIONS)}")
+    parser.add_argument("--precisions", default=DEFAULT_PRECISIONS, help=f"of {', '.join(PRECISIONS)}, or 'all'")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path, help="write every figure to this file as well")
     arguments = parser.parse_args()
     if arguments.batch < 1:
         raise SystemExit(f"--batch must be at least 1, got {arguments.batch}")
-    text = ",".join(TARGETS) if arguments.targets == "all" else arguments.targets
-    targets = choices(text, TARGETS, "target")
+    targets = choices(_all(arguments.targets, TARGETS), TARGETS, "target")
+    sizes = choices(arguments.models, SIZES, "model")
     task = (
         choices(arguments.libraries, LIBRARIES, "library"),
-        choices(arguments.models, SIZES, "model"),
         choices(arguments.suites, SUITES, "suite"),
-        choices(arguments.precisions, PRECISIONS, "precision"),
+        choices(_all(arguments.precisions, PRECISIONS), PRECISIONS, "precision"),
         arguments.batch,
     )
 
-    # A fresh process a target: whatever the product remembers of its device is forgotten with it.
+    # A fresh process each: whatever the product remembers of its device is forgotten with it.
     spawn = multiprocessing.get_context("spawn")
+    merged: dict[tuple[str, str], dict] = {}
     with ProcessPoolExecutor(WORKERS, mp_context=spawn, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(compile_for, target, *task) for target in targets]
-        rows = [row for future in futures for row in future.result()]
+        futures = {
+            (target, size): pool.submit(compile_for, target, size, *task) for target in targets for size in sizes
+        }
+        for (target, _), future in futures.items():
+            for key, row in future.result().items():
+                known = merged.setdefault((target, key), row)
+                known["models"] = sorted({*known["models"], *row["models"]})
 
-    rows.sort(key=lambda row: (row["kernel"], row["precision"], targets.index(row["target"])))
+    rows = sorted(merged.values(), key=lambda row: (row["kernel"], row["precision"], targets.index(row["target"])))
     print(markdown(rows), summary(rows), sep="\n\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -228,7 +228,8 @@ def _key_gradient(
     for first_query in range(0, queries, QUERY_BLOCK):
         dk_head, dk_tail, dv_head, dv_tail = _add_queries(
             dk_head, dk_tail, dv_head, dv_tail, k_head, k_tail, v_head, v_tail, q_ptr, grad_ptr, log_sum_exp_ptr,
-            delta_ptr, first_query, queries, scale, q_token, grad_token, HEAD, TAIL, QUERY_BLOCK, MASK_QUERIES, PRECISION,
+            delta_ptr, first_query, queries, scale, q_token, grad_token,
+            HEAD, TAIL, QUERY_BLOCK, MASK_QUERIES, PRECISION,
         )  # fmt: skip
     _store(dk_ptr, key, dk_token, keys, dk_head * scale, dk_tail * scale, HEAD, TAIL, MASKED)
     _store(dv_ptr, key, dv_token, keys, dv_head, dv_tail, HEAD, TAIL, MASKED)
@@ -244,24 +245,23 @@ def _add_queries(
     query = first_query + tl.arange(0, QUERIES)
     q_head, q_tail = _load(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
     grad_head, grad_tail = _load(grad_ptr, query, grad_token, queries, HEAD, TAIL, MASKED)
-    log_sum_exp = _load_vector(log_sum_exp_ptr, query, queries, MASKED)
-    delta = _load_vector(delta_ptr, query, queries, MASKED)
     scores = tl.dot(k_head, tl.trans(q_head), input_precision=PRECISION)
-    of_weights = tl.dot(v_head, tl.trans(grad_head), input_precision=PRECISION)
     if TAIL > 0:
         scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
-        of_weights = tl.dot(v_tail, tl.trans(grad_tail), of_weights, input_precision=PRECISION)
     if MASKED:
         # Of a query that isn't there every weight is 0, whatever the key.
         scores = tl.where((query < queries)[None, :], scores, float("-inf"))
-    weights = _weights(scores, log_sum_exp[None, :], scale)
-    of_scores = weights * (of_weights - delta[None, :])
-    weights = weights.to(q_head.dtype)
+    weights = _weights(scores, _load_vector(log_sum_exp_ptr, query, queries, MASKED)[None, :], scale)
+    dv_head = tl.dot(weights.to(grad_head.dtype), grad_head, dv_head, input_precision=PRECISION)
+    if TAIL > 0:
+        dv_tail = tl.dot(weights.to(grad_tail.dtype), grad_tail, dv_tail, input_precision=PRECISION)
+    of_weights = tl.dot(v_head, tl.trans(grad_head), input_precision=PRECISION)
+    if TAIL > 0:
+        of_weights = tl.dot(v_tail, tl.trans(grad_tail), of_weights, input_precision=PRECISION)
+    of_scores = weights * (of_weights - _load_vector(delta_ptr, query, queries, MASKED)[None, :])
     of_scores = of_scores.to(q_head.dtype)
-    dv_head = tl.dot(weights, grad_head, dv_head, input_precision=PRECISION)
     dk_head = tl.dot(of_scores, q_head, dk_head, input_precision=PRECISION)
     if TAIL > 0:
-        dv_tail = tl.dot(weights, grad_tail, dv_tail, input_precision=PRECISION)
         dk_tail = tl.dot(of_scores, q_tail, dk_tail, input_precision=PRECISION)
     return dk_head, dk_tail, dv_head, dv_tail
 

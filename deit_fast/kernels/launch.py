@@ -139,8 +139,18 @@ def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
 
 @lru_cache(maxsize=256)
 def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[AttentionTile, AttentionTile]:
-    """Tiles of the kernel that owns queries and of the kernel that owns keys."""
-    return AttentionTile(64, 32, 4, 1), AttentionTile(32, 64, 4, 1)
+    """Tiles of the kernel that owns queries and of the one that owns keys.
+
+    16 rows a warp: more warps than that compute the same rows again, except where the dots are tcgen05's.
+    """
+    if itemsize == 2:
+        stages = 1 if is_amd(arch) else 2
+        return AttentionTile(64, 32, 4, stages), AttentionTile(32, 64, 4, stages)
+    if head_dim > 80 and not is_amd(arch):
+        # Split into what TF32 multiplies, 64 rows this wide fit neither in registers nor in shared memory.
+        return AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 1)
+    num_warps = 8 if arch == "sm_100" else 4
+    return AttentionTile(64, 16, num_warps, 1), AttentionTile(16, 64, num_warps, 1)
 
 
 @lru_cache(maxsize=256)
@@ -166,26 +176,29 @@ def layer_norm_rows(width: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1024)
-def input_gradient(columns: int, itemsize: int, arch: str) -> Tile:
-    """The tile for an [M, depth] × [depth, columns] product whose right operand lies row by row."""
+def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> Tile:
+    """The tile for an [M, depth] × [depth, columns] product, times the derivative of `activation`."""
     if itemsize == 4:
-        if arch in _MMA_SYNC:
-            return Tile(64, 32, 32, 4, 2)
         return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
     if arch in _SMALL_SHARED_MEMORY:
-        return Tile(128, 64, 64, 8, 2)
-    return Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)
+        return Tile(128, 64, 64, 8, 2) if is_amd(arch) else Tile(128, 64, 32, 8, 3)
+    # GELU's derivative beside a wider tile takes all registers, and with them the multiprocessor's second program.
+    return Tile(128, 128 if columns % 128 == 0 and activation == "none" else 64, 64, 8, 3)
 
 
 @lru_cache(maxsize=1024)
-def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: str) -> Tile:
+def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: str, activation: str) -> Tile:
     """The tile of an [out_features, in_features] gradient, `depth` of the tokens a step."""
     if itemsize == 4:
         return Tile(64, 64, 32, 4, 2)
-    if arch in _SMALL_SHARED_MEMORY:
-        return Tile(128, 64, 64, 8, 2)
+    stages = 2 if arch in _SMALL_SHARED_MEMORY else 3
+    if activation != "none":
+        # Every tile along out_features computes the activation anew, so they are as few as can be.
+        rows = max(64, min(256, triton.next_power_of_2(out_features)))
+        return Tile(rows, 64, 32, 8 if rows > 64 else 4, stages)
     rows, columns = (128 if n % 128 == 0 else 64 for n in (out_features, in_features))
-    return Tile(rows, columns, 64, 8 if rows * columns > 4096 else 4, 3)
+    depth = 32 if rows * columns == 64 * 64 or (rows * columns == 128 * 128 and stages == 2) else 64
+    return Tile(rows, columns, depth, 4 if rows * columns == 64 * 64 else 8, stages)
 
 
 def splits(tiles: int, rows: int, multiprocessors: int) -> int:

@@ -385,7 +385,7 @@ def _input_gradient(grads, weights, layer_scale, drop_path_scale, gelu_of, activ
     gelu_of = None if activation == "none" else as_rows(gelu_of)
     rows = grads[0].shape[0]
     arch = launch.architecture(grad)
-    tile = launch.input_gradient(in_features, weights[0].element_size(), arch)
+    tile = launch.input_gradient(in_features, weights[0].element_size(), arch, activation)
     launch.run(
         input_gradient_kernel,
         triton.cdiv(rows, tile.rows) * triton.cdiv(in_features, tile.columns),
@@ -448,7 +448,7 @@ def _weight_gradient(
     absent = (None,) * (3 - len(grads))
     rows = x.shape[0]
     arch = launch.architecture(x)
-    tile = launch.weight_gradient(out_features, in_features, dtype.itemsize, arch)
+    tile = launch.weight_gradient(out_features, in_features, dtype.itemsize, arch, activation)
     tiles = len(grads) * triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.columns)
     splits = launch.splits(tiles, rows, launch.multiprocessors(x))
     programs = tiles + (len(grads) * triton.cdiv(out_features, tile.rows) if need_sum else 0)

@@ -373,7 +373,7 @@ def _image_gradient(grad: Tensor, weight: Tensor, mask: Tensor | None, prefix: i
     channels, patch_height, patch_width = weight.shape[1:]
     depth = channels * patch_height * patch_width
     arch = launch.architecture(grad)
-    tile = launch.input_gradient(depth, weight.element_size(), arch)
+    tile = launch.input_gradient(depth, weight.element_size(), arch, "none")
     launch.run(
         image_gradient_kernel,
         triton.cdiv(batch * patches, tile.rows) * triton.cdiv(depth, tile.columns),

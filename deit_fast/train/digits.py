@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast._extras import require
@@ -12,7 +13,11 @@ from deit_fast.data import DeiTImageProcessor
 
 CLASSES = 10
 IMG_SIZE = 16
-REACH = 2
+
+# How far a training image is varied: radians, a share of its size, and of half its size.
+TURN = 0.2
+STRETCH = 0.1
+MOVE = 0.15
 
 
 class Split(NamedTuple):
@@ -52,7 +57,7 @@ def _split(pixels: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end, shuffled anew each epoch, each image moved by up to a pixel of the original.
+    """Batches without end, shuffled anew each epoch, each image varied a little each time.
 
     The same seed gives the same batches. An epoch's last, smaller batch is left out.
     """
@@ -60,15 +65,15 @@ def batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, 
     while True:
         order = torch.randperm(len(split.labels), generator=generator)
         for index in order.split(batch_size)[: len(order) // batch_size]:
-            yield _moved(split.images[index], generator), split.labels[index]
+            yield _varied(split.images[index], generator), split.labels[index]
 
 
-def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image by its own number of pixels down and right, black moving in."""
-    batch, _, height, width = images.shape
-    reach = REACH
-    padded = torch.nn.functional.pad(images, (reach,) * 4, value=-1.0)
-    top, left = torch.randint(2 * reach + 1, (2, batch, 1), generator=generator).to(images.device)
-    rows, columns = top + torch.arange(height, device=top.device), left + torch.arange(width, device=top.device)
-    first = torch.arange(batch, device=top.device)[:, None, None]
-    return padded[first, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image turned, stretched and moved a little, black coming in at the edges."""
+    angle, stretch, right, down = torch.empty(4, len(images)).uniform_(-1, 1, generator=generator).to(images.device)
+    angle, stretch = TURN * angle, 1 + STRETCH * stretch
+    cos, sin = stretch * angle.cos(), stretch * angle.sin()
+    rows = torch.stack([cos, -sin, MOVE * right, sin, cos, MOVE * down], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(images.shape), align_corners=False)
+    # Outside, grid_sample takes 0, so black, -1, is made that.
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1

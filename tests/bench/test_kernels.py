@@ -1,4 +1,4 @@
-"""A part of `python -m bench.kernels`: DeiT-Ti's and -S's launches compile and stay within their devices."""
+"""A part of `python -m bench.kernels`: DeiT-Ti's and -S's launches, forward and backward, fit their devices."""
 
 import json
 import os
@@ -20,13 +20,31 @@ def recorded(tmp_path) -> list[dict]:
         "--targets": ",".join(TARGETS),
         "--libraries": "timm,transformers",
         "--models": "tiny,small",
-        "--dtypes": "bf16",
+        "--precisions": "bf16",
     }
     command = [sys.executable, "-m", "bench.kernels", "--json", str(file)]
     command += [part for option in options.items() for part in option]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(file.read_text())
+
+
+FORWARD = {"layer_norm_kernel", "linear_kernel", "attention_kernel", "mlp_kernel", "patch_embed_kernel"}
+BACKWARD = {
+    "column_sums_kernel",
+    "distillation_loss_kernel",
+    "finish_layer_norm_linear_kernel",
+    "finish_linear_kernel",
+    "image_gradient_kernel",
+    "input_gradient_kernel",
+    "key_gradient_kernel",
+    "layer_norm_backward_kernel",
+    "query_gradient_kernel",
+    "sum_partials_kernel",
+    "sum_splits_kernel",
+    "token_gradients_kernel",
+    "weight_gradient_kernel",
+}
 
 
 def test_every_launch_compiles_fits_uses_tensor_cores_and_spills_nothing(tmp_path):
@@ -36,12 +54,11 @@ def test_every_launch_compiles_fits_uses_tensor_cores_and_spills_nothing(tmp_pat
     kernels = defaultdict(set)
     for row in table:
         kernels[row["target"]].add(row["kernel"])
-    families = {"layer_norm_kernel", "linear_kernel", "attention_kernel", "mlp_kernel", "patch_embed_kernel"}
-    assert kernels == {target: families for target in TARGETS}
+    assert kernels == {target: FORWARD | BACKWARD for target in TARGETS}
 
 
 GOOD = {
-    "target": "sm_90", "kernel": "k", "dtype": "bf16", "models": [], "error": None, "tensors": {}, "constexprs": {},
+    "target": "sm_90", "kernel": "k", "precision": "bf16", "models": [], "error": None, "tensors": {}, "constexprs": {},
     "warps": 4, "stages": 1, "registers": 64, "registers_limit": 255, "spilled": 0, "shared_memory": 100,
     "shared_memory_limit": 200, "dots": 1, "scalar_dots": 0, "tensor_core": {"mma.sync": 4}, "widest_store": 16,
 }  # fmt: skip
@@ -62,7 +79,7 @@ def test_each_fault_is_a_problem(fault, said):
 
 
 def test_a_float32_dot_needs_no_tensor_cores():
-    assert problem(GOOD | {"dtype": "fp32", "tensor_core": {}}) is None
+    assert problem(GOOD | {"precision": "fp32", "tensor_core": {}}) is None
 
 
 def test_the_summary_counts_and_shows_what_spills():

@@ -49,15 +49,22 @@ def test_an_epoch_shows_each_digit_once(splits):
     assert torch.equal(torch.cat([labels for _, labels in epoch]).bincount(), test.labels.bincount())
 
 
-def test_digits_move_in_every_direction_and_no_further():
-    images = torch.full((200, 3, digits.IMG_SIZE, digits.IMG_SIZE), -1.0)
-    middle = digits.IMG_SIZE // 2
-    images[:, :, middle, middle] = 1.0
-    moved = digits._moved(images, torch.Generator().manual_seed(0))
-    assert (moved == 1).sum(dim=(1, 2, 3)).eq(3).all()
-    places = (moved[:, 0] == 1).nonzero()[:, 1:] - middle
-    assert places.aminmax(dim=0).min.tolist() == [-digits.REACH] * 2
-    assert places.aminmax(dim=0).max.tolist() == [digits.REACH] * 2
+def test_training_digits_vary_within_bounds_on_black():
+    images = torch.full((100, 3, digits.IMG_SIZE, digits.IMG_SIZE), -1.0)
+    images[:, :, 6:10, 6:10] = 1.0
+    varied = digits._varied(images, torch.Generator().manual_seed(0))
+    assert varied.shape == images.shape and varied.min() == -1 and varied.max() <= 1
+    light = (varied + 1).sum(dim=(1, 2, 3)) / (images + 1).sum(dim=(1, 2, 3))
+    least, most = (1 - digits.STRETCH) ** 2, (1 + digits.STRETCH) ** 2
+    assert 0.95 / most < light.min() < 1 < light.max() < 1.05 / least
+    assert len({image.numpy().tobytes() for image in varied}) == 100
+
+
+def test_a_digit_that_does_not_vary_stays(splits, monkeypatch):
+    for name in ("TURN", "STRETCH", "MOVE"):
+        monkeypatch.setattr(digits, name, 0.0)
+    images = splits[1].images[:4]
+    torch.testing.assert_close(digits._varied(images, torch.Generator()), images, atol=1e-5, rtol=0)
 
 
 def test_the_teacher_tells_the_classes_apart():

@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(mode
 
 def test_a_loss_that_is_not_finite_at_once_leaves_no_checkpoint(model, tmp_path):
     path = tmp_path / "model.safetensors"
-    with pytest.raises(FloatingPointError, match="step 1 .* no checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"step 1 .* no checkpoint"):
         train(model, batches(broken_at=1), checkpoint=path, save_every=1)
     assert not path.exists()
 

@@ -1,0 +1,152 @@
+"""Gradients of attention against float64, and no less accurate than the stock operator's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from deit_fast.kernels.attention_backward import attention_backward
+from reference.attention import attention_qkv
+from tests.support.accuracy import assert_as_accurate_as_stock
+from tests.support.compare import DTYPES, randn, strided
+from tests.support.guard import Guard
+
+TOKENS = (1, 2, 17, 64, 65, 196, 197, 198, 199, 256, 257, 577)
+HEAD_DIMS = (32, 64, 80, 96, 128)
+
+in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def stock_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return out.transpose(1, 2).flatten(2), log_sum_exp
+
+
+def differentiate(forward, q: Tensor, k: Tensor, v: Tensor, scale: float, grad_out: Tensor):
+    inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    out, log_sum_exp = forward(*inputs, scale)
+    return torch.autograd.grad(out, inputs, grad_out), out.detach(), log_sum_exp.detach().float()
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Three slices of one packed gradient."""
+    return torch.empty((*q.shape[:2], 3, *q.shape[2:]), dtype=q.dtype).unbind(2)
+
+
+def separate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
+
+
+def assert_gradients_are_right(q, k, v, scale, grad_out=None, allocate=separate) -> list[Tensor]:
+    """The kernels in guard bands, twice, with what the stock operator's forward gives its own backward."""
+    if grad_out is None:
+        grad_out = randn(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype)
+    stock, out, log_sum_exp = differentiate(stock_forward, q, k, v, scale, grad_out)
+    exact, *_ = differentiate(attention_qkv, q.double(), k.double(), v.double(), scale, grad_out.double())
+
+    guard = Guard()
+    inputs = [guard(t) for t in (grad_out, q, k, v, out, log_sum_exp)]
+    with guard.outputs():
+        ours, again = allocate(q, k, v), allocate(q, k, v)
+        attention_backward(*inputs, scale, *ours)
+        attention_backward(*inputs, scale, *again)
+    guard.assert_untouched()
+    for name, mine, twice, theirs, truth in zip(("dq", "dk", "dv"), ours, again, stock, exact, strict=True):
+        assert_as_accurate_as_stock(mine, theirs, truth, q.dtype, name=name)
+        assert torch.equal(bits(mine), bits(twice)), f"{name} changes from run to run"
+    return list(ours)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+@in_every_dtype
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_any_number_of_tokens_into_one_packed_gradient(tokens, dtype):
+    q, k, v = randn(1, tokens, 3, 1, 64, dtype=dtype).unbind(2)
+    assert_gradients_are_right(q, k, v, 0.125, allocate=packed)
+
+
+@in_every_dtype
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_width(head_dim, dtype):
+    q, k, v = randn(2, 70, 3, 2, head_dim, dtype=dtype).unbind(2)
+    assert_gradients_are_right(q, k, v, head_dim**-0.5, allocate=packed)
+
+
+@in_every_dtype
+@pytest.mark.parametrize(("queries", "keys"), [(1, 198), (65, 3), (16, 64), (128, 80)])
+def test_keys_and_queries_of_different_lengths(queries, keys, dtype):
+    q = randn(2, queries, 2, 64, dtype=dtype)
+    k, v = randn(2, keys, 2, 64, dtype=dtype), randn(2, keys, 2, 64, dtype=dtype)
+    assert_gradients_are_right(q, k, v, 0.125)
+
+
+@in_every_dtype
+def test_any_strides(dtype):
+    q, k, v, grad_out = (randn(2, 37, 2, 64, dtype=dtype) for _ in range(4))
+
+    def heads_first(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def heads_first_gradients(*inputs):
+        return [torch.empty(2, 2, 37, 64, dtype=dtype).transpose(1, 2) for _ in inputs]
+
+    def spread_gradients(*inputs):
+        return [torch.empty(2, 74, 4, 128, dtype=dtype)[:, ::2, ::2, ::2] for _ in inputs]
+
+    assert_gradients_are_right(
+        *map(heads_first, (q, k, v)), 0.125, heads_first(grad_out).flatten(2), heads_first_gradients
+    )
+    assert_gradients_are_right(*map(strided, (q, k, v)), 0.125, strided(grad_out.flatten(2)), spread_gradients)
+    same_keys = k[:, :1].expand(2, 37, 2, 64)
+    one_gradient = torch.ones((), dtype=dtype).expand(2, 37, 128)  # what `out.sum().backward()` hands over
+    assert_gradients_are_right(q[:1].expand(2, 37, 2, 64), same_keys, v, 0.125, one_gradient)
+
+
+@in_every_dtype
+def test_large_scores_and_a_large_scale_do_not_overflow(dtype):
+    q, k, v = randn(1, 70, 3, 1, 64, dtype=dtype, scale=6.0).unbind(2)
+    assert_gradients_are_right(q, k, v, 0.25)
+
+
+@in_every_dtype
+def test_small_gradients_are_not_lost(dtype):
+    q, k, v = randn(1, 70, 3, 1, 64, dtype=dtype).unbind(2)
+    assert_gradients_are_right(q, k, v, 0.125, randn(1, 70, 64, dtype=dtype, scale=1e-3))
+
+
+@in_every_dtype
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_go_where_the_stock_operator_lets_them(which, value, dtype):
+    tensors = {name: randn(1, 70, 1, 32, dtype=dtype) for name in ("q", "k", "v", "grad_out")}
+    tensors[which][0, 66, 0, 2] = value
+    grad_out = tensors.pop("grad_out").flatten(2)
+    assert_gradients_are_right(**tensors, scale=0.2, grad_out=grad_out)
+
+
+@in_every_dtype
+def test_a_query_that_scores_minus_infinity_everywhere_stays_alone(dtype):
+    q, k, v = randn(1, 70, 3, 1, 32, dtype=dtype).unbind(2)
+    grad_out = randn(1, 70, 32, dtype=dtype)
+    _, out, log_sum_exp = differentiate(stock_forward, q, k, v, 0.2, grad_out)
+    before, after = separate(q, k, v), separate(q, k, v)
+    attention_backward(grad_out, q, k, v, out, log_sum_exp, 0.2, *before)
+    log_sum_exp[0, 0, 5] = -torch.inf
+    attention_backward(grad_out, q, k, v, out, log_sum_exp, 0.2, *after)
+    others = torch.arange(70) != 5
+    assert torch.equal(before[0][:, others], after[0][:, others])
+    assert not after[0][0, 5].isfinite().any()
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 9, 9), (2, 0, 9), (2, 9, 0)])
+def test_nothing_to_attend_from_or_to_gives_zeros(batch, queries, keys):
+    q, k, v = (torch.randn(batch, n, 2, 32) for n in (queries, keys, keys))
+    gradients = [torch.full_like(t, torch.nan) for t in (q, k, v)]
+    attention_backward(
+        torch.randn(batch, queries, 64), q, k, v, q.flatten(2), torch.zeros(batch, 2, queries), 0.2, *gradients
+    )
+    for gradient in gradients:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
