@@ -214,7 +214,7 @@ def report(size: str, batch: int, training: bool, precision: str) -> int:
     grown, fixed, partial = (part / (TRAINING_BATCH * TOKENS * width) for part in parts)
     print(
         f"At batch {TRAINING_BATCH}: {grown:.1f}, and {fixed:.1f} of weights and their gradients, {partial:.1f} of "
-        f"partial sums of these: {grown + fixed + partial:.1f}."
+        f"partial sums of these: {grown + fixed + partial:.1f} (ratio {(grown + fixed + partial) / promise:.3f})."
     )
     found = problems(counts, token_bytes, promise)
     print("\n".join(f"FAILED {what}" for what in found) or "Every element that the kernels write is written once.")

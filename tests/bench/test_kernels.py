@@ -24,7 +24,7 @@ def recorded(tmp_path) -> list[dict]:
     }
     command = [sys.executable, "-m", "bench.kernels", "--json", str(file)]
     command += [part for option in options.items() for part in option]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(file.read_text())
 
