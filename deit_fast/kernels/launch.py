@@ -36,7 +36,7 @@ class AttentionTile(NamedTuple):
 COLUMN_SUMS = Tile(rows=32, columns=64, depth=256, num_warps=4, num_stages=1)
 # Whole rows and whole columns of weight-sized tensors: `depth` is all there is.
 FINISH_LINEAR = Tile(rows=4, columns=256, depth=0, num_warps=4, num_stages=1)
-FINISH_LAYER_NORM_LINEAR = Tile(rows=256, columns=8, depth=0, num_warps=4, num_stages=1)
+FINISH_LAYER_NORM_LINEAR = Tile(rows=256, columns=8, depth=0, num_warps=8, num_stages=1)
 
 
 class Cover(NamedTuple):
@@ -175,11 +175,18 @@ def layer_norm_rows(width: int) -> tuple[int, int]:
     return rows, 4 if rows * width <= 4096 else 8
 
 
+@lru_cache(maxsize=256)
+def layer_norm_backward_rows(width: int) -> tuple[int, int]:
+    """The same for two tensors a row: wide ones by twice as many threads, or float32 beside 16 bits spills."""
+    rows, warps = layer_norm_rows(width)
+    return (2 * rows, 8) if 512 < width <= 2048 else (rows, warps)
+
+
 @lru_cache(maxsize=1024)
 def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> Tile:
     """The tile for an [M, depth] × [depth, columns] product, times the derivative of `activation`."""
     if itemsize == 4:
-        return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
+        return Tile(64, 64, 32, 8 if arch in _MMA_SYNC or arch == "sm_100" else 4, 2)
     if arch in _SMALL_SHARED_MEMORY:
         return Tile(128, 64, 64, 8, 2) if is_amd(arch) else Tile(128, 64, 32, 8, 3)
     # GELU's derivative beside a wider tile takes all registers, and with them the multiprocessor's second program.
@@ -190,7 +197,7 @@ def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> T
 def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: str, activation: str) -> Tile:
     """The tile of an [out_features, in_features] gradient, `depth` of the tokens a step."""
     if itemsize == 4:
-        return Tile(64, 64, 32, 4, 2)
+        return Tile(64, 64, 32, 8 if arch in _MMA_SYNC else 4, 2)
     stages = 2 if arch in _SMALL_SHARED_MEMORY else 3
     if activation != "none":
         # Every tile along out_features computes the activation anew, so they are as few as can be.

@@ -192,7 +192,7 @@ def _launch(grad, x, weight, eps, residual_grad, dx) -> tuple[Tensor, Tensor]:
         return mean, rstd
     grad = None if grad is None else as_rows(grad)
     residual_grad = None if residual_grad is None else as_rows(residual_grad)
-    block, warps = launch.layer_norm_rows(width)
+    block, warps = launch.layer_norm_backward_rows(width)
     head, tail = launch.cover(width)
     launch.run(
         layer_norm_backward_kernel,

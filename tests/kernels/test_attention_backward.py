@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from deit_fast.kernels import attention as forward_kernels
 from deit_fast.kernels.attention_backward import attention_backward
 from reference.attention import attention_qkv
 from tests.support.accuracy import assert_as_accurate_as_stock
 from tests.support.compare import DTYPES, randn, strided
 from tests.support.guard import Guard
 
-TOKENS = (1, 2, 17, 64, 65, 196, 197, 198, 199, 256, 257, 577)
+TOKENS = (2, 17, 64, 65, 196, 197, 198, 199, 256, 257, 577)
 HEAD_DIMS = (32, 64, 80, 96, 128)
 
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -38,10 +39,14 @@ def separate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def assert_gradients_are_right(q, k, v, scale, grad_out=None, allocate=separate) -> list[Tensor]:
-    """The kernels in guard bands, twice, with what the stock operator's forward gives its own backward."""
+    """The kernels in guard bands, twice.
+
+    Each backward gets its own forward's log-sum-exp, which the recomputed scores must match to the rounding.
+    """
     if grad_out is None:
         grad_out = randn(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype)
-    stock, out, log_sum_exp = differentiate(stock_forward, q, k, v, scale, grad_out)
+    stock, *_ = differentiate(stock_forward, q, k, v, scale, grad_out)
+    out, log_sum_exp = forward_kernels.attention_qkv(q, k, v, scale)
     exact, *_ = differentiate(attention_qkv, q.double(), k.double(), v.double(), scale, grad_out.double())
 
     guard = Guard()
@@ -63,10 +68,27 @@ def bits(x: Tensor) -> Tensor:
 
 @in_every_dtype
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.xfail(reason="open: float32 at 1 and 2 tokens is above twice stock's error", strict=False)
 def test_any_number_of_tokens_into_one_packed_gradient(tokens, dtype):
     q, k, v = randn(1, tokens, 3, 1, 64, dtype=dtype).unbind(2)
     assert_gradients_are_right(q, k, v, 0.125, allocate=packed)
+
+
+@in_every_dtype
+def test_one_token_gets_its_whole_gradient_through_v(dtype):
+    # Its weight is 1 whatever q and k are: their true gradient is 0, stock's and ours are rounding noise, and what is
+    # left to hold is that the noise is that of two products of 64 terms that cancel.
+    scale, eps = 0.125, torch.finfo(dtype).eps
+    for seed in range(20):
+        torch.manual_seed(seed)
+        q, k, v = randn(1, 1, 3, 1, 64, dtype=dtype).unbind(2)
+        grad_out = randn(1, 1, 64, dtype=dtype)
+        out, log_sum_exp = forward_kernels.attention_qkv(q, k, v, scale)
+        dq, dk, dv = packed(q, k, v)
+        attention_backward(grad_out, q, k, v, out, log_sum_exp, scale, dq, dk, dv)
+        assert torch.equal(dv.flatten(2), grad_out)
+        product = scale * grad_out.double().norm() * v.double().norm() * eps
+        assert dq.double().norm() <= product * k.double().norm()
+        assert dk.double().norm() <= product * q.double().norm()
 
 
 @in_every_dtype
@@ -101,13 +123,27 @@ def test_any_strides(dtype):
         *map(heads_first, (q, k, v)), 0.125, heads_first(grad_out).flatten(2), heads_first_gradients
     )
     assert_gradients_are_right(*map(strided, (q, k, v)), 0.125, strided(grad_out.flatten(2)), spread_gradients)
-    same_keys = k[:, :1].expand(2, 37, 2, 64)
+    # Apart: with one key for all and a gradient of ones, dv is a single number, and its error that of one rounding.
+    assert_gradients_are_right(q[:1].expand(2, 37, 2, 64), k[:, :1].expand(2, 37, 2, 64), v, 0.125)
     one_gradient = torch.ones((), dtype=dtype).expand(2, 37, 128)  # what `out.sum().backward()` hands over
-    assert_gradients_are_right(q[:1].expand(2, 37, 2, 64), same_keys, v, 0.125, one_gradient)
+    assert_gradients_are_right(q, k, v, 0.125, one_gradient)
 
 
-@in_every_dtype
-@pytest.mark.xfail(reason="open: float32 with scores in the hundreds is above twice stock's error", strict=False)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(
+            torch.float32,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="dv: the interpreter's matmul rounds k qᵀ unlike the forward's q kᵀ, so that scores in the "
+                "hundreds miss their log-sum-exp; with one order of summation the error is stock's",
+            ),
+        ),
+        torch.float16,
+        torch.bfloat16,
+    ],
+)
 def test_large_scores_and_a_large_scale_do_not_overflow(dtype):
     q, k, v = randn(1, 70, 3, 1, 64, dtype=dtype, scale=6.0).unbind(2)
     assert_gradients_are_right(q, k, v, 0.25)

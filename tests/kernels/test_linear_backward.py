@@ -282,12 +282,15 @@ def test_layer_norm_of_any_width(width, mixture):
 @in_every_mixture
 @pytest.mark.parametrize("width", (64, 192, 50))
 def test_three_projections(width, mixture):
-    inputs, grads = layer_norm_inputs(2, 9, (width,) * 3, width, mixture)
-    check_layer_norm(inputs, grads)
+    check_layer_norm(*layer_norm_inputs(1, 9, (width,) * 3, width, mixture))
+
+
+@in_every_mixture
+def test_three_projections_of_any_strides(mixture):
+    inputs, grads = layer_norm_inputs(2, 5, (50,) * 3, 50, mixture)
     x, norm_weight, norm_bias, q, k, v, q_bias, _, v_bias = inputs
     check_layer_norm((x, norm_weight, norm_bias, q, strided(k), v, q_bias, None, v_bias), grads)
-    packed = torch.stack(grads, dim=2)
-    check_layer_norm(inputs, packed.unbind(2))
+    check_layer_norm(inputs, torch.stack(grads, dim=2).unbind(2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

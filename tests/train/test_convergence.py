@@ -23,14 +23,14 @@ WEIGHTS_FACTOR = 2.0
 BFLOAT16_LOSS = 0.02
 
 
-def build() -> nn.Module:
-    """A distilled DeiT, two blocks of width 128, drop path, both heads trained.
+def build(width: int) -> nn.Module:
+    """A distilled DeiT, two blocks, heads of 64, drop path, both classifiers trained.
 
     Weights start at unit gain. From timm's own start so narrow a model has flat attention, whose gradients AdamW
     scales up from near rounding: within 60 steps timm's two attention paths then part by up to 0.2 in the loss.
     """
     model = VisionTransformerDistilled(
-        img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=10, drop_path_rate=0.1
+        img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=width // 64, num_classes=10, drop_path_rate=0.1
     )
     model.set_distilled_training(True)
     return randomise(model).train()
@@ -44,23 +44,21 @@ def digits() -> tuple[Tensor, Tensor]:
     return F.interpolate(images, scale_factor=4, mode="bilinear").expand(-1, 3, -1, -1), torch.tensor(data.target)
 
 
-def batches(steps: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
     images, labels = digits()
     generator = torch.Generator().manual_seed(5)
-    for _ in range(steps):
-        chosen = torch.randint(len(images), (size,), generator=generator)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
         yield images[chosen], labels[chosen]
 
 
-def train(
-    model: nn.Module, *, steps: int = STEPS, batch: int = BATCH, autocast: bool = False
-) -> tuple[list[float], dict[str, Tensor]]:
+def train(model: nn.Module, *, autocast: bool = False) -> tuple[list[float], dict[str, Tensor]]:
     """The loss of every step and the final weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     losses = []
     # Drop path masks.
     torch.manual_seed(0)
-    for images, labels in batches(steps, batch):
+    for images, labels in batches():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             heads = model(images)
         loss = sum(F.cross_entropy(logits.float(), labels) for logits in heads) / len(heads)
@@ -72,17 +70,17 @@ def train(
 
 
 @functools.cache
-def train_stock(*, fused_attention: bool = True, autocast: bool = False):
-    model = build()
+def train_stock(width: int, *, fused_attention: bool = True, autocast: bool = False):
+    model = build(width)
     for block in model.blocks:
         block.attn.fused_attn = fused_attention
     return train(model, autocast=autocast)
 
 
-def train_swapped(memory: str, **options):
-    model = build()
+def train_swapped(width: int, memory: str, *, autocast: bool = False):
+    model = build(width)
     assert not swap(model, memory=memory).kept
-    return train(model, **options)
+    return train(model, autocast=autocast)
 
 
 def largest_difference(losses: list[float], expected: list[float]) -> float:
@@ -102,10 +100,10 @@ def relative_differences(weights: dict[str, Tensor], expected: dict[str, Tensor]
 
 @pytest.mark.parametrize("memory", ["balanced", "low"])
 def test_losses_and_weights_follow_stock_in_float32(memory: str) -> None:
-    losses, weights = train_stock()
+    losses, weights = train_stock(128)
     assert losses[-1] < losses[0] / 3, "nothing was learned"
-    explicit_losses, explicit_weights = train_stock(fused_attention=False)
-    swapped_losses, swapped_weights = train_swapped(memory)
+    explicit_losses, explicit_weights = train_stock(128, fused_attention=False)
+    swapped_losses, swapped_weights = train_swapped(128, memory)
 
     assert largest_difference(swapped_losses, losses) < LOSS_DIFFERENCE
     assert largest_difference(explicit_losses, losses) < LOSS_DIFFERENCE, "the yardstick itself has diverged"
@@ -116,8 +114,14 @@ def test_losses_and_weights_follow_stock_in_float32(memory: str) -> None:
 
 
 @pytest.mark.parametrize("memory", ["balanced", "low"])
-@pytest.mark.xfail(reason="open: 6 percent apart on this small run, 2 allowed", strict=False)
 def test_the_final_loss_in_bfloat16_autocast_is_stocks(memory: str) -> None:
-    losses, _ = train_stock(autocast=True)
-    swapped_losses, _ = train_swapped(memory, autocast=True)
+    """Width 64: at 128 and this step size the last batch's loss says nothing.
+
+    There timm's two attention paths differ by up to 5 % in it, and stock in float32 from stock in autocast by 9 %.
+    """
+    losses, _ = train_stock(64, autocast=True)
+    explicit_losses, _ = train_stock(64, fused_attention=False, autocast=True)
+    swapped_losses, _ = train_swapped(64, memory, autocast=True)
+    assert explicit_losses[-1] == pytest.approx(losses[-1], rel=BFLOAT16_LOSS), "the yardstick itself has diverged"
     assert swapped_losses[-1] == pytest.approx(losses[-1], rel=BFLOAT16_LOSS)
+    assert sum(swapped_losses[-10:]) == pytest.approx(sum(losses[-10:]), rel=BFLOAT16_LOSS)
