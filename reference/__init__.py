@@ -20,6 +20,7 @@ from reference.linear import layer_norm_linear, layer_norm_qkv, linear, linear_r
 from reference.mlp import mlp
 from reference.patch_embed import patch_embed
 from reference.pos_embed import interpolate_pos_embed
+from reference.readout import readout, readout_attention, readout_block
 
 __all__ = [
     "activate",
@@ -42,4 +43,7 @@ __all__ = [
     "linear_residual",
     "mlp",
     "patch_embed",
+    "readout",
+    "readout_attention",
+    "readout_block",
 ]
