@@ -22,6 +22,7 @@ def attention_kernel(
     v_ptr,
     out_ptr,
     log_sum_exp_ptr,
+    kept_ptr,
     queries,
     keys,
     heads,
@@ -44,7 +45,10 @@ def attention_kernel(
     KEY_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program attends from one block of queries of one head. HEAD + TAIL are the head's width in two tiles."""
+    """One program attends from one block of queries of one head. HEAD + TAIL are the head's width in two tiles.
+
+    With `kept_ptr`, only of the first kept[0] samples.
+    """
     whole_blocks = queries // QUERY_BLOCK
     blocks = whole_blocks
     if QUERY_TAIL > 0:
@@ -53,6 +57,8 @@ def attention_kernel(
     batch_head = tl.program_id(0) // blocks
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
+    if kept_ptr is not None and batch >= tl.load(kept_ptr):
+        return
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + head * k_head
     v_ptr += batch * v_batch + head * v_head
@@ -176,11 +182,12 @@ def unsupported(head_dim: int, scale: float) -> str | None:
     return f"no kernel for heads of width {head_dim} (there are {', '.join(map(str, HEAD_DIMS))})"
 
 
-def attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return attention_qkv(*qkv.unbind(2), scale)
+def attention(qkv: Tensor, scale: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """With `kept` (see `drop_path.keep_samples`) qkv is packed, and so are both results."""
+    return attention_qkv(*qkv.unbind(2), scale, kept)
 
 
-def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     out = torch.empty((batch, queries, heads * head_dim), dtype=q.dtype, device=q.device)
@@ -200,6 +207,7 @@ def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         v,
         out,
         log_sum_exp,
+        kept,
         queries,
         keys,
         heads,

@@ -116,6 +116,25 @@ def normalise(x, mean, rstd, weight_ptr, bias_ptr, columns, mask):
 
 
 @triton.jit
+def full_row(kept_ptr, row, row_mask, tokens):
+    """The rows, of the full tensor, that kept samples' packed rows stand for; past those, the dropped samples' rows.
+
+    kept: as `drop_path.keep_samples` returns it; `tokens` rows make a sample.
+    """
+    row = row.to(tl.int32)  # rows, unlike elements, are fewer than 2^31
+    sample = row // tokens
+    full_sample = tl.load(kept_ptr + 1 + sample, mask=row_mask, other=0)
+    return full_sample.to(tl.int64) * tokens + (row - sample * tokens)
+
+
+@triton.jit
+def copy_rows(source_rows, target_rows, columns, mask):
+    """A tile of what drop path leaves as it is, from row pointers [ROWS, 1] to others."""
+    x = tl.load(source_rows + columns[None, :], mask=mask, other=0.0)
+    tl.store(target_rows + columns[None, :], x.to(target_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def add_residual(
     branch, residual_ptrs, layer_scale_ptr, drop_path_scale_ptr, rows, columns, row_mask, column_mask, tokens
 ):

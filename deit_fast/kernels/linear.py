@@ -6,7 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import add_residual, gelu, normalise, row_statistics, tile_of_program
+from deit_fast.kernels.device import (
+    add_residual,
+    copy_rows,
+    full_row,
+    gelu,
+    normalise,
+    row_statistics,
+    tile_of_program,
+)
 from deit_fast.kernels.layout import as_rows, dense
 
 _GROUP = 8
@@ -26,6 +34,7 @@ def linear_kernel(
     residual_ptr,
     layer_scale_ptr,
     drop_path_scale_ptr,
+    kept_ptr,
     y_ptr,
     k_ptr,
     v_ptr,
@@ -45,7 +54,10 @@ def linear_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`y = epilogue(prologue(x) @ weight.T + bias)`; with `k_weight_ptr`, three such products of one `x`."""
+    """`y = epilogue(prologue(x) @ weight.T + bias)`; with `k_weight_ptr`, three such products of one `x`.
+
+    With `kept_ptr`, rows are the kept samples': x is full and y packed, or with a residual x packed and y full.
+    """
     column_tiles: tl.constexpr = (COLUMNS + COLUMN_BLOCK - 1) // COLUMN_BLOCK
     if k_weight_ptr is not None:
         tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), 3 * column_tiles, GROUP)
@@ -69,7 +81,20 @@ def linear_kernel(
     column = tile_n * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < COLUMNS
     depth = tl.arange(0, DEPTH_BLOCK)
-    x_rows = x_ptr + row[:, None] * x_stride
+    x_row = row
+    if kept_ptr is not None:
+        kept_rows = tl.load(kept_ptr) * tokens
+        if residual_ptr is not None and (tile_m + 1) * ROW_BLOCK > kept_rows:
+            is_dropped = row_mask & (row >= kept_rows)
+            y_row = full_row(kept_ptr, row, is_dropped, tokens)[:, None]
+            mask = is_dropped[:, None] & column_mask[None, :]
+            copy_rows(residual_ptr + y_row * residual_stride, y_ptr + y_row * COLUMNS, column, mask)
+        if tile_m * ROW_BLOCK >= kept_rows:
+            return
+        row_mask = row < kept_rows
+        if residual_ptr is None:
+            x_row = full_row(kept_ptr, row, row_mask, tokens)
+    x_rows = x_ptr + x_row[:, None] * x_stride
     weight_columns = weight_ptr + column.to(tl.int64)[None, :] * weight_stride
 
     if PROLOGUE == "layer_norm":
@@ -98,6 +123,8 @@ def linear_kernel(
     if ACTIVATION != "none":
         product = gelu(product, ACTIVATION)
     if residual_ptr is not None:
+        if kept_ptr is not None:
+            row = full_row(kept_ptr, row, row_mask, tokens)
         residual_ptrs = residual_ptr + row[:, None] * residual_stride + column[None, :]
         product = add_residual(
             product,
@@ -130,16 +157,21 @@ def _launch(
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
     if outputs[0].numel() == 0:
         return
-    tokens = x.numel() // (x.shape[0] * x.shape[-1]) if drop_path_scale is not None else 1
+    tokens = 1
+    if drop_path_scale is not None or kept is not None:
+        full = x if residual is None else residual
+        tokens = full.numel() // (full.shape[0] * full.shape[-1])
     x = as_rows(x)
-    rows, depth = x.shape
+    depth = x.shape[1]
     weights = tuple(as_rows(w) for w in weights)
     if len({w.stride(0) for w in weights}) > 1:
         weights = tuple(w.contiguous() for w in weights)
     columns = weights[0].shape[0]
+    rows = outputs[0].numel() // columns
     absent = (None,) * (3 - len(weights))
     residual = None if residual is None else as_rows(residual)
     arch = launch.architecture(x)
@@ -157,6 +189,7 @@ def _launch(
         residual,
         dense(layer_scale),
         dense(drop_path_scale),
+        kept,
         *outputs,
         *absent,
         rows,
@@ -179,8 +212,9 @@ def _launch(
     )
 
 
-def _output(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype, device=x.device)
+def _output(x: Tensor, weight: Tensor, capacity: int | None = None) -> Tensor:
+    shape = x.shape[:-1] if capacity is None else (capacity, *x.shape[1:-1])
+    return torch.empty((*shape, weight.shape[0]), dtype=weight.dtype, device=x.device)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, input_activation: str) -> Tensor:
@@ -196,9 +230,12 @@ def layer_norm_linear(
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
+    kept: Tensor | None = None,
+    capacity: int | None = None,
 ) -> Tensor:
-    y = _output(x, weight)
-    _launch(x, (y,), (weight,), (bias,), norm=(norm_weight, norm_bias), eps=eps, prologue="layer_norm")
+    """With `kept` (see `drop_path.keep_samples`) only of x's kept samples, packed: [capacity or else B, ..., N]."""
+    y = _output(x, weight, capacity)
+    _launch(x, (y,), (weight,), (bias,), norm=(norm_weight, norm_bias), eps=eps, prologue="layer_norm", kept=kept)
     return y
 
 
@@ -239,7 +276,9 @@ def linear_residual(
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
     input_activation: str,
+    kept: Tensor | None = None,
 ) -> Tensor:
+    """With `kept` (see `drop_path.keep_samples`) x holds the kept samples, packed; the others keep their residual."""
     dtype = torch.promote_types(residual.dtype, weight.dtype)
     if layer_scale is not None:
         dtype = torch.promote_types(dtype, layer_scale.dtype)
@@ -253,5 +292,6 @@ def linear_residual(
         residual=residual,
         layer_scale=layer_scale,
         drop_path_scale=drop_path_scale,
+        kept=kept,
     )
     return y

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import add_residual, gelu, normalise, tile_statistics
+from deit_fast.kernels.device import add_residual, copy_rows, full_row, gelu, normalise, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
 from deit_fast.kernels.linear import layer_norm_linear, linear_residual
 
@@ -24,6 +24,7 @@ def mlp_kernel(
     fc2_bias_ptr,
     layer_scale_ptr,
     drop_path_scale_ptr,
+    kept_ptr,
     y_ptr,
     rows,
     tokens,
@@ -40,13 +41,30 @@ def mlp_kernel(
     HIDDEN_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """HEAD + TAIL are the width in two tiles. The hidden layer lives only as ROW_BLOCK × HIDDEN_BLOCK tiles."""
+    """HEAD + TAIL are the width in two tiles. The hidden layer lives only as ROW_BLOCK × HIDDEN_BLOCK tiles.
+
+    With `kept_ptr`, only the kept samples' rows go through it; the others are copied.
+    """
     row = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     row_mask = row < rows
     head = tl.arange(0, HEAD)
     head_mask = head < WIDTH
     tail = HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
     tail_mask = tail < WIDTH
+    if kept_ptr is not None:
+        kept_rows = tl.load(kept_ptr) * tokens
+        if (tl.program_id(0) + 1) * ROW_BLOCK > kept_rows:
+            is_dropped = row_mask & (row >= kept_rows)
+            dropped_row = full_row(kept_ptr, row, is_dropped, tokens)[:, None]
+            from_rows = x_ptr + dropped_row * x_stride
+            to_rows = y_ptr + dropped_row * WIDTH
+            copy_rows(from_rows, to_rows, head, is_dropped[:, None] & head_mask[None, :])
+            if TAIL > 0:
+                copy_rows(from_rows, to_rows, tail, is_dropped[:, None] & tail_mask[None, :])
+        if tl.program_id(0) * ROW_BLOCK >= kept_rows:
+            return
+        row_mask = row < kept_rows
+        row = full_row(kept_ptr, row, row_mask, tokens)
     x_rows = x_ptr + row[:, None] * x_stride
     x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
     x_tail = x_head
@@ -138,12 +156,14 @@ def mlp(
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
     activation: str,
+    kept: Tensor | None = None,
 ) -> Tensor:
+    """With `kept` (see `drop_path.keep_samples`) the other samples come out as they are; x and y are full."""
     hidden, width = fc1_weight.shape
     if not fits(width, hidden) or fc1_weight.dtype is torch.float32 or activation == "none":
         # float32 tiles of a whole row do not fit beside their weights.
-        features = layer_norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias)
-        return linear_residual(features, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, activation)
+        features = layer_norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, kept)
+        return linear_residual(features, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, activation, kept)
     dtype = torch.promote_types(x.dtype, fc2_weight.dtype)
     if layer_scale is not None:
         dtype = torch.promote_types(dtype, layer_scale.dtype)
@@ -169,6 +189,7 @@ def mlp(
         dense(fc2_bias),
         dense(layer_scale),
         dense(drop_path_scale),
+        kept,
         y,
         x.shape[0],
         tokens,

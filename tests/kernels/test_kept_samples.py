@@ -1,0 +1,220 @@
+"""Kernels that skip the samples drop path drops: what the same kernels make of the kept samples alone, bit by bit."""
+
+import pytest
+import torch
+
+from deit_fast.kernels import attention, drop_path, linear, mlp
+from tests.support.compare import DTYPES, randn, strided
+from tests.support.guard import NAN_BYTE, Guard
+
+EPS = 1e-6
+HALF = (torch.float16, torch.bfloat16)
+# Weights, and what autocast keeps in float32 beside them.
+MIXTURES = [(dtype, dtype) for dtype in DTYPES] + [(dtype, torch.float32) for dtype in HALF]
+# Batch, tokens, and the samples kept: none, the first, the last, every second, all.
+CASES = [
+    (1, 17, []),
+    (1, 65, [0]),
+    (3, 1, [0]),
+    (3, 17, [2]),
+    (3, 198, [2]),
+    (5, 1, [0, 2, 4]),
+    (5, 17, []),
+    (5, 17, [0, 2, 4]),
+    (5, 17, [0, 1, 2, 3, 4]),
+    (5, 65, [1, 3]),
+]
+
+in_every_mixture = pytest.mark.parametrize("mixture", MIXTURES, ids=lambda m: "-".join(str(d)[6:] for d in m))
+in_every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}x{c[1]}-{''.join(map(str, c[2]))}")
+
+
+class Kept:
+    """The kept samples of a batch, and tensors packed to hold them: at once the smallest, then whole batches."""
+
+    def __init__(self, batch, samples, dtype=torch.float32):
+        self.batch = batch
+        self.samples = torch.tensor(samples, dtype=torch.long)
+        self.dropped = torch.tensor([i for i in range(batch) if i not in samples], dtype=torch.long)
+        self.scale = torch.zeros(batch, dtype=dtype)
+        self.scale[self.samples] = 1.25
+        self.count = len(samples)
+        self.kept = drop_path.keep_samples(self.scale)
+
+    @property
+    def capacities(self):
+        return sorted({self.count, self.batch})
+
+    def gather(self, full):
+        return full.index_select(0, self.samples)
+
+    def pack(self, gathered, capacity):
+        """NaN where no kept sample is: never to be read."""
+        packed = torch.full((capacity, *gathered.shape[1:]), torch.nan, dtype=gathered.dtype)
+        packed[: self.count] = gathered
+        return packed
+
+    def assert_packed(self, packed, gathered, capacity):
+        assert packed.shape == (capacity, *gathered.shape[1:])
+        assert same_bits(packed[: self.count], gathered)
+        beyond = packed[self.count :].contiguous()
+        assert (beyond.view(torch.uint8) == NAN_BYTE).all(), "rows beyond the kept ones were written"
+
+    def assert_full(self, full, gathered, dropped):
+        assert same_bits(full[self.samples], gathered)
+        assert same_bits(full[self.dropped], dropped.index_select(0, self.dropped).to(full.dtype))
+
+
+def same_bits(x, y):
+    assert x.dtype == y.dtype
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def in_guard_bands(function, *inputs, **named):
+    """`function` of its inputs; outputs are `NAN_BYTE` until they are written."""
+    guard = Guard()
+    inputs = [guard(t) if isinstance(t, torch.Tensor) else t for t in inputs]
+    named = {name: guard(t) if isinstance(t, torch.Tensor) else t for name, t in named.items()}
+    with guard.outputs():
+        result = function(*inputs, **named)
+    guard.assert_untouched()
+    return result
+
+
+def weight_of(out_features, in_features, dtype):
+    return randn(out_features, in_features, dtype=dtype, scale=in_features**-0.5)
+
+
+def full_of(samples, *shape, dtype):
+    """Whole batches; what drop path drops may be anything."""
+    x = randn(samples.batch, *shape, dtype=dtype)
+    x[samples.dropped, ..., 0] = torch.nan
+    x[samples.dropped, ..., 1] = -0.0
+    return x
+
+
+# Forward ----------------------------------------------------------------------------------------------------------
+
+
+def check_layer_norm_linear(samples, x, *parameters):
+    gathered = linear.layer_norm_linear(samples.gather(x), *parameters)
+    for capacity in samples.capacities:
+        y = in_guard_bands(linear.layer_norm_linear, x, *parameters, kept=samples.kept, capacity=capacity)
+        samples.assert_packed(y, gathered, capacity)
+
+
+@in_every_mixture
+@in_every_case
+def test_layer_norm_linear(case, mixture):
+    batch, tokens, kept = case
+    dtype, stream = mixture
+    samples = Kept(batch, kept)
+    parameters = (
+        randn(64, dtype=stream),
+        randn(64, dtype=stream),
+        EPS,
+        weight_of(96, 64, dtype),
+        randn(96, dtype=stream),
+    )
+    check_layer_norm_linear(samples, full_of(samples, tokens, 64, dtype=stream), *parameters)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_linear_of_any_strides_and_width(dtype):
+    samples = Kept(3, [0, 2])
+    x = full_of(samples, 17, 50, dtype=dtype)
+    parameters = None, None, EPS, strided(weight_of(40, 50, dtype)), None
+    for view in (strided(x), x.transpose(0, 1).contiguous().transpose(0, 1), x.view(3, 1, 17, 50)):
+        check_layer_norm_linear(samples, view, *parameters)
+
+
+def test_capacity_is_the_batch_unless_given():
+    samples = Kept(3, [1])
+    x = full_of(samples, 5, 32, dtype=torch.float32)
+    parameters = None, None, EPS, torch.randn(16, 32), None
+    y = in_guard_bands(linear.layer_norm_linear, x, *parameters, kept=samples.kept)
+    samples.assert_packed(y, linear.layer_norm_linear(samples.gather(x), *parameters), 3)
+
+
+def check_linear_residual(samples, x, weight, bias, residual, layer_scale, activation):
+    drop_path_scale = samples.scale.to(residual.dtype)
+    parameters = weight, bias
+    gathered = linear.linear_residual(
+        x, *parameters, samples.gather(residual), layer_scale, samples.gather(drop_path_scale), activation
+    )
+    for capacity in samples.capacities:
+        packed = samples.pack(x, capacity)
+        y = in_guard_bands(
+            linear.linear_residual,
+            *(packed, *parameters, residual, layer_scale, drop_path_scale, activation),
+            kept=samples.kept,
+        )
+        samples.assert_full(y, gathered, residual)
+
+
+@in_every_mixture
+@in_every_case
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_linear_residual(case, mixture, activation):
+    batch, tokens, kept = case
+    dtype, stream = mixture
+    samples = Kept(batch, kept)
+    check_linear_residual(
+        samples,
+        randn(samples.count, tokens, 80, dtype=dtype),
+        weight_of(64, 80, dtype),
+        randn(64, dtype=stream),
+        full_of(samples, tokens, 64, dtype=stream),
+        randn(64, dtype=stream),
+        activation,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_residual_of_any_strides_and_width(dtype):
+    samples = Kept(3, [0, 2])
+    x, residual = randn(2, 17, 50, dtype=dtype), full_of(samples, 17, 50, dtype=dtype)
+    weight = strided(weight_of(50, 50, dtype))
+    for view in (strided(residual), residual.transpose(0, 1).contiguous().transpose(0, 1)):
+        check_linear_residual(samples, x, weight, None, view, None, "gelu_tanh")
+
+
+def test_an_infinite_layer_scale_leaves_dropped_samples_alone():
+    samples = Kept(3, [1])
+    residual = full_of(samples, 5, 32, dtype=torch.float32)
+    layer_scale = torch.full((32,), torch.inf)
+    check_linear_residual(
+        samples, torch.randn(1, 5, 48), torch.randn(32, 48), torch.randn(32), residual, layer_scale, "none"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@in_every_case
+@pytest.mark.parametrize("head_dim", (32, 80))
+def test_attention(case, dtype, head_dim):
+    batch, tokens, kept = case
+    samples = Kept(batch, kept)
+    qkv = randn(samples.count, tokens, 3, 2, head_dim, dtype=dtype)
+    gathered = attention.attention(qkv, head_dim**-0.5)
+    for capacity in samples.capacities:
+        packed = samples.pack(qkv, capacity)
+        found = in_guard_bands(attention.attention, packed, head_dim**-0.5, kept=samples.kept)
+        for mine, other in zip(found, gathered, strict=True):
+            samples.assert_packed(mine, other, capacity)
+
+
+@in_every_mixture
+@in_every_case
+def test_mlp(case, mixture):
+    batch, tokens, kept = case
+    dtype, stream = mixture
+    samples = Kept(batch, kept, stream)
+    x = full_of(samples, tokens, 80, dtype=stream)
+    parameters = (
+        *(randn(80, dtype=stream), randn(80, dtype=stream), EPS),
+        *(weight_of(64, 80, dtype), randn(64, dtype=stream), weight_of(80, 64, dtype), randn(80, dtype=stream)),
+        randn(80, dtype=stream),
+    )
+    gathered = mlp.mlp(samples.gather(x), *parameters, samples.gather(samples.scale), "gelu")
+    y = in_guard_bands(mlp.mlp, x, *parameters, samples.scale, "gelu", kept=samples.kept)
+    samples.assert_full(y, gathered, x)
