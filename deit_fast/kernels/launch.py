@@ -208,6 +208,34 @@ def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: st
     return Tile(rows, columns, depth, 4 if rows * columns == 64 * 64 else 8, stages)
 
 
+class ReadoutTile(NamedTuple):
+    """`queries` over `tokens` a step, rows of x as tiles `chunk` wide."""
+
+    queries: int
+    tokens: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+def _readout_chunk(width: int) -> int:
+    """128, or 64 where that pads a row less; the power of two that covers narrower rows."""
+    chunk = min((128, 64), key=lambda chunk: triton.cdiv(width, chunk) * chunk)
+    return min(chunk, max(16, triton.next_power_of_2(width)))
+
+
+@lru_cache(maxsize=256)
+def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
+    warps = 4 if width <= 192 or is_amd(arch) and width > 384 else 8
+    return ReadoutTile(16, 32 if width <= 384 else 16, _readout_chunk(width), warps, 1)
+
+
+@lru_cache(maxsize=256)
+def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
+    """The tokens are a program's."""
+    return ReadoutTile(16, 32 if width <= 384 else 16, _readout_chunk(width), 4 if width <= 192 else 8, 1)
+
+
 def splits(tiles: int, rows: int, multiprocessors: int) -> int:
     """Into how many parts the rows of a weight gradient of `tiles` tiles are split; a power of two up to 16.
 
