@@ -28,6 +28,7 @@ def query_gradient_kernel(
     log_sum_exp_ptr,
     delta_ptr,
     dq_ptr,
+    kept_ptr,
     queries,
     keys,
     heads,
@@ -54,7 +55,10 @@ def query_gradient_kernel(
     MASK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq and delta of one block of queries of one head, HEAD + TAIL wide. `out` [B, N, H·d] and delta are dense."""
+    """dq and delta of one block of queries of one head, HEAD + TAIL wide. `out` [B, N, H·d] and delta are dense.
+
+    With `kept_ptr`, only of the first kept[0] samples.
+    """
     whole_blocks = queries // QUERY_BLOCK
     blocks = whole_blocks
     if QUERY_TAIL > 0:
@@ -63,6 +67,8 @@ def query_gradient_kernel(
     batch_head = tl.program_id(0) // blocks
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
+    if kept_ptr is not None and batch >= tl.load(kept_ptr):
+        return
     out_token = heads * (HEAD + TAIL)
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + head * k_head
@@ -150,6 +156,7 @@ def key_gradient_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
+    kept_ptr,
     queries,
     keys,
     heads,
@@ -179,7 +186,7 @@ def key_gradient_kernel(
     KEY_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of one block of keys of one head."""
+    """dk and dv of one block of keys of one head. With `kept_ptr`, only of the first kept[0] samples."""
     whole_blocks = keys // KEY_BLOCK
     blocks = whole_blocks
     if KEY_TAIL > 0:
@@ -188,6 +195,8 @@ def key_gradient_kernel(
     batch_head = tl.program_id(0) // blocks
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
+    if kept_ptr is not None and batch >= tl.load(kept_ptr):
+        return
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + head * k_head
     v_ptr += batch * v_batch + head * v_head
@@ -317,11 +326,13 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    kept: Tensor | None = None,
 ) -> None:
     """Writes the gradients of `attention_qkv(q, k, v, scale)` into dq, dk and dv.
 
     grad_out, out: [B, N, H·d]; q, dq: [B, N, H, d]; k, v, dk, dv: [B, M, H, d]; log_sum_exp: [B, H, N], float32,
     natural logarithm. Any strides; for packed gradients dq, dk and dv are the three slices of one [B, N, 3, H, d].
+    With `kept` (see `drop_path.keep_samples`) all of them hold kept samples, packed.
     """
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
@@ -355,7 +366,7 @@ def attention_backward(
         query_gradient_kernel,
         batch * heads * triton.cdiv(queries, query_tile.queries),
         q.device,
-        *(q, k, v, out, grad_out, log_sum_exp, delta, written[0]),
+        *(q, k, v, out, grad_out, log_sum_exp, delta, written[0], kept),
         *shape,
         *written[0].stride()[:3],
         QUERY_TAIL=launch.tail_block(queries, query_tile.queries),
@@ -366,7 +377,7 @@ def attention_backward(
         key_gradient_kernel,
         batch * heads * triton.cdiv(keys, key_tile.keys),
         q.device,
-        *(q, k, v, grad_out, log_sum_exp, delta, *written[1:]),
+        *(q, k, v, grad_out, log_sum_exp, delta, *written[1:], kept),
         *shape,
         *written[1].stride()[:3],
         *written[2].stride()[:3],

@@ -75,12 +75,12 @@ def tile_statistics(head, tail, head_mask, tail_mask, eps, WIDTH: tl.constexpr, 
 
 @triton.jit
 def sum_rows(
-    grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, first, rows, count, tokens, column, column_mask,
-    grad_stride, x_stride, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, kept_ptr, first, rows, count, tokens, column,
+    column_mask, grad_stride, x_stride, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ s grad and, with `x_ptr`, Σ s grad x̂ over `count` rows from `first` on, or as many as there are.
 
-    s: drop path's scale of the row's sample.
+    s: drop path's scale of the row's sample. With `kept_ptr`, rows are those of kept samples, and grad is full.
     """
     # Element by element, so that threads meet once, at the end.
     total = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
@@ -91,9 +91,13 @@ def sum_rows(
         row_mask = row < rows
         mask = row_mask[:, None] & column_mask[None, :]
         offset = row.to(tl.int64)[:, None]
-        grad = tl.load(grad_ptr + offset * grad_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad_row = row
+        if kept_ptr is not None:
+            grad_row = full_row(kept_ptr, row, row_mask, tokens)
+        grad_offset = grad_row.to(tl.int64)[:, None] * grad_stride
+        grad = tl.load(grad_ptr + grad_offset + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if drop_path_scale_ptr is not None:
-            scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
+            scale = tl.load(drop_path_scale_ptr + grad_row // tokens, mask=row_mask, other=0.0)
             grad *= scale.to(tl.float32)[:, None]
         total += grad
         if x_ptr is not None:
@@ -121,10 +125,10 @@ def full_row(kept_ptr, row, row_mask, tokens):
 
     kept: as `drop_path.keep_samples` returns it; `tokens` rows make a sample.
     """
-    row = row.to(tl.int32)  # rows, unlike elements, are fewer than 2^31
-    sample = row // tokens
+    packed = row.to(tl.int32)  # rows, unlike elements, are fewer than 2^31
+    sample = packed // tokens
     full_sample = tl.load(kept_ptr + 1 + sample, mask=row_mask, other=0)
-    return full_sample.to(tl.int64) * tokens + (row - sample * tokens)
+    return (full_sample * tokens + (packed - sample * tokens)).to(row.dtype)
 
 
 @triton.jit

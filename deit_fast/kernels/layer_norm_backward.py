@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import sum_rows, tile_statistics
+from deit_fast.kernels.device import full_row, sum_rows, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
 
 
@@ -16,10 +16,12 @@ def layer_norm_backward_kernel(
     x_ptr,
     weight_ptr,
     residual_grad_ptr,
+    kept_ptr,
     dx_ptr,
     mean_ptr,
     rstd_ptr,
     rows,
+    tokens,
     grad_stride,
     x_stride,
     residual_grad_stride,
@@ -31,7 +33,8 @@ def layer_norm_backward_kernel(
 ):
     """`dx = rstd * (g - mean(g) - x̂ * mean(g * x̂)) + residual_grad` with g = weight * grad; mean and rstd are kept.
 
-    Without `grad_ptr`, only mean and rstd.
+    Without `grad_ptr`, only mean and rstd. With `kept_ptr`, rows are those of kept samples: grad, mean and rstd are
+    packed, the others full; past them come the dropped samples' rows, where dx is `residual_grad` or 0.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
@@ -39,23 +42,28 @@ def layer_norm_backward_kernel(
     head_mask = head < WIDTH
     tail = HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
     tail_mask = tail < WIDTH
-    x_rows = x_ptr + row[:, None] * x_stride
-    x_head = _load(x_rows, row_mask, head, head_mask)
+    full = row
+    is_kept = row_mask
+    if kept_ptr is not None:
+        full = full_row(kept_ptr, row, row_mask, tokens)
+        is_kept = row < tl.load(kept_ptr) * tokens
+    x_rows = x_ptr + full[:, None] * x_stride
+    x_head = _load(x_rows, is_kept, head, head_mask)
     x_tail = x_head
     if TAIL > 0:
-        x_tail = _load(x_rows, row_mask, tail, tail_mask)
+        x_tail = _load(x_rows, is_kept, tail, tail_mask)
     mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
-    tl.store(mean_ptr + row, mean, mask=row_mask)
-    tl.store(rstd_ptr + row, rstd, mask=row_mask)
+    tl.store(mean_ptr + row, mean, mask=is_kept)
+    tl.store(rstd_ptr + row, rstd, mask=is_kept)
 
     if grad_ptr is not None:
         grad_rows = grad_ptr + row[:, None] * grad_stride
         x_head, g_head, total, projection = _normalised(
-            x_head, grad_rows, weight_ptr, mean, rstd, row_mask, head, head_mask
+            x_head, grad_rows, weight_ptr, mean, rstd, is_kept, head, head_mask
         )
         if TAIL > 0:
             x_tail, g_tail, total_tail, projection_tail = _normalised(
-                x_tail, grad_rows, weight_ptr, mean, rstd, row_mask, tail, tail_mask
+                x_tail, grad_rows, weight_ptr, mean, rstd, is_kept, tail, tail_mask
             )
             total += total_tail
             projection += projection_tail
@@ -63,11 +71,17 @@ def layer_norm_backward_kernel(
         projection /= WIDTH
         residual_grad_rows = residual_grad_ptr
         if residual_grad_ptr is not None:
-            residual_grad_rows += row[:, None] * residual_grad_stride
-        dx_rows = dx_ptr + row[:, None] * WIDTH
-        _store(dx_rows, residual_grad_rows, x_head, g_head, total, projection, rstd, row_mask, head, head_mask)
+            residual_grad_rows += full[:, None] * residual_grad_stride
+        dx_rows = dx_ptr + full[:, None] * WIDTH
+        if kept_ptr is None:
+            is_kept = None
+        _store(
+            dx_rows, residual_grad_rows, x_head, g_head, total, projection, rstd, is_kept, row_mask, head, head_mask
+        )  # fmt: skip
         if TAIL > 0:
-            _store(dx_rows, residual_grad_rows, x_tail, g_tail, total, projection, rstd, row_mask, tail, tail_mask)
+            _store(
+                dx_rows, residual_grad_rows, x_tail, g_tail, total, projection, rstd, is_kept, row_mask, tail, tail_mask
+            )  # fmt: skip
 
 
 @triton.jit
@@ -86,10 +100,14 @@ def _normalised(x, grad_rows, weight_ptr, mean, rstd, row_mask, columns, column_
 
 
 @triton.jit
-def _store(dx_rows, residual_grad_rows, x, g, total, projection, rstd, row_mask, columns, column_mask):
+def _store(dx_rows, residual_grad_rows, x, g, total, projection, rstd, is_kept, row_mask, columns, column_mask):
     dx = (g - total[:, None] - x * projection[:, None]) * rstd[:, None]
+    of_dropped = 0.0
     if residual_grad_rows is not None:
-        dx += _load(residual_grad_rows, row_mask, columns, column_mask)
+        of_dropped = _load(residual_grad_rows, row_mask, columns, column_mask)
+        dx += of_dropped
+    if is_kept is not None:
+        dx = tl.where(is_kept[:, None], dx, of_dropped)
     tl.store(
         dx_rows + columns[None, :],
         dx.to(dx_rows.dtype.element_ty),
@@ -104,12 +122,14 @@ def column_sums_kernel(
     mean_ptr,
     rstd_ptr,
     drop_path_scale_ptr,
+    kept_ptr,
     sums_ptr,
     rows,
     tokens,
     grad_stride,
     x_stride,
     WIDTH: tl.constexpr,
+    PACKED_GRAD: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
@@ -117,14 +137,19 @@ def column_sums_kernel(
     """Of one block of columns over SPLIT_ROWS rows: Σ s grad, and with `x_ptr` Σ s grad x̂ after it.
 
     sums: [splits, WIDTH], or [splits, 2, WIDTH] with `x_ptr`; s is drop path's factor of the row's sample.
+    With `kept_ptr`, rows are those of kept samples; grad is full unless PACKED_GRAD.
     """
     column_tiles: tl.constexpr = (WIDTH + COLUMN_BLOCK - 1) // COLUMN_BLOCK
     split = tl.program_id(0) // column_tiles
     column = (tl.program_id(0) % column_tiles) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < WIDTH
+    if kept_ptr is not None:
+        rows = tl.load(kept_ptr) * tokens
+        if PACKED_GRAD:
+            kept_ptr = None
     total, projection = sum_rows(
-        grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, split * SPLIT_ROWS, rows, SPLIT_ROWS, tokens,
-        column, column_mask, grad_stride, x_stride, ROW_BLOCK, COLUMN_BLOCK,
+        grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, kept_ptr, split * SPLIT_ROWS, rows, SPLIT_ROWS,
+        tokens, column, column_mask, grad_stride, x_stride, ROW_BLOCK, COLUMN_BLOCK,
     )  # fmt: skip
     if x_ptr is not None:
         sums_ptr += split.to(tl.int64) * 2 * WIDTH
@@ -171,24 +196,46 @@ def _sum(
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, *, residual_grad: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    residual_grad: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, with `residual_grad` added, in x's dtype; and the rows' mean and 1/std, float32 [rows]."""
+    """dx, with `residual_grad` added, in x's dtype; and the rows' mean and 1/std, float32 [rows].
+
+    With `kept` (see `drop_path.keep_samples`) grad, mean and rstd are packed, the others full; a dropped sample's
+    dx is its `residual_grad`, or 0.
+    """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, *_launch(grad, x, weight, eps, residual_grad, dx)
+    return dx, *_launch(grad, x, weight, eps, residual_grad, dx, kept, grad.shape[0] if kept is not None else None)
 
 
-def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The rows' mean and 1/std, float32 [rows]."""
-    return _launch(None, x, None, eps, None, None)
+def row_statistics(
+    x: Tensor, eps: float, kept: Tensor | None = None, capacity: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows' mean and 1/std, float32 [rows].
+
+    With `kept` (see `drop_path.keep_samples`) only the kept samples', packed: of `capacity`, or else B, samples.
+    """
+    return _launch(None, x, None, eps, None, None, kept, capacity)
 
 
-def _launch(grad, x, weight, eps, residual_grad, dx) -> tuple[Tensor, Tensor]:
+def _launch(grad, x, weight, eps, residual_grad, dx, kept, capacity) -> tuple[Tensor, Tensor]:
+    batch = x.shape[0] if kept is not None else 1
     x = as_rows(x)
     rows, width = x.shape
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    tokens = rows // max(batch, 1) if kept is not None else 1
+    statistics = rows if capacity is None else capacity * tokens
+    mean = torch.empty(statistics, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(statistics, dtype=torch.float32, device=x.device)
     if not x.numel():
+        return mean, rstd
+    # Without dx nothing is written for the rows past the statistics.
+    rows = statistics if dx is None else rows
+    if not rows:
         return mean, rstd
     grad = None if grad is None else as_rows(grad)
     residual_grad = None if residual_grad is None else as_rows(residual_grad)
@@ -202,10 +249,12 @@ def _launch(grad, x, weight, eps, residual_grad, dx) -> tuple[Tensor, Tensor]:
         x,
         dense(weight),
         residual_grad,
+        kept,
         dx,
         mean,
         rstd,
         rows,
+        tokens,
         0 if grad is None else grad.stride(0),
         x.stride(0),
         0 if residual_grad is None else residual_grad.stride(0),
@@ -229,17 +278,30 @@ def layer_norm_parameter_gradients(
 
 
 def column_sums(
-    grad: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, drop_path_scale: Tensor | None = None
+    grad: Tensor,
+    dtype: torch.dtype,
+    *,
+    scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    kept: Tensor | None = None,
+    packed_grad: bool = False,
 ) -> Tensor:
-    """A bias's gradient where the weight wants none: `scale * Σ drop_path_scale * grad` over the rows, [D]."""
-    return _column_sums(grad, None, None, None, scale, drop_path_scale, dtype)[0]
+    """A bias's gradient where the weight wants none: `scale * Σ drop_path_scale * grad` over the rows, [D].
+
+    With `kept` (see `drop_path.keep_samples`) over the kept samples' rows; grad is full, or `packed_grad`.
+    """
+    return _column_sums(grad, None, None, None, scale, drop_path_scale, dtype, kept, packed_grad)[0]
 
 
-def _column_sums(grad, x, mean, rstd, scale, drop_path_scale, dtype) -> tuple[Tensor, Tensor | None]:
+def _column_sums(
+    grad, x, mean, rstd, scale, drop_path_scale, dtype, kept=None, packed_grad=False
+) -> tuple[Tensor, Tensor | None]:
     width = grad.shape[-1]
     if not grad.numel():
         return tuple(torch.zeros(width, dtype=dtype, device=grad.device) for _ in range(2))
-    tokens = grad.numel() // (grad.shape[0] * width) if drop_path_scale is not None else 1
+    tokens = 1
+    if drop_path_scale is not None or kept is not None:
+        tokens = grad.numel() // (grad.shape[0] * width)
     grad = as_rows(grad)
     rows = grad.shape[0]
     kinds = 1 if x is None else 2
@@ -255,12 +317,14 @@ def _column_sums(grad, x, mean, rstd, scale, drop_path_scale, dtype) -> tuple[Te
         mean,
         rstd,
         dense(drop_path_scale),
+        kept,
         sums,
         rows,
         tokens,
         grad.stride(0),
         0 if x is None else x.stride(0),
         WIDTH=width,
+        PACKED_GRAD=packed_grad,
         SPLIT_ROWS=tile.depth,
         ROW_BLOCK=tile.rows,
         COLUMN_BLOCK=tile.columns,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import gelu, gelu_derivative, sum_rows, tile_of_program
+from deit_fast.kernels.device import full_row, gelu, gelu_derivative, sum_rows, tile_of_program
 from deit_fast.kernels.layer_norm_backward import column_sums
 from deit_fast.kernels.layout import as_rows, dense
 
@@ -38,6 +38,7 @@ def input_gradient_kernel(
     v_weight_ptr,
     layer_scale_ptr,
     drop_path_scale_ptr,
+    kept_ptr,
     x_ptr,
     dx_ptr,
     rows,
@@ -48,20 +49,32 @@ def input_gradient_kernel(
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PACKED_GRAD: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`dx = drop_path_scale * ((layer_scale * grad) @ weight) * activation'(x)`, or the sum of three such products."""
+    """`dx = drop_path_scale * ((layer_scale * grad) @ weight) * activation'(x)`, or the sum of three such products.
+
+    With `kept_ptr`, rows are those of kept samples: x and dx are packed, and grad if PACKED_GRAD says so.
+    """
     tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), (COLUMNS + COLUMN_BLOCK - 1) // COLUMN_BLOCK, GROUP)
     row = tile_m * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     row_mask = row < rows
     row_offset = row.to(tl.int64)[:, None]
     column = tile_n * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < COLUMNS
-    grad_offset = row_offset * grad_stride
+    grad_row = row
+    if kept_ptr is not None:
+        kept_rows = tl.load(kept_ptr) * tokens
+        if tile_m * ROW_BLOCK >= kept_rows:
+            return
+        row_mask = row < kept_rows
+        if not PACKED_GRAD:
+            grad_row = full_row(kept_ptr, row, row_mask, tokens)
+    grad_offset = grad_row.to(tl.int64)[:, None] * grad_stride
 
     product = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
     product = _add_product(
@@ -80,7 +93,7 @@ def input_gradient_kernel(
 
     mask = row_mask[:, None] & column_mask[None, :]
     if drop_path_scale_ptr is not None:
-        scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
+        scale = tl.load(drop_path_scale_ptr + grad_row // tokens, mask=row_mask, other=0.0)
         product *= scale.to(tl.float32)[:, None]
     if ACTIVATION != "none":
         x = tl.load(x_ptr + row_offset * x_stride + column[None, :], mask=mask, other=0.0)
@@ -124,6 +137,7 @@ def weight_gradient_kernel(
     mean_ptr,
     rstd_ptr,
     drop_path_scale_ptr,
+    kept_ptr,
     product_ptr,
     sum_ptr,
     rows,
@@ -143,7 +157,8 @@ def weight_gradient_kernel(
 ):
     """A tile of G over one part of the rows, turned, since what is done to x is done once where x is turned.
 
-    The programs past the last tile along IN sum the gradient's rows instead.
+    The programs past the last tile along IN sum the gradient's rows instead. With `kept_ptr`, rows are those of kept
+    samples, split anew; grad is full and x packed, or with `mean_ptr` grad, mean and rstd packed and x full.
     product: [splits, PROJECTIONS * OUT, IN]; sum: [splits, PROJECTIONS * OUT].
     """
     out_tiles: tl.constexpr = (OUT + OUT_BLOCK - 1) // OUT_BLOCK
@@ -155,6 +170,13 @@ def weight_gradient_kernel(
     tile_n = tl.program_id(0) // across % (PROJECTIONS * out_tiles)
     split = tl.program_id(0) // (across * PROJECTIONS * out_tiles)
     projection = tile_n // out_tiles
+    kept_of_grad = kept_ptr
+    if kept_ptr is not None:
+        rows = tl.load(kept_ptr) * tokens
+        splits = tl.num_programs(0) // (across * PROJECTIONS * out_tiles)
+        split_rows = tl.cdiv(tl.cdiv(rows, splits), ROW_BLOCK) * ROW_BLOCK
+        if mean_ptr is not None:
+            kept_of_grad = None
     if PROJECTIONS > 1:
         if projection == 1:
             grad_ptr = k_grad_ptr
@@ -167,7 +189,7 @@ def weight_gradient_kernel(
     part = split.to(tl.int64) * (PROJECTIONS * OUT) + projection * OUT
     if sum_ptr is not None and tile_k == in_tiles:
         total, _ = sum_rows(
-            grad_ptr, None, None, None, drop_path_scale_ptr, first, rows, split_rows, tokens, n, n_mask,
+            grad_ptr, None, None, None, drop_path_scale_ptr, kept_of_grad, first, rows, split_rows, tokens, n, n_mask,
             grad_stride, 0, ROW_BLOCK, OUT_BLOCK,
         )  # fmt: skip
         tl.store(sum_ptr + part + n, total, mask=n_mask)
@@ -178,9 +200,16 @@ def weight_gradient_kernel(
         for start in range(0, tl.minimum(split_rows, rows - first), ROW_BLOCK):
             row = first + start + tl.arange(0, ROW_BLOCK)
             row_mask = row < rows
-            offset = row.to(tl.int64)[:, None]
-            x = tl.load(x_ptr + offset * x_stride + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-            grads = grad_ptr + offset * grad_stride + n[None, :]
+            x_row = row
+            grad_row = row
+            if kept_ptr is not None:
+                if mean_ptr is not None:
+                    x_row = full_row(kept_ptr, row, row_mask, tokens)
+                else:
+                    grad_row = full_row(kept_ptr, row, row_mask, tokens)
+            x_rows = x_ptr + x_row.to(tl.int64)[:, None] * x_stride
+            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            grads = grad_ptr + grad_row.to(tl.int64)[:, None] * grad_stride + n[None, :]
             grad = tl.load(grads, mask=row_mask[:, None] & n_mask[None, :], other=0.0)
             if mean_ptr is not None:
                 mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
@@ -189,7 +218,7 @@ def weight_gradient_kernel(
             elif ACTIVATION != "none":
                 x = gelu(x.to(tl.float32), ACTIVATION)
             if drop_path_scale_ptr is not None:
-                scale = tl.load(drop_path_scale_ptr + row // tokens, mask=row_mask, other=0.0)
+                scale = tl.load(drop_path_scale_ptr + grad_row // tokens, mask=row_mask, other=0.0)
                 x = x.to(tl.float32) * scale.to(tl.float32)[:, None]
             product = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), product, input_precision=PRECISION)
         tl.store(
@@ -357,33 +386,55 @@ def input_gradient(
     drop_path_scale: Tensor | None = None,
     gelu_of: Tensor | None = None,
     activation: str = "none",
+    kept: Tensor | None = None,
+    capacity: int | None = None,
+    packed_grad: bool = False,
 ) -> Tensor:
     """[..., N] to [..., K], through weight [N, K] and the `activation` that was applied to `gelu_of` [..., K].
 
-    The result has gelu_of's dtype where there is one, else weight's.
+    The result has gelu_of's dtype where there is one, else weight's. With `kept` (see `drop_path.keep_samples`) it
+    is packed like gelu_of; `capacity` says how large where there is none. grad is full, or `packed_grad`.
     """
-    return _input_gradient((grad,), (weight,), layer_scale, drop_path_scale, gelu_of, activation)
+    if gelu_of is not None:
+        capacity = gelu_of.shape[0]
+    return _input_gradient(
+        (grad,), (weight,), layer_scale, drop_path_scale, gelu_of, activation, kept, capacity, packed_grad
+    )
 
 
 def input_gradient_qkv(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The sum of three projections' input gradients, in weights' dtype."""
-    return _input_gradient(tuple(grads), tuple(weights), None, None, None, "none")
+    return _input_gradient(tuple(grads), tuple(weights))
 
 
-def _input_gradient(grads, weights, layer_scale, drop_path_scale, gelu_of, activation) -> Tensor:
+def _input_gradient(
+    grads,
+    weights,
+    layer_scale=None,
+    drop_path_scale=None,
+    gelu_of=None,
+    activation="none",
+    kept=None,
+    capacity=None,
+    packed_grad=False,
+) -> Tensor:
     grad = grads[0]
     out_features, in_features = weights[0].shape
     shape = (*grad.shape[:-1], in_features)
+    if kept is not None and capacity is not None:
+        shape = (capacity, *shape[1:])
     dx = torch.empty(shape, dtype=(weights[0] if gelu_of is None else gelu_of).dtype, device=grad.device)
     if not dx.numel():
         return dx
     if not out_features:
         return dx.zero_()
-    tokens = grad.numel() // (grad.shape[0] * out_features) if drop_path_scale is not None else 1
+    tokens = 1
+    if drop_path_scale is not None or kept is not None:
+        tokens = grad.numel() // (grad.shape[0] * out_features)
     grads, weights = _one_stride(grads), _one_stride(weights)
     absent = (None,) * (3 - len(grads))
     gelu_of = None if activation == "none" else as_rows(gelu_of)
-    rows = grads[0].shape[0]
+    rows = dx.numel() // in_features
     arch = launch.architecture(grad)
     tile = launch.input_gradient(in_features, weights[0].element_size(), arch, activation)
     launch.run(
@@ -396,6 +447,7 @@ def _input_gradient(grads, weights, layer_scale, drop_path_scale, gelu_of, activ
         *absent,
         dense(layer_scale),
         dense(drop_path_scale),
+        kept,
         gelu_of,
         dx,
         rows,
@@ -406,6 +458,7 @@ def _input_gradient(grads, weights, layer_scale, drop_path_scale, gelu_of, activ
         DEPTH=out_features,
         COLUMNS=in_features,
         ACTIVATION=activation,
+        PACKED_GRAD=packed_grad,
         ROW_BLOCK=tile.rows,
         COLUMN_BLOCK=tile.columns,
         DEPTH_BLOCK=tile.depth,
@@ -435,18 +488,22 @@ def _weight_gradient(
     activation: str = "none",
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
+    kept: Tensor | None = None,
     need_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Partial sums of G [splits, P * N, K] and g [splits, P * N], float32, for P gradients of N columns.
 
     Operands are multiplied in `dtype`. With mean and rstd of its rows, x is normalised on load.
+    With `kept`, grad is full and x packed, or with mean and rstd grad packed and x full.
     """
     grad = grads[0]
     out_features, in_features = grad.shape[-1], x.shape[-1]
-    tokens = grad.numel() // (grad.shape[0] * out_features) if drop_path_scale is not None else 1
+    tokens = 1
+    if drop_path_scale is not None or kept is not None:
+        tokens = grad.numel() // (grad.shape[0] * out_features)
     grads, x = _one_stride(grads), as_rows(x)
     absent = (None,) * (3 - len(grads))
-    rows = x.shape[0]
+    rows = (x if mean is None else grads[0]).shape[0]
     arch = launch.architecture(x)
     tile = launch.weight_gradient(out_features, in_features, dtype.itemsize, arch, activation)
     tiles = len(grads) * triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.columns)
@@ -465,6 +522,7 @@ def _weight_gradient(
         mean,
         rstd,
         dense(drop_path_scale),
+        kept,
         product,
         total,
         rows,
@@ -497,10 +555,12 @@ def linear_parameter_gradients(
     drop_path_scale: Tensor | None = None,
     activation: str = "none",
     needs: Sequence[bool] = (True, True, True),
+    kept: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of weight, bias and layer_scale, each in its parameter's dtype; None where absent or not needed.
 
-    grad [..., N] is that of `drop_path_scale * layer_scale * (activation(x) @ weight.T + bias)`.
+    grad [..., N] is that of `drop_path_scale * layer_scale * (activation(x) @ weight.T + bias)`. With `kept` (see
+    `drop_path.keep_samples`) grad is full and x packed.
     """
     outputs = _allocate((weight, bias, layer_scale), needs)
     of_weight, of_bias, of_layer_scale = outputs
@@ -508,7 +568,7 @@ def linear_parameter_gradients(
         return _without_tokens(outputs)
     if of_weight is None and of_layer_scale is None:
         if of_bias is not None:
-            of_bias = column_sums(grad, bias.dtype, scale=layer_scale, drop_path_scale=drop_path_scale)
+            of_bias = column_sums(grad, bias.dtype, scale=layer_scale, drop_path_scale=drop_path_scale, kept=kept)
         return [None, of_bias, None]
     product, total = _weight_gradient(
         (grad,),
@@ -516,6 +576,7 @@ def linear_parameter_gradients(
         weight.dtype,
         drop_path_scale=drop_path_scale,
         activation=activation,
+        kept=kept,
         need_sum=of_bias is not None or (of_layer_scale is not None and bias is not None),
     )
     weight = as_rows(weight)
@@ -552,11 +613,13 @@ def layer_norm_linear_parameter_gradients(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     needs: Sequence[bool] | None = None,
+    kept: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of norm_weight, norm_bias, weights and biases, in this order; None where absent or not needed.
 
     Of one projection `LN(x) @ weight.T + bias`, or three of the same shape. mean, rstd: of x's rows, as
-    `layer_norm_backward` and `row_statistics` return them.
+    `layer_norm_backward` and `row_statistics` return them. With `kept` (see `drop_path.keep_samples`) x is full,
+    grads, mean and rstd are packed.
     """
     parameters = (norm_weight, norm_bias, *weights, *biases)
     outputs = _allocate(parameters, needs or [True] * len(parameters))
@@ -565,7 +628,10 @@ def layer_norm_linear_parameter_gradients(
     if not grads[0].numel() or not x.numel():
         return _without_tokens(outputs)
     if all(o is None for o in (*of_norm, *of_weights)):
-        sums = [None if b is None else column_sums(g, b.dtype) for g, b in zip(grads, of_biases, strict=True)]
+        sums = [
+            None if b is None else column_sums(g, b.dtype, kept=kept, packed_grad=True)
+            for g, b in zip(grads, of_biases, strict=True)
+        ]
         return [None] * (2 + projections) + sums
     of_norm_bias = of_norm[1]
     product, total = _weight_gradient(
@@ -574,6 +640,7 @@ def layer_norm_linear_parameter_gradients(
         weights[0].dtype,
         mean=mean,
         rstd=rstd,
+        kept=kept,
         need_sum=any(b is not None for b in (norm_bias, of_norm_bias, *of_biases)),
     )
     weights = _one_stride(weights)

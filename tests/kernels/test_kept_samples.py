@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from deit_fast.kernels import attention, drop_path, linear, mlp
+from deit_fast.kernels import (
+    attention,
+    attention_backward,
+    drop_path,
+    launch,
+    layer_norm_backward,
+    linear,
+    linear_backward,
+    mlp,
+)
 from tests.support.compare import DTYPES, randn, strided
 from tests.support.guard import NAN_BYTE, Guard
 
@@ -218,3 +227,157 @@ def test_mlp(case, mixture):
     gathered = mlp.mlp(samples.gather(x), *parameters, samples.gather(samples.scale), "gelu")
     y = in_guard_bands(mlp.mlp, x, *parameters, samples.scale, "gelu", kept=samples.kept)
     samples.assert_full(y, gathered, x)
+
+
+# Backward ---------------------------------------------------------------------------------------------------------
+
+
+def assert_same(found, expected):
+    """Of lists of tensors and None."""
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine is None) == (other is None)
+        assert mine is None or torch.equal(mine, other)
+
+
+def check_linear_backward(samples, x, grad, weight, bias, layer_scale, activation):
+    def gradients(grad, x, drop_path_scale, needs=(True, True, True), **named):
+        scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale, "activation": activation}
+        return linear_backward.linear_parameter_gradients(grad, x, weight, bias, needs=needs, **scales, **named)
+
+    def of_input(grad, x, drop_path_scale, **named):
+        if activation != "none":
+            named["gelu_of"] = x
+        elif "kept" in named:
+            named["capacity"] = x.shape[0]
+        scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale, "activation": activation}
+        return linear_backward.input_gradient(grad, weight, **scales, **named)
+
+    drop_path_scale = samples.scale.to(grad.dtype)
+    gathered = samples.gather(grad), x, samples.gather(drop_path_scale)
+    only_bias = False, True, False
+    dx, parameters, of_bias = of_input(*gathered), gradients(*gathered), gradients(*gathered, only_bias)
+    for capacity in samples.capacities:
+        packed = grad, samples.pack(x, capacity), drop_path_scale
+        samples.assert_packed(in_guard_bands(of_input, *packed, kept=samples.kept), dx, capacity)
+        assert_same(in_guard_bands(gradients, *packed, kept=samples.kept), parameters)
+        assert_same(in_guard_bands(gradients, *packed, only_bias, kept=samples.kept), of_bias)
+
+
+@in_every_mixture
+@in_every_case
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_gradients_of_linear_residual(case, mixture, activation):
+    batch, tokens, kept = case
+    dtype, stream = mixture
+    samples = Kept(batch, kept)
+    check_linear_backward(
+        samples,
+        randn(samples.count, tokens, 80, dtype=dtype),
+        full_of(samples, tokens, 64, dtype=stream),
+        weight_of(64, 80, dtype),
+        randn(64, dtype=stream),
+        randn(64, dtype=stream),
+        activation,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_linear_residual_of_any_strides_and_width(dtype):
+    samples = Kept(3, [0, 2])
+    x, grad = randn(2, 17, 50, dtype=dtype), full_of(samples, 17, 50, dtype=dtype)
+    for view in (strided(grad), grad.transpose(0, 1).contiguous().transpose(0, 1)):
+        check_linear_backward(samples, x, view, strided(weight_of(50, 50, dtype)), None, None, "gelu_tanh")
+
+
+def check_layer_norm_linear_backward(samples, x, grad, residual_grad, norm_weight, norm_bias, weight, bias):
+    def run(grad, x, residual_grad, needs=None, **named):
+        if named:
+            named["packed_grad"] = True
+        dnorm = linear_backward.input_gradient(grad, weight, **named)
+        named.pop("packed_grad", None)
+        dx, mean, rstd = layer_norm_backward.layer_norm_backward(
+            dnorm, x, norm_weight, EPS, residual_grad=residual_grad, **named
+        )
+        parameters = linear_backward.layer_norm_linear_parameter_gradients(
+            [grad], x, mean, rstd, norm_weight, norm_bias, [weight], [bias], needs, **named
+        )
+        return dnorm, dx, mean.view(-1, x.shape[1]), rstd.view(-1, x.shape[1]), parameters
+
+    def statistics(x, **named):
+        return [each.view(-1, x.shape[1]) for each in layer_norm_backward.row_statistics(x, EPS, **named)]
+
+    only_bias = False, False, False, True
+    of_residual = None if residual_grad is None else samples.gather(residual_grad)
+    gathered = grad, samples.gather(x), of_residual
+    dnorm, dx, mean, rstd, parameters = run(*gathered)
+    of_bias = run(*gathered, only_bias)[-1]
+    for capacity in samples.capacities:
+        packed = samples.pack(grad, capacity), x, residual_grad
+        found = in_guard_bands(run, *packed, kept=samples.kept)
+        samples.assert_packed(found[0], dnorm, capacity)
+        samples.assert_full(found[1], dx, torch.zeros_like(x) if residual_grad is None else residual_grad)
+        again = in_guard_bands(statistics, x, kept=samples.kept, capacity=capacity)
+        for mine, other in zip((*found[2:4], *again), (mean, rstd) * 2, strict=True):
+            samples.assert_packed(mine, other, capacity)
+        assert_same(found[4], parameters)
+        assert_same(in_guard_bands(run, *packed, only_bias, kept=samples.kept)[-1], of_bias)
+
+
+@in_every_mixture
+@in_every_case
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gradients_of_layer_norm_linear(case, mixture, with_residual):
+    batch, tokens, kept = case
+    dtype, stream = mixture
+    samples = Kept(batch, kept)
+    check_layer_norm_linear_backward(
+        samples,
+        full_of(samples, tokens, 80, dtype=stream),
+        randn(samples.count, tokens, 64, dtype=dtype),
+        full_of(samples, tokens, 80, dtype=stream) if with_residual else None,
+        *(randn(80, dtype=stream), randn(80, dtype=stream), weight_of(64, 80, dtype), randn(64, dtype=stream)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_layer_norm_linear_of_any_strides_and_width(dtype):
+    samples = Kept(3, [0, 2])
+    x, residual_grad = (full_of(samples, 17, 50, dtype=dtype) for _ in range(2))
+    parameters = None, None, strided(weight_of(40, 50, dtype)), None
+    grad = randn(2, 17, 40, dtype=dtype)
+    for view in (strided(x), x.transpose(0, 1).contiguous().transpose(0, 1)):
+        check_layer_norm_linear_backward(samples, view, grad, strided(residual_grad), *parameters)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_rows_are_split_evenly(dtype, monkeypatch):
+    """As many parts as for whole batches, each of as many rows as the kept samples have for it."""
+    monkeypatch.setattr(launch, "splits", lambda tiles, rows, multiprocessors: 4)
+    samples = Kept(5, [1, 4])
+    weight, bias = weight_of(48, 64, dtype), randn(48, dtype=dtype)
+    x, grad = randn(2, 65, 64, dtype=dtype), full_of(samples, 65, 48, dtype=dtype)
+    check_linear_backward(samples, x, grad, weight, bias, randn(48, dtype=dtype), "gelu")
+    x, grad = full_of(samples, 65, 64, dtype=dtype), randn(2, 65, 48, dtype=dtype)
+    check_layer_norm_linear_backward(samples, x, grad, None, None, randn(64, dtype=dtype), weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@in_every_case
+@pytest.mark.parametrize("head_dim", (32, 80))
+def test_gradients_of_attention(case, dtype, head_dim):
+    batch, tokens, kept = case
+    samples = Kept(batch, kept)
+    qkv = randn(samples.count, tokens, 3, 2, head_dim, dtype=dtype)
+    grad = randn(samples.count, tokens, 2 * head_dim, dtype=dtype)
+    scale = head_dim**-0.5
+    out, log_sum_exp = attention.attention(qkv, scale)
+
+    def run(grad, qkv, out, log_sum_exp, **named):
+        dqkv = torch.empty(qkv.shape, dtype=dtype)
+        attention_backward.attention_backward(grad, *qkv.unbind(2), out, log_sum_exp, scale, *dqkv.unbind(2), **named)
+        return dqkv
+
+    gathered = run(grad, qkv, out, log_sum_exp)
+    for capacity in samples.capacities:
+        packed = [samples.pack(t, capacity) for t in (grad, qkv, out, log_sum_exp)]
+        samples.assert_packed(in_guard_bands(run, *packed, kept=samples.kept), gathered, capacity)
