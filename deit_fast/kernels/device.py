@@ -123,19 +123,28 @@ def normalise(x, mean, rstd, weight_ptr, bias_ptr, columns, mask):
 def full_row(kept_ptr, row, row_mask, tokens):
     """The rows, of the full tensor, that kept samples' packed rows stand for; past those, the dropped samples' rows.
 
-    kept: as `drop_path.keep_samples` returns it; `tokens` rows make a sample.
+    kept: as `drop_path.keep_samples` returns it; `tokens` rows make a sample. Rows, unlike elements, are fewer than
+    2^31, so these are int32: a division by `tokens` in 64 bits is long and takes many registers.
     """
-    packed = row.to(tl.int32)  # rows, unlike elements, are fewer than 2^31
-    sample = packed // tokens
+    row = row.to(tl.int32)
+    sample = row // tokens
     full_sample = tl.load(kept_ptr + 1 + sample, mask=row_mask, other=0)
-    return (full_sample * tokens + (packed - sample * tokens)).to(row.dtype)
+    return full_sample * tokens + (row - sample * tokens)
 
 
 @triton.jit
-def copy_rows(source_rows, target_rows, columns, mask):
-    """A tile of what drop path leaves as it is, from row pointers [ROWS, 1] to others."""
-    x = tl.load(source_rows + columns[None, :], mask=mask, other=0.0)
-    tl.store(target_rows + columns[None, :], x.to(target_rows.dtype.element_ty), mask=mask)
+def copy_dropped(
+    source_ptr, target_ptr, kept_ptr, first, last, tokens, column, column_mask, source_stride, target_stride
+):
+    """Copies the rows from `first` to `last`, in `full_row`'s order, of samples that drop path leaves as they are."""
+    # A few rows a step: a whole tile would take more registers than the product that is its program's work.
+    for start in range(first, last, 32):
+        row = start + tl.arange(0, 32)
+        row_mask = row < last
+        row = full_row(kept_ptr, row, row_mask, tokens).to(tl.int64)[:, None]
+        mask = row_mask[:, None] & column_mask[None, :]
+        x = tl.load(source_ptr + row * source_stride + column[None, :], mask=mask, other=0.0)
+        tl.store(target_ptr + row * target_stride + column[None, :], x.to(target_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

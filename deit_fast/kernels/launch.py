@@ -236,6 +236,17 @@ def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
     return ReadoutTile(16, 32 if width <= 384 else 16, _readout_chunk(width), 4 if width <= 192 else 8, 1)
 
 
+@lru_cache(maxsize=256)
+def kept_weight_gradient(tile: Tile, itemsize: int, arch: str) -> Tile:
+    """`tile` for rows that are found through an index, as drop path's kept samples are, of elements of `itemsize`."""
+    if is_amd(arch):
+        return tile
+    # A pointer for each of the float32 rows that threads hold leaves a wider tile no registers.
+    columns = min(tile.columns, 64) if itemsize == 4 and arch in _MMA_SYNC else tile.columns
+    # The index is as many steps ahead of its row as the row is of the product.
+    return tile._replace(columns=columns, num_stages=2 * tile.num_stages - 1)
+
+
 def splits(tiles: int, rows: int, multiprocessors: int) -> int:
     """Into how many parts the rows of a weight gradient of `tiles` tiles are split; a power of two up to 16.
 

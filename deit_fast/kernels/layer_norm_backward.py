@@ -45,7 +45,7 @@ def layer_norm_backward_kernel(
     full = row
     is_kept = row_mask
     if kept_ptr is not None:
-        full = full_row(kept_ptr, row, row_mask, tokens)
+        full = full_row(kept_ptr, row, row_mask, tokens).to(tl.int64)
         is_kept = row < tl.load(kept_ptr) * tokens
     x_rows = x_ptr + full[:, None] * x_stride
     x_head = _load(x_rows, is_kept, head, head_mask)

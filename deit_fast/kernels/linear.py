@@ -8,7 +8,7 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import (
     add_residual,
-    copy_rows,
+    copy_dropped,
     full_row,
     gelu,
     normalise,
@@ -84,16 +84,17 @@ def linear_kernel(
     x_row = row
     if kept_ptr is not None:
         kept_rows = tl.load(kept_ptr) * tokens
-        if residual_ptr is not None and (tile_m + 1) * ROW_BLOCK > kept_rows:
-            is_dropped = row_mask & (row >= kept_rows)
-            y_row = full_row(kept_ptr, row, is_dropped, tokens)[:, None]
-            mask = is_dropped[:, None] & column_mask[None, :]
-            copy_rows(residual_ptr + y_row * residual_stride, y_ptr + y_row * COLUMNS, column, mask)
-        if tile_m * ROW_BLOCK >= kept_rows:
+        first = tile_m * ROW_BLOCK
+        if residual_ptr is not None:
+            dropped, last = tl.maximum(first, kept_rows), tl.minimum(first + ROW_BLOCK, rows)
+            copy_dropped(
+                residual_ptr, y_ptr, kept_ptr, dropped, last, tokens, column, column_mask, residual_stride, COLUMNS
+            )  # fmt: skip
+        if first >= kept_rows:
             return
         row_mask = row < kept_rows
         if residual_ptr is None:
-            x_row = full_row(kept_ptr, row, row_mask, tokens)
+            x_row = full_row(kept_ptr, row, row_mask, tokens).to(tl.int64)
     x_rows = x_ptr + x_row[:, None] * x_stride
     weight_columns = weight_ptr + column.to(tl.int64)[None, :] * weight_stride
 
@@ -123,15 +124,17 @@ def linear_kernel(
     if ACTIVATION != "none":
         product = gelu(product, ACTIVATION)
     if residual_ptr is not None:
+        y_row = row
         if kept_ptr is not None:
-            row = full_row(kept_ptr, row, row_mask, tokens)
+            y_row = full_row(kept_ptr, row, row_mask, tokens)
+            row = y_row.to(tl.int64)
         residual_ptrs = residual_ptr + row[:, None] * residual_stride + column[None, :]
         product = add_residual(
             product,
             residual_ptrs,
             layer_scale_ptr,
             drop_path_scale_ptr,
-            row,
+            y_row,
             column,
             row_mask,
             column_mask,

@@ -506,6 +506,8 @@ def _weight_gradient(
     rows = (x if mean is None else grads[0]).shape[0]
     arch = launch.architecture(x)
     tile = launch.weight_gradient(out_features, in_features, dtype.itemsize, arch, activation)
+    if kept is not None:
+        tile = launch.kept_weight_gradient(tile, (grad if mean is None else x).element_size(), arch)
     tiles = len(grads) * triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.columns)
     splits = launch.splits(tiles, rows, launch.multiprocessors(x))
     programs = tiles + (len(grads) * triton.cdiv(out_features, tile.rows) if need_sum else 0)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import add_residual, copy_rows, full_row, gelu, normalise, tile_statistics
+from deit_fast.kernels.device import add_residual, copy_dropped, full_row, gelu, normalise, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
 from deit_fast.kernels.linear import layer_norm_linear, linear_residual
 
@@ -53,19 +53,16 @@ def mlp_kernel(
     tail_mask = tail < WIDTH
     if kept_ptr is not None:
         kept_rows = tl.load(kept_ptr) * tokens
-        if (tl.program_id(0) + 1) * ROW_BLOCK > kept_rows:
-            is_dropped = row_mask & (row >= kept_rows)
-            dropped_row = full_row(kept_ptr, row, is_dropped, tokens)[:, None]
-            from_rows = x_ptr + dropped_row * x_stride
-            to_rows = y_ptr + dropped_row * WIDTH
-            copy_rows(from_rows, to_rows, head, is_dropped[:, None] & head_mask[None, :])
-            if TAIL > 0:
-                copy_rows(from_rows, to_rows, tail, is_dropped[:, None] & tail_mask[None, :])
-        if tl.program_id(0) * ROW_BLOCK >= kept_rows:
+        first = tl.program_id(0) * ROW_BLOCK
+        dropped, last = tl.maximum(first, kept_rows), tl.minimum(first + ROW_BLOCK, rows)
+        copy_dropped(x_ptr, y_ptr, kept_ptr, dropped, last, tokens, head, head_mask, x_stride, WIDTH)
+        if TAIL > 0:
+            copy_dropped(x_ptr, y_ptr, kept_ptr, dropped, last, tokens, tail, tail_mask, x_stride, WIDTH)
+        if first >= kept_rows:
             return
         row_mask = row < kept_rows
         row = full_row(kept_ptr, row, row_mask, tokens)
-    x_rows = x_ptr + row[:, None] * x_stride
+    x_rows = x_ptr + row.to(tl.int64)[:, None] * x_stride
     x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
     x_tail = x_head
     if TAIL > 0:
@@ -133,7 +130,7 @@ def _store(
         tokens,
     )
     tl.store(
-        y_ptr + row[:, None] * WIDTH + column[None, :],
+        y_ptr + row.to(tl.int64)[:, None] * WIDTH + column[None, :],
         y.to(y_ptr.dtype.element_ty),
         mask=row_mask[:, None] & column_mask[None, :],
     )
