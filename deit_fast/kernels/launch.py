@@ -233,7 +233,7 @@ def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
 @lru_cache(maxsize=256)
 def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
     """The tokens are a program's."""
-    return ReadoutTile(16, 32 if width <= 384 else 16, _readout_chunk(width), 4 if width <= 192 else 8, 1)
+    return ReadoutTile(16, 32 if width <= 768 else 16, _readout_chunk(width), 8, 1)
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,9 @@ from deit_fast.kernels.layout import dense, unit_stride
 _WIDEST = 1280
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def readout_kernel(
@@ -51,9 +54,9 @@ def readout_kernel(
     query = (tl.program_id(0) % blocks) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
     query_mask = query < queries
     absorbed_ptr += batch * absorbed_batch
-    absorbed_rows = absorbed_ptr + (query // heads) * absorbed_row + (query % heads) * absorbed_head
+    absorbed_rows = query_rows(absorbed_ptr, query, heads, absorbed_row, absorbed_head)
     # Scores in units of log 2: exp2 takes them as they are, where a factor there would cost a rounding.
-    centred = centred_rows(absorbed_rows, norm_weight_ptr, query_mask, 1.4426950408889634, WIDTH, CHUNK, CHUNKS, DTYPE)
+    centred = centred_rows(absorbed_rows, norm_weight_ptr, query_mask, LOG2_E, WIDTH, CHUNK, CHUNKS, DTYPE)
     x_ptr += batch * x_batch
 
     summed = zero_rows(QUERY_BLOCK, CHUNK, CHUNKS)
@@ -75,12 +78,18 @@ def readout_kernel(
         summed = add_dots(summed, weights.to(DTYPE), normalised, CHUNKS, PRECISION)
 
     row = batch * queries + query
-    tl.store(log_sum_exp_ptr + row, (maximum + tl.log2(denominator)) * 0.6931471805599453, mask=query_mask)
+    tl.store(log_sum_exp_ptr + row, (maximum + tl.log2(denominator)) * LN_2, mask=query_mask)
     summed_rows = summed_ptr + row[:, None] * WIDTH
     for i in tl.static_range(CHUNKS):
         column = i * CHUNK + tl.arange(0, CHUNK)
         mask = query_mask[:, None] & (column < WIDTH)[None, :]
         tl.store(summed_rows + column[None, :], summed[i] / denominator[:, None], mask=mask)
+
+
+@triton.jit
+def query_rows(ptr, query, heads, row_stride, head_stride):
+    """The rows of queries in a tensor [R, H, D]."""
+    return ptr + (query // heads).to(tl.int64) * row_stride + (query % heads).to(tl.int64) * head_stride
 
 
 @triton.jit
