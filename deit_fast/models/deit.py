@@ -91,18 +91,15 @@ class VisionTransformer(nn.Module):
         The first R = 1 tokens are the class token's (R = 2: and the distillation token's), then the P
         patches'.
         """
-        return self.norm(self._encode(images))
+        return self.norm(self.blocks(self._embed(images)))
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor) -> Tensor:
         size = (self.config.in_chans, self.config.img_size, self.config.img_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != size:
             raise ValueError(
                 f"this model takes images of shape [batch, {size[0]}, {size[1]}, {size[2]}], got "
                 f"{list(images.shape)}; for images of another size build it with create_model(…, img_size=…)"
             )
-        return self.blocks(self._embed(images))
-
-    def _embed(self, images: Tensor) -> Tensor:
         reason = parts.unfusable(self.patch_embed, {PatchEmbed})
         if reason is None and functional.patch_embed_unfusable(self.patch_embed) is None:
             return functional.patch_embed_forward(
@@ -132,8 +129,15 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, in_chans, img_size, img_size] to logits, see `forward_head`."""
-        x = self._encode(images)
-        if parts.touched(self.norm) is None:
-            # LayerNorm works by rows, and the heads read the prefix rows alone.
-            x = x[:, : self.config.num_prefix_tokens].contiguous()
+        x, prefix = self._embed(images), self.config.num_prefix_tokens
+        if functional.readout_unfusable(self.blocks, self.norm) is None:
+            *blocks, last = self.blocks
+            for block in blocks:
+                x = block(x)
+            x = functional.readout_forward(last, x, prefix)
+        else:
+            x = self.blocks(x)
+            if parts.touched(self.norm) is None:
+                # LayerNorm works by rows, and the heads read the prefix rows alone.
+                x = x[:, :prefix].contiguous()
         return self.forward_head(self.norm(x))

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from deit_fast.nn import functional
+from deit_fast.nn import functional, parts
 from deit_fast.nn.attention import Attention
 from deit_fast.nn.layer_norm import LayerNorm
 from deit_fast.nn.mlp import Mlp
@@ -80,3 +80,6 @@ class Block(nn.Module):
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+parts.BLOCKS.add(Block)

@@ -5,6 +5,8 @@ Both read timm's attribute names, so they serve `deit_fast.nn` and the swapped m
 `_modules` directly, which costs a tenth of attribute access.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -60,14 +62,14 @@ def attention_forward(attn: Module, x: Tensor) -> Tensor:
     """QKV projection, attention, output projection: x [B, N, D] → [B, N, D]."""
     modules = attn._modules
     qkv, proj = modules["qkv"], modules["proj"]
-    out = _attend(ops.linear(x, qkv.weight, qkv.bias), attn)
+    out = _attend(ops.linear(x, qkv.weight, qkv.bias), attn, None)
     return ops.linear(out, proj.weight, proj.bias)
 
 
-def _attend(qkv: Tensor, attn: Module) -> Tensor:
+def _attend(qkv: Tensor, attn: Module, kept: Tensor | None) -> Tensor:
     batch, tokens, width = qkv.shape
     heads = attn.num_heads
-    out, _ = ops.attention(qkv.view(batch, tokens, 3, heads, width // (3 * heads)), attn.scale)
+    out, _ = ops.attention(qkv.view(batch, tokens, 3, heads, width // (3 * heads)), attn.scale, kept)
     return out
 
 
@@ -106,6 +108,61 @@ def mlp_linears(x: Tensor, fc1: Module, fc2: Module, activation: str) -> Tensor:
         return ops.linear(hidden, fc2.weight, fc2.bias, input_activation=activation)
     hidden = ops.linear(x, fc1.weight, fc1.bias, activation=activation)
     return ops.linear(hidden, fc2.weight, fc2.bias)
+
+
+# Drop path --------------------------------------------------------------------------------------------------------
+
+
+class DropPathDraw(NamedTuple):
+    """What one branch's drop path comes to.
+
+    scale: one factor [B] a sample, 0 or 1 / keep_prob; None where nothing is scaled.
+    kept: for which samples the branch is computed (`ops.keep_samples`); None for all.
+    capacity: for how many of them packed tensors have room.
+    """
+
+    scale: Tensor | None = None
+    kept: Tensor | None = None
+    capacity: int | None = None
+
+
+NO_DROP_PATH = DropPathDraw()
+
+
+def draw_drop_path(drop_path: Module | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> DropPathDraw:
+    """Which samples of x [B, ...] have their branch computed, and by what it is scaled."""
+    scale = draw_drop_path_scale(drop_path, x, weight, layer_scale)
+    # torch.func's transforms can't have shapes that hang on values.
+    if scale is None or torch._C._are_functorch_transforms_active():
+        return DropPathDraw(scale)
+    kept = ops.keep_samples(scale)
+    count = ops.known_count(kept)
+    if count == x.shape[0]:
+        return DropPathDraw(scale)
+    return DropPathDraw(scale, kept, x.shape[0] if count is None else count)
+
+
+def draw_drop_path_scale(
+    drop_path: Module | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None
+) -> Tensor | None:
+    """Drawn as the stock module draws it, so that the same seed keeps the same samples.
+
+    The stock mask has the dtype of the branch it multiplies, and 1 / keep_prob is rounded to that dtype.
+    """
+    if drop_path is None or type(drop_path) in parts.IDENTITIES:
+        return None
+    if not drop_path.training or drop_path.drop_prob == 0.0:
+        return None
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if layer_scale is not None:
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
+    keep_prob = 1 - drop_path.drop_prob
+    scale = torch.empty((x.shape[0],), dtype=dtype, device=x.device).bernoulli_(keep_prob)
+    if keep_prob > 0.0 and drop_path.scale_by_keep:
+        scale.div_(keep_prob)
+    return scale
 
 
 # Block ------------------------------------------------------------------------------------------------------------
@@ -153,16 +210,64 @@ def block_forward(block: Module, x: Tensor) -> Tensor:
     norm, attn = modules["norm1"], modules["attn"]
     qkv, proj = attn._modules["qkv"], attn._modules["proj"]
     gamma = _gamma(modules.get("ls1"))
-    drop_path_scale = draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
-    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias)
-    x = ops.linear_residual(_attend(packed, attn), proj.weight, proj.bias, x, gamma, drop_path_scale)
+    scale, kept, capacity = draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
+    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
+    out = _attend(packed, attn, kept)
+    x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     norm, mlp = modules["norm2"], modules["mlp"]
     fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
     gamma = _gamma(modules.get("ls2"))
-    drop_path_scale = draw_drop_path(modules.get("drop_path2"), x, fc2.weight, gamma)
+    drop_path = draw_drop_path(modules.get("drop_path2"), x, fc2.weight, gamma)
     activation = parts.gelu_name(mlp._modules["act"])
-    return mlp_residual(x, norm, fc1, fc2, gamma, drop_path_scale, activation, memory_of(block))
+    return mlp_residual(x, norm, fc1, fc2, gamma, drop_path, activation, memory_of(block))
+
+
+def readout_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
+    """The first R = `readout_rows` rows of `block_forward(block, x)`: x [B, N, D] → [B, R, D].
+
+    No other row is computed beyond its part in their attention (`ops.readout_attention`).
+    """
+    modules = block._modules
+    norm, attn = modules["norm1"], modules["attn"]
+    qkv, proj = attn._modules["qkv"], attn._modules["proj"]
+    gamma = _gamma(modules.get("ls1"))
+    scale = draw_drop_path_scale(modules.get("drop_path1"), x, proj.weight, gamma)
+    out, rows = ops.readout_attention(
+        x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, readout_rows, attn.num_heads, attn.scale
+    )
+    rows = ops.linear_residual(out, proj.weight, proj.bias, rows, gamma, scale)
+
+    norm, mlp = modules["norm2"], modules["mlp"]
+    fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
+    gamma = _gamma(modules.get("ls2"))
+    # So few rows are not worth gathering.
+    scale = draw_drop_path_scale(modules.get("drop_path2"), rows, fc2.weight, gamma)
+    activation = parts.gelu_name(mlp._modules["act"])
+    return mlp_residual(rows, norm, fc1, fc2, gamma, DropPathDraw(scale), activation, memory_of(block))
+
+
+def readout_unfusable(blocks: Module, norm: Module) -> str | None:
+    """Why the last of `blocks` must be computed whole although only its first rows are read, or None.
+
+    blocks: the Sequential of them; norm: what follows it.
+    """
+    if not blocks._modules:
+        return "there is no block"
+    reason = parts.touched(blocks)
+    if reason is not None:
+        return f"the sequence of blocks {reason}"
+    reason = parts.touched(norm)
+    if reason is not None:
+        return f"the last norm {reason}"
+    last = blocks._modules[next(reversed(blocks._modules))]
+    reason = parts.unfusable(last, parts.BLOCKS) or block_unfusable(last)
+    return None if reason is None else f"the last block: {reason}"
+
+
+def readout_wanted(model: Module) -> bool:
+    """Whether `model` may compute its last block for the rows it reads alone (`deit_fast.swap`)."""
+    return model.__dict__.get("_deit_fast_readout", True)
 
 
 def memory_of(block: Module) -> str:
@@ -181,7 +286,7 @@ def mlp_residual(
     fc1: Module,
     fc2: Module,
     layer_scale: Tensor | None,
-    drop_path_scale: Tensor | None,
+    drop_path: DropPathDraw,
     activation: str,
     memory: str,
 ) -> Tensor:
@@ -190,6 +295,7 @@ def mlp_residual(
     Without gradients, in one operator where the whole of it fits on chip. With gradients that operator keeps no
     pre-activation and computes it again in backward: `memory="low"`. Otherwise in two operators.
     """
+    scale, kept, capacity = drop_path
     whole = memory == "low" if torch.is_grad_enabled() else mlp_kernels.fits(x.shape[-1], fc1.weight.shape[0])
     if whole:
         return ops.mlp(
@@ -202,36 +308,16 @@ def mlp_residual(
             fc2.weight,
             fc2.bias,
             layer_scale,
-            drop_path_scale,
+            scale,
             activation,
+            kept,
         )
-    hidden = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias)
-    return ops.linear_residual(hidden, fc2.weight, fc2.bias, x, layer_scale, drop_path_scale, activation)
+    hidden = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, kept, capacity)
+    return ops.linear_residual(hidden, fc2.weight, fc2.bias, x, layer_scale, scale, activation, kept)
 
 
 def _gamma(layer_scale: Module | None) -> Tensor | None:
     return None if layer_scale is None or type(layer_scale) in parts.IDENTITIES else layer_scale.gamma
-
-
-def draw_drop_path(drop_path: Module | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor | None:
-    """One factor a sample, 0 or 1 / keep_prob, drawn as the stock module draws it; None where it does nothing.
-
-    The stock mask has the dtype of the branch it multiplies, and 1 / keep_prob is rounded to that dtype.
-    """
-    if drop_path is None or type(drop_path) in parts.IDENTITIES:
-        return None
-    if not drop_path.training or drop_path.drop_prob == 0.0:
-        return None
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if layer_scale is not None:
-        dtype = torch.promote_types(dtype, layer_scale.dtype)
-    keep_prob = 1 - drop_path.drop_prob
-    scale = torch.empty((x.shape[0],), dtype=dtype, device=x.device).bernoulli_(keep_prob)
-    if keep_prob > 0.0 and drop_path.scale_by_keep:
-        scale.div_(keep_prob)
-    return scale
 
 
 # Patch embedding --------------------------------------------------------------------------------------------------

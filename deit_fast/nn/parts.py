@@ -15,6 +15,7 @@ LAYER_SCALES: set[type] = set()
 DROP_PATHS: set[type] = set()
 ATTENTIONS: set[type] = set()
 MLPS: set[type] = set()
+BLOCKS: set[type] = set()
 IDENTITIES: set[type] = {torch_nn.Identity}
 
 # Activation modules by what the operators call them; torch's own GELU says which it is by an attribute.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.kernels import attention as kernels
-from deit_fast.ops import checks
+from deit_fast.ops import checks, drop_path
 from deit_fast.ops.attention_backward import attention_backward, attention_qkv_backward
 from deit_fast.ops.registration import cast, register
 
@@ -34,11 +34,12 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
 
 
-def _stock_attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _stock_attention_qkv(*qkv.unbind(2), scale)
+def _stock_attention(qkv: Tensor, scale: float, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    outputs = _stock_attention_qkv(*drop_path.filled(qkv, kept).unbind(2), scale)
+    return tuple(drop_path.with_room(t, qkv.shape[0]) for t in outputs)
 
 
-def _check_attention(qkv: Tensor, scale: float) -> None:
+def _check_attention(qkv: Tensor, scale: float, kept: Tensor | None) -> None:
     checks.floating("attention", "qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(
@@ -59,10 +60,6 @@ def _check_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     checks.same_device(op, q, k=k, v=v)
 
 
-def _unsupported(q: Tensor, *rest) -> str | None:
-    return kernels.unsupported(q.shape[-1], scale=rest[-1]) or checks.kernel_dtypes(q)
-
-
 def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape[0], q.shape[1], q.shape[-2], q.shape[-1]
     return (
@@ -72,14 +69,22 @@ def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx, args, outputs):
-    *inputs, scale = args
-    ctx.save_for_backward(*inputs, *outputs)
+    qkv, scale, kept = args
+    ctx.save_for_backward(qkv, *outputs, kept)
     ctx.mark_non_differentiable(outputs[1])
     ctx.scale = scale
 
 
 def _backward(ctx, grad, _):
-    return attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+    qkv, out, log_sum_exp, kept = ctx.saved_tensors
+    return attention_backward(grad, qkv, out, log_sum_exp, ctx.scale, kept), None, None
+
+
+def _save_qkv(ctx, args, outputs):
+    *inputs, scale = args
+    ctx.save_for_backward(*inputs, *outputs)
+    ctx.mark_non_differentiable(outputs[1])
+    ctx.scale = scale
 
 
 def _backward_qkv(ctx, grad, _):
@@ -88,13 +93,13 @@ def _backward_qkv(ctx, grad, _):
 
 _attention = register(
     "attention",
-    "(Tensor qkv, float scale) -> (Tensor, Tensor)",
+    "(Tensor qkv, float scale, Tensor? kept) -> (Tensor, Tensor)",
     check=_check_attention,
     stock=_stock_attention,
     triton=kernels.attention,
-    unsupported=_unsupported,
+    unsupported=lambda qkv, scale, kept: kernels.unsupported(qkv.shape[-1], scale) or checks.kernel_dtypes(qkv),
     fake=_fake,
-    autocast=lambda dtype, qkv, scale: (cast(qkv, dtype), scale),
+    autocast=lambda dtype, qkv, scale, kept: (cast(qkv, dtype), scale, kept),
     save=_save,
     backward=_backward,
 )
@@ -105,22 +110,23 @@ _attention_qkv = register(
     check=_check_attention_qkv,
     stock=_stock_attention_qkv,
     triton=kernels.attention_qkv,
-    unsupported=_unsupported,
+    unsupported=lambda q, k, v, scale: kernels.unsupported(q.shape[-1], scale) or checks.kernel_dtypes(q),
     fake=_fake,
     autocast=lambda dtype, q, k, v, scale: (cast(q, dtype), cast(k, dtype), cast(v, dtype), scale),
-    save=_save,
+    save=_save_qkv,
     backward=_backward_qkv,
 )
 
 
-def attention(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(qkv: Tensor, scale: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`softmax(scale * q kᵀ) v` from packed `qkv` [B, N, 3, H, d] of any strides.
 
     Returns the output [B, N, H·d] and the log-sum-exp of the scaled scores [B, H, N], float32
     (float64 for float64 inputs), which has no gradient.
     Kernels for d = 32, 64, 80, 96, 128; other head widths use the stock operator.
+    With `kept` (`keep_samples`) for the kept samples alone: everything is packed.
     """
-    return _attention(qkv, scale)
+    return _attention(qkv, scale, kept)
 
 
 def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from deit_fast.kernels import attention_backward as kernels
 from deit_fast.kernels.attention import unsupported
-from deit_fast.ops import checks
+from deit_fast.ops import checks, drop_path
+from deit_fast.ops.product_dtype import as_dtype, product_dtype
 from deit_fast.ops.registration import register_backward
 
 
@@ -15,15 +16,16 @@ def _stock_qkv(
     batch, tokens, heads, head_dim = q.shape
     if q.numel() == 0 or k.numel() == 0:
         return [torch.zeros_like(t) for t in (q, k, v)]
-    grad, out = (t.view(batch, tokens, heads, head_dim).transpose(1, 2) for t in (grad.contiguous(), out))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    dtype, wide = q.dtype, product_dtype(q)
+    grad, out = (t.view(batch, tokens, heads, head_dim) for t in (grad.contiguous(), out))
+    grad, q, k, v, out = (as_dtype(t, wide).transpose(1, 2) for t in (grad, q, k, v, out))
     if q.device.type == "cpu":
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, log_sum_exp, 0.0, False, scale=scale
         )
     else:
         found = _explicit(grad, q, k, v, out, log_sum_exp, scale)
-    return [t.transpose(1, 2) for t in found]
+    return [as_dtype(t, dtype).transpose(1, 2) for t in found]
 
 
 def _explicit(grad, q, k, v, out, log_sum_exp, scale):
@@ -34,8 +36,11 @@ def _explicit(grad, q, k, v, out, log_sum_exp, scale):
     return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
 
 
-def _stock(grad: Tensor, qkv: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float) -> Tensor:
-    return torch.stack(_stock_qkv(grad, *qkv.unbind(2), out, log_sum_exp, scale), dim=2)
+def _stock(grad: Tensor, qkv: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float, kept: Tensor | None) -> Tensor:
+    capacity = qkv.shape[0]
+    grad, qkv, out, log_sum_exp = (drop_path.filled(t, kept) for t in (grad, qkv, out, log_sum_exp))
+    found = torch.stack(_stock_qkv(grad, *qkv.unbind(2), out, log_sum_exp, scale), dim=2)
+    return drop_path.with_room(found, capacity)
 
 
 def _triton_qkv(
@@ -46,18 +51,20 @@ def _triton_qkv(
     return found
 
 
-def _triton(grad: Tensor, qkv: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float) -> Tensor:
+def _triton(grad: Tensor, qkv: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float, kept: Tensor | None) -> Tensor:
     found = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    kernels.attention_backward(grad, *qkv.unbind(2), out, log_sum_exp, scale, *found.unbind(2))
+    kernels.attention_backward(grad, *qkv.unbind(2), out, log_sum_exp, scale, *found.unbind(2), kept)
     return found
 
 
 attention_backward = register_backward(
     "attention_backward",
-    "(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, float scale) -> Tensor",
+    "(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, float scale, Tensor? kept) -> Tensor",
     stock=_stock,
     triton=_triton,
-    unsupported=lambda grad, qkv, *rest: unsupported(qkv.shape[-1], rest[-1]) or checks.kernel_dtypes(grad, qkv),
+    unsupported=lambda grad, qkv, out, log_sum_exp, scale, kept: (
+        unsupported(qkv.shape[-1], scale) or checks.kernel_dtypes(grad, qkv)
+    ),
     fake=lambda grad, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
 )
 

@@ -9,31 +9,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import linear as kernels
-from deit_fast.ops import checks
+from deit_fast.ops import checks, drop_path
 from deit_fast.ops.activation import apply as apply_activation
 from deit_fast.ops.activation import check as check_activation
 from deit_fast.ops.layer_norm import stock_layer_norm
 from deit_fast.ops.linear_backward import layer_norm_linear_backward, linear_backward
+from deit_fast.ops.product_dtype import as_dtype, product_dtype
 from deit_fast.ops.registration import cast, distribute, register
 
 
 def stock_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = weight.dtype
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    return F.linear(x, weight, bias)
+    dtype = product_dtype(weight)
+    bias = None if bias is None else as_dtype(bias, dtype)
+    return as_dtype(F.linear(as_dtype(x, dtype), as_dtype(weight, dtype), bias), weight.dtype)
 
 
 def stock_residual(
-    branch: Tensor, residual: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None
+    branch: Tensor,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    kept: Tensor | None,
 ) -> Tensor:
     if layer_scale is not None:
         branch = branch * layer_scale
     if drop_path_scale is not None:
-        branch = branch * drop_path_scale.view(-1, *[1] * (branch.ndim - 1))
-    return residual + branch
+        branch = branch * drop_path.gather(drop_path_scale, kept).view(-1, *[1] * (branch.ndim - 1))
+    if kept is None:
+        return residual + branch
+    stream = residual.to(torch.promote_types(residual.dtype, branch.dtype), copy=True)
+    return stream.index_add_(0, kept[1 : 1 + len(branch)], branch.to(stream.dtype))
 
 
 def residual_dtype(residual: Tensor, weight: Tensor, layer_scale: Tensor | None) -> torch.dtype:
@@ -56,8 +61,16 @@ def check_norm(op: str, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor
 
 
 def check_residual(
-    op: str, residual: Tensor, shape: tuple, layer_scale: Tensor | None, drop_path_scale: Tensor | None
+    op: str,
+    residual: Tensor,
+    shape: tuple,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    kept: Tensor | None,
 ) -> None:
+    if kept is not None:
+        drop_path.check_kept(op, residual, kept)
+        shape = (residual.shape[0], *shape[1:])
     if residual.shape != shape:
         raise ValueError(
             f"deit_fast.{op}: residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}"
@@ -89,7 +102,7 @@ def _save(ctx, args, y):
 def _backward(ctx, grad):
     x, weight, bias = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:3], False]
-    found = linear_backward(grad, x, weight, bias, None, None, ctx.input_activation, needs)
+    found = linear_backward(grad, x, weight, bias, None, None, ctx.input_activation, None, needs)
     return *distribute(found, needs[:3]), None, None
 
 
@@ -130,49 +143,56 @@ def linear(
 # layer_norm_linear ------------------------------------------------------------------------------------------------
 
 
-def _stock_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias):
-    return stock_linear(stock_layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+def _stock_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity):
+    y = stock_linear(stock_layer_norm(drop_path.gather(x, kept), norm_weight, norm_bias, eps), weight, bias)
+    return y if kept is None else drop_path.with_room(y, capacity)
 
 
-def _check_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias):
-    check_linear("layer_norm_linear", x, weight, bias)
-    check_norm("layer_norm_linear", x, norm_weight, norm_bias)
+def _check_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity):
+    op = "layer_norm_linear"
+    check_linear(op, x, weight, bias)
+    check_norm(op, x, norm_weight, norm_bias)
+    drop_path.check_kept(op, x, kept)
+
+
+def _fake_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity):
+    leading = x.shape[:-1] if kept is None else (capacity, *x.shape[1:-1])
+    return x.new_empty((*leading, weight.shape[0]), dtype=weight.dtype)
 
 
 def _save_layer_norm_linear(ctx, args, y):
-    x, norm_weight, norm_bias, eps, weight, bias = args
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
+    x, norm_weight, norm_bias, eps, weight, bias, kept, _ = args
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, kept)
     ctx.eps = eps
 
 
 def _backward_layer_norm_linear(ctx, grad):
-    x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+    x, norm_weight, norm_bias, weight, bias, kept = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    needs = [*wanted[:3], *wanted[4:]]
-    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, [grad], [weight], [bias], needs)
+    needs = [*wanted[:3], *wanted[4:6]]
+    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, [grad], [weight], [bias], kept, needs)
     dx, dnorm_weight, dnorm_bias, dweight, dbias = distribute(found, needs)
-    return dx, dnorm_weight, dnorm_bias, None, dweight, dbias
+    return dx, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None
 
 
 _layer_norm_linear = register(
     "layer_norm_linear",
-    "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
+    "Tensor? kept, int? capacity) -> Tensor",
     check=_check_layer_norm_linear,
     stock=_stock_layer_norm_linear,
     triton=kernels.layer_norm_linear,
-    unsupported=lambda x, norm_weight, norm_bias, eps, weight, bias: checks.kernel_dtypes(
+    unsupported=lambda x, norm_weight, norm_bias, eps, weight, bias, *_: checks.kernel_dtypes(
         x, norm_weight, norm_bias, weight, bias
     ),
-    fake=lambda x, norm_weight, norm_bias, eps, weight, bias: x.new_empty(
-        (*x.shape[:-1], weight.shape[0]), dtype=weight.dtype
-    ),
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, weight, bias: (
+    fake=_fake_layer_norm_linear,
+    autocast=lambda dtype, x, norm_weight, norm_bias, eps, weight, *rest: (
         x,
         norm_weight,
         norm_bias,
         eps,
         cast(weight, dtype),
-        bias,
+        *rest,
     ),
     save=_save_layer_norm_linear,
     backward=_backward_layer_norm_linear,
@@ -186,21 +206,25 @@ def layer_norm_linear(
     eps: float,
     weight: Tensor,
     bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    capacity: int | None = None,
 ) -> Tensor:
     """`LayerNorm(x) @ weight.T + bias`; the normalised rows never reach memory.
 
     x [..., K], norm_weight and norm_bias [K], weight [N, K], bias [N] → [..., N] in the weight's dtype.
+
+    With `kept` (`keep_samples`) for the kept samples of x [B, ...] alone: packed, with room for `capacity` samples.
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("layer_norm_linear", x, weight)
-    return _layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
+    return _layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity)
 
 
 # layer_norm_qkv ---------------------------------------------------------------------------------------------------
 
 
 def _stock_layer_norm_qkv(x, norm_weight, norm_bias, eps, *projections):
-    normalised = stock_layer_norm(x, norm_weight, norm_bias, eps).to(projections[0].dtype)
+    normalised = as_dtype(stock_layer_norm(x, norm_weight, norm_bias, eps), product_dtype(projections[0]))
     return tuple(stock_linear(normalised, projections[i], projections[i + 1]) for i in (0, 2, 4))
 
 
@@ -231,7 +255,7 @@ def _backward_layer_norm_qkv(ctx, *grads):
     needs = [*wanted[:3], *wanted[4::2], *wanted[5::2]]
     shape = (*x.shape[:-1], weights[0].shape[0])
     grads = [weights[0].new_zeros(shape) if grad is None else grad for grad in grads]
-    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, grads, weights, biases, needs)
+    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, grads, weights, biases, None, needs)
     dx, dnorm_weight, dnorm_bias, *rest = distribute(found, needs)
     interleaved = (gradient for pair in zip(rest[:3], rest[3:], strict=True) for gradient in pair)
     return dx, dnorm_weight, dnorm_bias, None, *interleaved
@@ -284,44 +308,45 @@ def layer_norm_qkv(
 # linear_residual --------------------------------------------------------------------------------------------------
 
 
-def _stock_linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_act):
+def _stock_linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_act, kept):
+    x = drop_path.filled(x, kept)
     branch = stock_linear(apply_activation(input_act, x), weight, bias)
-    return stock_residual(branch, residual, layer_scale, drop_path_scale)
+    return stock_residual(branch, residual, layer_scale, drop_path_scale, kept)
 
 
-def _check_linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_act):
+def _check_linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_act, kept):
     op = "linear_residual"
     check_linear(op, x, weight, bias)
-    check_residual(op, residual, (*x.shape[:-1], weight.shape[0]), layer_scale, drop_path_scale)
+    check_residual(op, residual, (*x.shape[:-1], weight.shape[0]), layer_scale, drop_path_scale, kept)
     checks.same_device(op, x, residual=residual)
     check_activation(op, input_act)
 
 
 def _save_linear_residual(ctx, args, y):
-    x, weight, bias, residual, layer_scale, drop_path_scale, input_act = args
-    ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale)
+    x, weight, bias, residual, layer_scale, drop_path_scale, input_act, kept = args
+    ctx.save_for_backward(x, weight, bias, layer_scale, drop_path_scale, kept)
     ctx.input_activation = input_act
     ctx.residual_dtype = residual.dtype
 
 
 def _backward_linear_residual(ctx, grad):
-    x, weight, bias, layer_scale, drop_path_scale = ctx.saved_tensors
+    x, weight, bias, layer_scale, drop_path_scale, kept = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual, need_layer_scale, *_ = ctx.needs_input_grad
     needs = [need_x, need_weight, need_bias, need_layer_scale]
-    found = linear_backward(grad, x, weight, bias, layer_scale, drop_path_scale, ctx.input_activation, needs)
+    found = linear_backward(grad, x, weight, bias, layer_scale, drop_path_scale, ctx.input_activation, kept, needs)
     dx, dweight, dbias, dlayer_scale = distribute(found, needs)
     dresidual = grad.to(ctx.residual_dtype) if need_residual else None
-    return dx, dweight, dbias, dresidual, dlayer_scale, None, None
+    return dx, dweight, dbias, dresidual, dlayer_scale, None, None, None
 
 
 _linear_residual = register(
     "linear_residual",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? drop_path_scale, "
-    "str input_activation) -> Tensor",
+    "str input_activation, Tensor? kept) -> Tensor",
     check=_check_linear_residual,
     stock=_stock_linear_residual,
     triton=kernels.linear_residual,
-    unsupported=lambda x, weight, bias, residual, layer_scale, drop_path_scale, _: checks.kernel_dtypes(
+    unsupported=lambda x, weight, bias, residual, layer_scale, drop_path_scale, *_: checks.kernel_dtypes(
         x, weight, bias, residual, layer_scale, drop_path_scale
     ),
     fake=lambda x, weight, bias, residual, layer_scale, *_: residual.new_empty(
@@ -341,12 +366,15 @@ def linear_residual(
     layer_scale: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
     input_activation: str = "none",
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`residual + drop_path_scale * layer_scale * (input_activation(x) @ weight.T + bias)`.
 
     x [B, ..., K], weight [N, K], bias and layer_scale [N], residual [B, ..., N], drop_path_scale [B]: one factor
     a sample, taken as data (it has no gradient). The result has the promoted dtype of residual, weight and layer_scale.
+
+    With `kept` (`keep_samples`) x is packed; the dropped samples of the residual are copied.
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("linear_residual", x, weight)
-    return _linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_activation)
+    return _linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_activation, kept)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deit_fast.kernels import patch_embed_backward as kernels
 from deit_fast.ops import checks
+from deit_fast.ops.product_dtype import as_dtype, product_dtype
 from deit_fast.ops.registration import register_backward
 
 GRADIENTS = ("images", "weight", "bias", "pos_embed", "cls_token", "dist_token", "mask_token")
@@ -44,14 +45,14 @@ def _stock(
     if need_bias:
         gradients["bias"] = of_patches.sum((0, 1), dtype=wide)
     if need_images or need_weight:
-        dtype, patch = weight.dtype, weight.shape[2:]
+        dtype, patch = product_dtype(weight), weight.shape[2:]
         pixels = images
         if images.dtype is torch.uint8:
             pixels = (images.float() / 255 - mean.float().view(-1, 1, 1)) / std.float().view(-1, 1, 1)
         grid = [images.shape[2] // patch[0], images.shape[3] // patch[1]]
-        of_grid = of_patches.to(dtype).transpose(1, 2).unflatten(2, grid)
+        of_grid = as_dtype(of_patches, dtype).transpose(1, 2).unflatten(2, grid)
         of_pixels, of_weight, _ = torch.ops.aten.convolution_backward(
-            of_grid, pixels.to(dtype), weight, None, patch, [0, 0], [1, 1], False, [0, 0], 1,
+            of_grid, as_dtype(pixels, dtype), as_dtype(weight, dtype), None, patch, [0, 0], [1, 1], False, [0, 0], 1,
             [need_images, need_weight, False],
         )  # fmt: skip
         gradients |= {"images": of_pixels, "weight": of_weight}

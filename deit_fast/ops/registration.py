@@ -113,6 +113,9 @@ def register_backward(
     _LIBRARY.impl(name, implementation, "CUDA")
     _LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"deit_fast::{name}", fake, lib=_LIBRARY)
+    # Inside an autocast block the CPU path's own products would be cast again.
+    for device_type, key in _AUTOCAST_KEYS.items():
+        _LIBRARY.impl(name, _autocast_kernel(op, lambda dtype, *args: args, device_type, key), key.name)
     return op
 
 

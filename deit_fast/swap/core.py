@@ -22,16 +22,19 @@ _SUPPORTED = (
 )
 
 
-def swap(model: Module, *, memory: str = "balanced") -> SwapReport:
+def swap(model: Module, *, memory: str = "balanced", readout: bool = True) -> SwapReport:
     """Puts `model`'s modules on the fused operators, in place.
 
     Parameters, buffers, names, hooks and `state_dict` stay as they are; only `__class__` changes. A block runs whole
     where all its parts are what the kernels compute, and part by part where one is not. That is asked again at every
-    call; the report says how it stands now. Swapping again changes no more than `memory` and reports anew.
+    call; the report says how it stands now. Swapping again changes no more than the options and reports anew.
 
     memory: what a block keeps for backward. "balanced": its input, qkv, the attention output and log-sum-exp, the
     input of its MLP half and the MLP's pre-activation. "low": the pre-activation is computed again. Neither keeps
     a LayerNorm's or GELU's output, and neither changes a value.
+
+    readout: a classifier reads only the CLS (and distillation) row of its last block, so only those rows are computed
+    there, with the same values and gradients. False: the last block is computed whole.
 
     Raises:
         ValueError: nothing in `model` is known, or no such `memory`.
@@ -48,6 +51,7 @@ def swap(model: Module, *, memory: str = "balanced") -> SwapReport:
         if _is_stock(module, rule):
             _set_class(module, rule.stock, rule.swapped)
         module.__dict__["_deit_fast_memory"] = memory
+        module.__dict__["_deit_fast_readout"] = readout
     report = SwapReport()
     with _as_gathered(model):
         for name, (module, rule) in found.items():
@@ -57,6 +61,8 @@ def swap(model: Module, *, memory: str = "balanced") -> SwapReport:
                 report.swapped.append(name)
             else:
                 report.kept[name] = reason
+            if rule.readout_unfusable is not None:
+                report.readout[name] = reason or rule.readout_unfusable(module)
     return report
 
 
@@ -66,10 +72,10 @@ def restore(model: Module) -> None:
 
 
 @contextmanager
-def swapped(model: Module, *, memory: str = "balanced") -> Iterator[SwapReport]:
+def swapped(model: Module, *, memory: str = "balanced", readout: bool = True) -> Iterator[SwapReport]:
     """`swap` for the length of a `with` block; what was swapped before stays swapped after it."""
     before = {module for module in model.modules() if _swapped_rule(module)}
-    report = swap(model, memory=memory)
+    report = swap(model, memory=memory, readout=readout)
     try:
         yield report
     finally:
@@ -82,6 +88,8 @@ def _restore(modules: Iterator[Module]) -> None:
         if rule is not None:
             _set_class(module, rule.swapped, rule.stock)
             module.__dict__.pop("_deit_fast_memory", None)
+            module.__dict__.pop("_deit_fast_readout", None)
+            module.__dict__.pop("_deit_fast_readout_rows", None)
 
 
 # Finding ----------------------------------------------------------------------------------------------------------

@@ -119,19 +119,17 @@ def _block_forward(block: Module, x: Tensor) -> Tensor:
     norm, attn, drop_path = modules["norm1"], modules["attn"], modules["drop_path"]
     qkv, proj = attn._modules["qkv"], attn._modules["proj"]
     gamma = getattr(block, "gamma_1", None)
-    drop_path_scale = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
-    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias)
-    out, _ = ops.attention(packed.unflatten(-1, (3, attn.num_heads, -1)), attn.scale)
-    x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, drop_path_scale)
+    scale, kept, capacity = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
+    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
+    out, _ = ops.attention(packed.unflatten(-1, (3, attn.num_heads, -1)), attn.scale, kept)
+    x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     mlp = modules["mlp"]._modules
     gamma = getattr(block, "gamma_2", None)
-    drop_path_scale = functional.draw_drop_path(drop_path, x, mlp["fc2"].weight, gamma)
+    drop_path = functional.draw_drop_path(drop_path, x, mlp["fc2"].weight, gamma)
     activation = parts.gelu_name(mlp["act"])
     memory = functional.memory_of(block)
-    return functional.mlp_residual(
-        x, modules["norm2"], mlp["fc1"], mlp["fc2"], gamma, drop_path_scale, activation, memory
-    )
+    return functional.mlp_residual(x, modules["norm2"], mlp["fc1"], mlp["fc2"], gamma, drop_path, activation, memory)
 
 
 # What a class computes ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 class SwapReport:
     """`swapped`: names of the modules that run on the operators. `kept`: name → why its stock forward runs.
 
+    `readout`: name of a classifier → why its last block is computed for more than the rows that it reads, or None.
     The root module's name is the empty string, as in `named_modules()`. `classes`: name → class, of both.
     Printed, it is a table in which numbered modules (`blocks.0` … `blocks.11`) share a row.
     """
@@ -18,6 +19,7 @@ class SwapReport:
     swapped: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    readout: dict[str, str | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         # (name with its numbers left out, class, outcome) → the names it stands for
@@ -34,7 +36,14 @@ class SwapReport:
             for module, class_name, number, outcome in table
         ]
         rule = "-" * max(map(len, lines))
-        return "\n".join((f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:]))
+        readout = [f"last block of {name or '(model)'}: {_readout(reason)}" for name, reason in self.readout.items()]
+        return "\n".join(
+            (f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:], *readout)
+        )
+
+
+def _readout(reason: str | None) -> str:
+    return "only the rows that are read" if reason is None else f"all rows, since {reason}"
 
 
 def _joined(names: list[str]) -> str:

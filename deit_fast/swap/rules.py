@@ -28,6 +28,8 @@ class Rule:
     unfusable: Callable[[Module], str | None]
     # The method that the swapped class overrides.
     method: str = "forward"
+    # Of a classifier: why its last block is computed for more than the rows that it reads, or None.
+    readout_unfusable: Callable[[Module], str | None] | None = None
 
 
 RULES: dict[type, Rule] = {}
@@ -38,8 +40,9 @@ def register(
     swapped: type[Module],
     unfusable: Callable[[Module], str | None],
     method: str = "forward",
+    readout_unfusable: Callable[[Module], str | None] | None = None,
 ) -> None:
-    RULES[stock] = RULES[swapped] = Rule(stock, swapped, unfusable, method)
+    RULES[stock] = RULES[swapped] = Rule(stock, swapped, unfusable, method, readout_unfusable)
 
 
 def stock_method(method: FunctionType) -> FunctionType:

@@ -1,6 +1,7 @@
 """timm: its ViT block with all parts, and the VisionTransformer's embedding, which becomes one operator."""
 
 import inspect
+from collections.abc import Iterable
 
 import timm
 import torch
@@ -165,27 +166,49 @@ def _reads_prefix_only(model: Module) -> bool:
     )
 
 
+def readout_unfusable(model: Module) -> str | None:
+    """Why the last block is computed for all tokens in a call of the model, or None."""
+    if not functional.readout_wanted(model):
+        return "readout=False"
+    if model.num_prefix_tokens == 0:
+        return "there is no prefix token"
+    if not _reads_prefix_only(model):
+        return "more than the prefix tokens is read after the last block"
+    return functional.readout_unfusable(model._modules["blocks"], model._modules["norm"])
+
+
 def _logits(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    x = _encode(model, images, attn_mask, is_causal)
-    # LayerNorm works by rows: what is left out changes nothing.
-    return model.forward_head(model.norm(x[:, : model.num_prefix_tokens].contiguous()))
+    prefix, x = model.num_prefix_tokens, _embed(model, images)
+    if attn_mask is None and not is_causal and readout_unfusable(model) is None:
+        *blocks, last = model.blocks
+        x = functional.readout_forward(last, _run(model, blocks, x, None, False), prefix)
+    else:
+        # LayerNorm works by rows: what is left out changes nothing.
+        x = _run(model, model.blocks, x, attn_mask, is_causal)[:, :prefix].contiguous()
+    return model.forward_head(model.norm(x))
 
 
-def _encode(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    x = functional.patch_embed_forward(
+def _embed(model: Module, images: Tensor) -> Tensor:
+    return functional.patch_embed_forward(
         model._modules["patch_embed"],
         images,
         pos_embed=model.pos_embed,
         cls_token=model.cls_token,
         dist_token=getattr(model, "dist_token", None),
     )
+
+
+def _run(model: Module, blocks: Iterable[Module], x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     if attn_mask is not None or is_causal:
-        for block in model.blocks:
+        for block in blocks:
             x = block(x, attn_mask=attn_mask, is_causal=is_causal)
-    elif model.grad_checkpointing:
-        x = checkpoint_seq(model.blocks, x)
-    else:
-        x = model.blocks(x)
+        return x
+    if model.grad_checkpointing:
+        return checkpoint_seq(blocks, x)
+    if isinstance(blocks, Module):
+        return blocks(x)
+    for block in blocks:
+        x = block(x)
     return x
 
 
@@ -211,7 +234,7 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         elif not _embeds(self, x):
             return self._stock_forward_features(x, attn_mask, is_causal)
         else:
-            return self.norm(_encode(self, x, attn_mask, is_causal))
+            return self.norm(_run(self, self.blocks, _embed(self, x), attn_mask, is_causal))
 
 
 class VisionTransformerDistilled(deit.VisionTransformerDistilled):
@@ -236,12 +259,13 @@ class VisionTransformerDistilled(deit.VisionTransformerDistilled):
         elif not _embeds(self, x):
             return self._stock_forward_features(x, attn_mask, is_causal)
         else:
-            return self.norm(_encode(self, x, attn_mask, is_causal))
+            return self.norm(_run(self, self.blocks, _embed(self, x), attn_mask, is_causal))
 
 
 parts.LAYER_NORMS.update((StockLayerNorm, LayerNorm))
 parts.ATTENTIONS.add(Attention)
 parts.MLPS.add(Mlp)
+parts.BLOCKS.add(Block)
 parts.LAYER_SCALES.add(LayerScale)
 parts.DROP_PATHS.add(DropPath)
 parts.GELUS.update({activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"})
@@ -255,4 +279,6 @@ for _stock, _swapped in (
     (vision_transformer.VisionTransformer, VisionTransformer),
     (deit.VisionTransformerDistilled, VisionTransformerDistilled),
 ):
-    register(_stock, _swapped, vision_transformer_unfusable, method="forward_features")
+    register(
+        _stock, _swapped, vision_transformer_unfusable, method="forward_features", readout_unfusable=readout_unfusable
+    )

@@ -1,9 +1,11 @@
 """transformers: the layers, embeddings and their parts of DeiT and ViT.
 
-The PreTrainedModel classes stay as they are: transformers keeps what each of them can record by its exact class.
+Of the PreTrainedModel classes only the classifiers change: transformers keeps what a model can record by its exact
+class, and their hidden states and attentions are recorded by the model within.
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -18,7 +20,7 @@ from transformers.utils import output_capturing
 
 from deit_fast import ops
 from deit_fast.nn import parts
-from deit_fast.nn.functional import memory_of, mlp_linears, mlp_residual
+from deit_fast.nn.functional import NO_DROP_PATH, memory_of, mlp_linears, mlp_residual, readout_wanted
 from deit_fast.swap.rules import register, stock_wanted
 
 for _library, _prefix in ((modeling_deit, "DeiT"), (modeling_vit, "ViT")):
@@ -114,21 +116,22 @@ def _attention_forward(attention: Module, x: Tensor) -> tuple[Tensor, None]:
     return ops.linear(_attend(attention, q, k, v), out_proj.weight, out_proj.bias), None
 
 
-def _attention_touched(attention: Module) -> str | None:
-    """As `parts.touched`, but for the hook that one `output_attentions` request leaves behind for good.
+def _touched(module: Module, recorded: str) -> str | None:
+    """As `parts.touched`, but for the hook that one request to record outputs leaves behind for good.
 
-    That hook records the weights while a model that was asked for them runs, and is idle at all other times.
+    That hook records while a model that was asked to runs, and is idle at all other times. recorded: "attentions" or
+    "hidden_states".
     """
-    if not attention._forward_hooks:
-        return parts.touched(attention)
-    if attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks:
+    if not module._forward_hooks:
+        return parts.touched(module)
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has a hook"
-    if "forward" in attention.__dict__:
+    if "forward" in module.__dict__:
         return "has a forward of its own on the instance"
-    if not all(_captures_outputs(hook) for hook in attention._forward_hooks.values()):
+    if not all(_captures_outputs(hook) for hook in module._forward_hooks.values()):
         return "has a hook"
-    if "attentions" in (output_capturing._active_collector.get() or ()):
-        return "is asked for its weights"
+    if recorded in (output_capturing._active_collector.get() or ()):
+        return f"is asked for its {recorded.replace('_', ' ')}"
     return None
 
 
@@ -143,6 +146,8 @@ def _captures_outputs(hook: object) -> bool:
 
 _ATTENTIONS: set[type] = set()
 _MLPS: set[type] = set()
+_LAYERS: set[type] = set()
+_MODELS: set[type] = {modeling_deit.DeiTModel, modeling_vit.ViTModel}
 _LAYER_PARTS = (("layernorm_before", parts.LAYER_NORMS), ("layernorm_after", parts.LAYER_NORMS), ("mlp", _MLPS))
 
 
@@ -155,7 +160,7 @@ def layer_unfusable(layer: Module) -> str | None:
     attention = modules["attention"]
     if type(attention) not in _ATTENTIONS:
         return f"attention is a {type(attention).__name__}"
-    reason = _attention_touched(attention)
+    reason = _touched(attention, "attentions")
     if reason is not None:
         return f"attention {reason}"
     reason = _projections_unfusable(attention)
@@ -180,9 +185,82 @@ def _layer_forward(layer: Module, x: Tensor) -> Tensor:
     out_proj = projections["o_proj"]
     x = ops.linear_residual(_attend(attention, queries, keys, values), out_proj.weight, out_proj.bias, x)
 
-    mlp = modules["mlp"]._modules
-    activation = _gelu_name(mlp["activation_fn"])
-    return mlp_residual(x, modules["layernorm_after"], mlp["fc1"], mlp["fc2"], None, None, activation, memory_of(layer))
+    return _mlp_residual(layer, x)
+
+
+def _mlp_residual(layer: Module, x: Tensor) -> Tensor:
+    norm, mlp = layer._modules["layernorm_after"], layer._modules["mlp"]._modules
+    activation, memory = _gelu_name(mlp["activation_fn"]), memory_of(layer)
+    return mlp_residual(x, norm, mlp["fc1"], mlp["fc2"], None, NO_DROP_PATH, activation, memory)
+
+
+# Readout ----------------------------------------------------------------------------------------------------------
+
+
+def readout_unfusable(classifier: Module) -> str | None:
+    """Why the last layer is computed for all tokens in a call of the classifier, or None."""
+    if not readout_wanted(classifier):
+        return "readout=False"
+    model = classifier._modules[classifier.base_model_prefix]
+    modules = model._modules
+    if type(model) not in _MODELS:
+        return f"the model is a {parts.class_name(model)}"
+    if model.pooler is not None:
+        return "a pooler reads the last layer"
+    layers = modules["layers"]
+    if not layers._modules:
+        return "there is no layer"
+    for name, module in (("model", model), ("last norm", modules["layernorm"])):
+        reason = parts.touched(module)
+        if reason is not None:
+            return f"the {name} {reason}"
+    return _last_layer_unfusable(layers[-1])
+
+
+def _last_layer_unfusable(layer: Module) -> str | None:
+    if type(layer) not in _LAYERS:
+        return f"the last layer is a {parts.class_name(layer)}"
+    if layer.gradient_checkpointing and layer.training:
+        return "the last layer is checkpointed"
+    reason = _touched(layer, "hidden_states")
+    if reason is not None:
+        return f"the last layer {reason}"
+    reason = layer_unfusable(layer)
+    return None if reason is None else f"the last layer: {reason}"
+
+
+def _call_with_readout(classifier: Module, readout_rows: int, forward: Callable, args: tuple, kwargs: dict) -> object:
+    """`forward`, in which the last layer gives no more than the first `readout_rows` rows.
+
+    The model between the two hands them on unchanged: to its norm, which works by rows.
+    """
+    if readout_unfusable(classifier) is not None:
+        return forward(*args, **kwargs)
+    last = classifier._modules[classifier.base_model_prefix]._modules["layers"][-1]
+    last._deit_fast_readout_rows = readout_rows
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        last._deit_fast_readout_rows = 0
+
+
+def _readout_rows(layer: Module) -> int:
+    """How many rows of this call's result are read; 0 for all."""
+    rows = getattr(layer, "_deit_fast_readout_rows", 0)
+    return rows if rows and _touched(layer, "hidden_states") is None else 0
+
+
+def _layer_readout(layer: Module, x: Tensor, readout_rows: int) -> Tensor:
+    modules = layer._modules
+    norm, attention = modules["layernorm_before"], modules["attention"]
+    projections = attention._modules
+    q, k, v, out_proj = (projections[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    out, rows = ops.readout_attention_qkv(
+        x, norm.weight, norm.bias, norm.eps, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias,
+        readout_rows, attention.num_attention_heads, attention.scaling,
+    )  # fmt: skip
+    rows = ops.linear_residual(out, out_proj.weight, out_proj.bias, rows)
+    return _mlp_residual(layer, rows)
 
 
 # Embeddings -------------------------------------------------------------------------------------------------------
@@ -299,7 +377,8 @@ class DeiTLayer(modeling_deit.DeiTLayer):
             return type(self).forward(self, hidden_states, attention_mask, **kwargs)
         if not _runs_layer(self, hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        return _layer_forward(self, hidden_states)
+        rows = _readout_rows(self)
+        return _layer_readout(self, hidden_states, rows) if rows else _layer_forward(self, hidden_states)
 
 
 class ViTLayer(modeling_vit.ViTLayer):
@@ -308,7 +387,8 @@ class ViTLayer(modeling_vit.ViTLayer):
             return type(self).forward(self, hidden_states, attention_mask, **kwargs)
         if not _runs_layer(self, hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        return _layer_forward(self, hidden_states)
+        rows = _readout_rows(self)
+        return _layer_readout(self, hidden_states, rows) if rows else _layer_forward(self, hidden_states)
 
 
 class DeiTEmbeddings(modeling_deit.DeiTEmbeddings):
@@ -339,7 +419,32 @@ class ViTEmbeddings(modeling_vit.ViTEmbeddings):
         return _embeddings_forward(self, pixel_values, bool_masked_pos, interpolate_pos_encoding)
 
 
+class DeiTForImageClassification(modeling_deit.DeiTForImageClassification):
+    @functools.wraps(modeling_deit.DeiTForImageClassification.forward)
+    def forward(self, *args, **kwargs):
+        if not isinstance(self, DeiTForImageClassification):
+            return type(self).forward(self, *args, **kwargs)
+        return _call_with_readout(self, 1, super().forward, args, kwargs)
+
+
+class DeiTForImageClassificationWithTeacher(modeling_deit.DeiTForImageClassificationWithTeacher):
+    @functools.wraps(modeling_deit.DeiTForImageClassificationWithTeacher.forward)
+    def forward(self, *args, **kwargs):
+        if not isinstance(self, DeiTForImageClassificationWithTeacher):
+            return type(self).forward(self, *args, **kwargs)
+        return _call_with_readout(self, 2, super().forward, args, kwargs)
+
+
+class ViTForImageClassification(modeling_vit.ViTForImageClassification):
+    @functools.wraps(modeling_vit.ViTForImageClassification.forward)
+    def forward(self, *args, **kwargs):
+        if not isinstance(self, ViTForImageClassification):
+            return type(self).forward(self, *args, **kwargs)
+        return _call_with_readout(self, 1, super().forward, args, kwargs)
+
+
 _ATTENTIONS.update((DeiTAttention, ViTAttention))
+_LAYERS.update((DeiTLayer, ViTLayer))
 _MLPS.update((DeiTMLP, ViTMLP))
 
 
@@ -355,3 +460,11 @@ def _register(library: ModuleType, mlp: type, attention: type, layer: type, embe
 
 _register(modeling_deit, DeiTMLP, DeiTAttention, DeiTLayer, DeiTEmbeddings)
 _register(modeling_vit, ViTMLP, ViTAttention, ViTLayer, ViTEmbeddings)
+for _library, _swapped in (
+    (modeling_deit, DeiTForImageClassification),
+    (modeling_deit, DeiTForImageClassificationWithTeacher),
+    (modeling_vit, ViTForImageClassification),
+):
+    register(
+        getattr(_library, _swapped.__name__), _swapped, lambda classifier: None, readout_unfusable=readout_unfusable
+    )

@@ -24,12 +24,14 @@ def samples(requires_grad: bool = False) -> dict[str, tuple]:
         "layer_norm": (x, v, v, EPS),
         "add_layer_norm": (x, tensor(2, 5, d), v, None, EPS),
         "linear": (x, w, v, "gelu", "none"),
-        "layer_norm_linear": (x, v, v, EPS, w, v),
+        "layer_norm_linear": (x, v, v, EPS, w, v, None, None),
         "layer_norm_qkv": (x, v, v, EPS, w, v, tensor(d, d), None, tensor(d, d), v),
-        "linear_residual": (x, w, v, tensor(2, 5, d), v, torch.randn(2), "gelu"),
-        "mlp": (x, v, v, EPS, tensor(64, d), tensor(64), tensor(d, 64), v, v, None, "gelu"),
-        "attention": (tensor(2, 5, 3, heads, 32), 0.2),
+        "linear_residual": (x, w, v, tensor(2, 5, d), v, torch.randn(2), "gelu", None),
+        "mlp": (x, v, v, EPS, tensor(64, d), tensor(64), tensor(d, 64), v, v, None, "gelu", None),
+        "attention": (tensor(2, 5, 3, heads, 32), 0.2, None),
         "attention_qkv": (tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), 0.2),
+        "readout_attention": (x, v, v, EPS, tensor(3 * d, d), tensor(3 * d), 2, heads, 0.2),
+        "readout_attention_qkv": (x, v, v, EPS, w, v, tensor(d, d), v, tensor(d, d), v, 1, heads, 0.2),
         "patch_embed": (tensor(2, 3, 8, 8), tensor(d, 3, 4, 4), v, tensor(1, 5, d), tensor(1, 1, d), *[None] * 5),
     }
 

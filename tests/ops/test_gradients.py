@@ -128,7 +128,7 @@ def test_only_the_gradients_asked_for_are_computed(chosen):
     """Frozen weights, linear probes: what is not asked for is not in the backward operator's answer."""
     x, vector, weight = torch.randn(2, 5, 64), torch.randn(64), torch.randn(64, 64)
     backward = torch.ops.deit_fast.linear_backward
-    found = backward(x, x, weight, vector, None, None, "none", [False, True, False, False])
+    found = backward(x, x, weight, vector, None, None, "none", None, [False, True, False, False])
     assert [tuple(g.shape) for g in found] == [(64, 64)]
     y = ops.layer_norm_linear(x, vector, vector, EPS, weight, vector.clone().requires_grad_())
     y.sum().backward()

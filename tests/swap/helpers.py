@@ -42,6 +42,18 @@ def operator_calls(run: Callable[[], object]) -> Counter[str]:
     return calls
 
 
+def block_calls(blocks: int, *, readout: bool = True, **others: int) -> dict[str, int]:
+    """What a narrow classifier calls without gradients: one patch embedding, its blocks' operators, one final norm.
+
+    With `readout` the last block is computed for the rows that are read alone.
+    """
+    calls = {"layer_norm_linear": blocks, "attention": blocks, "linear_residual": blocks, "mlp": blocks}
+    if readout:
+        calls |= {"layer_norm_linear": blocks - 1, "attention": blocks - 1, "readout_attention": 1}
+    calls |= {"patch_embed": 1, "layer_norm": 1} | others
+    return {op: count for op, count in calls.items() if count}
+
+
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """The gradient of every parameter that gets one; the model's are left as they were: none."""
     loss.backward()

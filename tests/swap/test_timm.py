@@ -14,6 +14,7 @@ from tests.swap.helpers import (
     LoraLinear,
     assert_close,
     assert_same_gradients,
+    block_calls,
     gradients,
     operator_calls,
     randomise,
@@ -41,11 +42,6 @@ def images(batch: int = 2, size: int = 32) -> torch.Tensor:
     return torch.randn(batch, 3, size, size)
 
 
-def block_calls(blocks: int, **others: int) -> dict[str, int]:
-    """What a narrow model calls: its blocks' operators, one patch embedding, one final norm."""
-    return {**{op: blocks * n for op, n in NARROW_BLOCK.items()}, "patch_embed": 1, "layer_norm": 1} | others
-
-
 def assert_swap_is_exact(model: nn.Module, x: torch.Tensor) -> None:
     """Stock, swapped and restored agree; swapped uses the operators and leaves parameters and keys alone."""
     classes = [type(module) for module in model.modules()]
@@ -60,7 +56,9 @@ def assert_swap_is_exact(model: nn.Module, x: torch.Tensor) -> None:
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
     calls = operator_calls(lambda: model(x))
-    assert calls["patch_embed"] == 1 and calls["attention"] == len(model.blocks)
+    whole = sum(reason is not None for reason in report.readout.values())
+    assert calls["patch_embed"] == 1 and calls["attention"] == len(model.blocks) - 1 + whole
+    assert calls["readout_attention"] == 1 - whole
     assert calls["layer_norm"] == 1, "a norm inside a block ran by itself"
     restore(model)
     assert [type(module) for module in model.modules()] == classes
@@ -475,7 +473,8 @@ def test_exported_graphs_hold_the_operators() -> None:
         program = torch.export.export(model, (x,))
         assert_close(program.module()(x), model(x))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count("deit_fast.attention.default") == 2
+    assert targets.count("deit_fast.attention.default") == 1
+    assert targets.count("deit_fast.readout_attention.default") == 1
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

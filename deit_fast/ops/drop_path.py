@@ -1,0 +1,106 @@
+"""Stochastic depth that skips what it drops (Huang et al. 2016): which samples a branch is computed for.
+
+`kept` [1 + B] int32 goes with the factors [B] of one branch: how many samples are kept, their indices in ascending
+order, then those of the dropped ones. Between where a branch reads the residual stream and where it writes it, its
+tensors are packed: kept sample i is at place i. Where the count must not be read by the host, they have room for all
+samples, and what lies past the kept ones is never read.
+"""
+
+import torch
+from torch import Tensor
+
+from deit_fast.kernels import drop_path as kernels
+from deit_fast.ops import checks
+from deit_fast.ops.registration import register
+
+
+def _stock(drop_path_scale: Tensor) -> Tensor:
+    dropped = drop_path_scale == 0
+    order = dropped.to(torch.uint8).argsort(stable=True)
+    return torch.cat((len(dropped) - dropped.sum(0, keepdim=True), order)).to(torch.int32)
+
+
+def _check(drop_path_scale: Tensor) -> None:
+    checks.floating("keep_samples", "drop_path_scale", drop_path_scale)
+    if drop_path_scale.ndim != 1:
+        raise ValueError(
+            f"deit_fast.keep_samples: drop_path_scale must have shape (batch,), got {tuple(drop_path_scale.shape)}"
+        )
+
+
+_keep_samples = register(
+    "keep_samples",
+    "(Tensor drop_path_scale) -> Tensor",
+    check=_check,
+    stock=_stock,
+    triton=kernels.keep_samples,
+    unsupported=checks.kernel_dtypes,
+    fake=lambda drop_path_scale: drop_path_scale.new_empty((1 + drop_path_scale.shape[0],), dtype=torch.int32),
+    autocast=lambda dtype, drop_path_scale: (drop_path_scale,),
+    save=lambda ctx, args, kept: ctx.mark_non_differentiable(kept),
+    backward=lambda ctx, grad: (None,),
+)
+
+
+def keep_samples(drop_path_scale: Tensor) -> Tensor:
+    """Factors [B], 0 for the dropped samples → `kept` [1 + B] int32, without a word to the host."""
+    return _keep_samples(drop_path_scale)
+
+
+def check_kept(op: str, x: Tensor, kept: Tensor | None) -> None:
+    """`kept` must fit `x` [B, ...]."""
+    if kept is None:
+        return
+    if kept.dtype is not torch.int32 or kept.shape != (1 + x.shape[0],):
+        raise ValueError(
+            f"deit_fast.{op}: kept must be int32 of shape ({1 + x.shape[0]},) for a batch of {x.shape[0]} "
+            f"(keep_samples), got {kept.dtype} {tuple(kept.shape)}"
+        )
+    checks.same_device(op, x, kept=kept)
+
+
+def known_count(kept: Tensor) -> int | None:
+    """How many samples are kept, where asking stops nobody: on the CPU, unless a graph is being traced."""
+    if kept.device.type == "cpu" and type(kept) is Tensor and not torch.compiler.is_compiling():
+        return count(kept)
+    return None
+
+
+def capacity(kept: Tensor) -> int:
+    """For how many samples packed tensors need room."""
+    known = known_count(kept)
+    return kept.shape[0] - 1 if known is None else known
+
+
+# The CPU path, which may read the count -----------------------------------------------------------------------------
+
+
+def count(kept: Tensor) -> int:
+    return int(kept[0])
+
+
+def gather(x: Tensor, kept: Tensor | None) -> Tensor:
+    """The kept samples of x [B, ...]."""
+    return x if kept is None else x.index_select(0, kept[1 : 1 + count(kept)])
+
+
+def filled(packed: Tensor, kept: Tensor | None) -> Tensor:
+    """The kept samples of a packed tensor that may have room for more."""
+    return packed if kept is None else packed[: count(kept)]
+
+
+def with_room(packed: Tensor, capacity: int) -> Tensor:
+    """`packed`, with room for `capacity` samples."""
+    if len(packed) == capacity:
+        return packed
+    roomy = packed.new_empty((capacity, *packed.shape[1:]))
+    roomy[: len(packed)] = packed
+    return roomy
+
+
+def scatter(packed: Tensor, kept: Tensor | None, batch: int) -> Tensor:
+    """The kept samples back at their places among `batch`, zeros at the others'."""
+    if kept is None:
+        return packed
+    full = packed.new_zeros((batch, *packed.shape[1:]))
+    return full.index_copy_(0, kept[1 : 1 + len(packed)].long(), packed)
