@@ -5,6 +5,8 @@ Both read timm's attribute names, so they serve `deit_fast.nn` and the swapped m
 `_modules` directly, which costs a tenth of attribute access.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -245,6 +247,19 @@ def readout_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
     scale = draw_drop_path_scale(modules.get("drop_path2"), rows, fc2.weight, gamma)
     activation = parts.gelu_name(mlp._modules["act"])
     return mlp_residual(rows, norm, fc1, fc2, gamma, DropPathDraw(scale), activation, memory_of(block))
+
+
+@contextmanager
+def reading(last_block: Module, rows: int) -> Iterator[None]:
+    """Within, no more than the first `rows` rows of `last_block`'s result are read, and it gives no more.
+
+    For swapped classes that ask for it: their `readout_rows` is 0 at all other times.
+    """
+    last_block.readout_rows = rows
+    try:
+        yield
+    finally:
+        last_block.readout_rows = 0
 
 
 def readout_unfusable(blocks: Module, norm: Module) -> str | None:

@@ -87,9 +87,8 @@ def _restore(modules: Iterator[Module]) -> None:
         rule = _swapped_rule(module)
         if rule is not None:
             _set_class(module, rule.swapped, rule.stock)
-            module.__dict__.pop("_deit_fast_memory", None)
-            module.__dict__.pop("_deit_fast_readout", None)
-            module.__dict__.pop("_deit_fast_readout_rows", None)
+            for name in ("_deit_fast_memory", "_deit_fast_readout", "_deit_fast_rows", "readout_rows"):
+                module.__dict__.pop(name, None)
 
 
 # Finding ----------------------------------------------------------------------------------------------------------

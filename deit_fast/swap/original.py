@@ -1,9 +1,9 @@
-"""The original DeiT repository: blocks and attention whose classes are the user's own files.
+"""The original DeiT repository: models, blocks and attention whose classes are the user's own files.
 
 No module can be named in advance, and the same names and layouts are found in many repositories with small changes.
 So a class is recognised by its parts (names of children and parameters), and then by what it computes: its forward
-is run once, on a tiny double-precision stand-in, against the formula. The swapped class is made on the spot from
-ours and the user's.
+is run once, on a tiny double-precision stand-in, against the formula; and a model's with NaN in the rows that a
+classifier should not read. The swapped class is made on the spot from ours and the user's.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from deit_fast.swap.rules import RULES, Rule, register, stock_method, stock_want
 
 _ATTENTION_PARTS = {"qkv", "attn_drop", "proj", "proj_drop"}
 _BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
+_CLASSIFIER_PARTS = {"patch_embed", "blocks", "norm", "head"}
 _WIDTH = 8
 _NOT_RECOGNISED: set[type] = set()
 
@@ -43,7 +44,7 @@ def _mixin(cls: type[Module], children: Set[str], parameters: Set[str]) -> type 
             return _Attention if _computes_attention(cls) else None
         if children == _BLOCK_PARTS and (not parameters or parameters == {"gamma_1", "gamma_2"}):
             return _Block if _computes_block(cls, layer_scale=bool(parameters)) else None
-    return None
+    return _Classifier if children >= _CLASSIFIER_PARTS else None
 
 
 def _combined(stock: type[Module], mixin: type) -> type[Module]:
@@ -57,7 +58,11 @@ def _combined(stock: type[Module], mixin: type) -> type[Module]:
         swapped = type(stock.__name__, (mixin, stock), body)
         if mixin is _Attention:
             parts.ATTENTIONS.add(swapped)
-        register(stock, swapped, block_unfusable if mixin is _Block else functional.attention_unfusable)
+            register(stock, swapped, functional.attention_unfusable)
+        elif mixin is _Block:
+            register(stock, swapped, block_unfusable)
+        else:
+            register(stock, swapped, readout_unfusable, readout_unfusable=readout_unfusable)
         rule = RULES[stock]
     return rule.swapped
 
@@ -73,7 +78,7 @@ class _Swapped:
 
     def __reduce_ex__(self, protocol: int):
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        mixin = _Block if isinstance(self, _Block) else _Attention
+        mixin = next(mixin for mixin in (_Attention, _Block, _Classifier) if isinstance(self, mixin))
         stock = next(rule.stock for base in type(self).__mro__ if (rule := RULES.get(base)))
         return (_blank, (stock, mixin), *state)
 
@@ -102,6 +107,8 @@ def block_unfusable(block: Module) -> str | None:
 
 
 class _Block(_Swapped):
+    readout_rows = 0
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._stock_forward(x)
@@ -110,19 +117,29 @@ class _Block(_Swapped):
         elif stock_wanted(x) or block_unfusable(self) is not None:
             return self._stock_forward(x)
         else:
-            return _block_forward(self, x)
+            return _block_forward(self, x, self.readout_rows)
 
 
-def _block_forward(block: Module, x: Tensor) -> Tensor:
-    """As `functional.block_forward`: here LayerScale's factors are the block's own, and one drop path serves both."""
+def _block_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
+    """As `functional.block_forward` and, with `readout_rows`, `readout_forward`.
+
+    Here LayerScale's factors are the block's own, and one drop path serves both halves.
+    """
     modules = block._modules
     norm, attn, drop_path = modules["norm1"], modules["attn"], modules["drop_path"]
     qkv, proj = attn._modules["qkv"], attn._modules["proj"]
     gamma = getattr(block, "gamma_1", None)
-    scale, kept, capacity = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
-    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
-    out, _ = ops.attention(packed.unflatten(-1, (3, attn.num_heads, -1)), attn.scale, kept)
-    x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
+    if readout_rows:
+        scale = functional.draw_drop_path_scale(drop_path, x, proj.weight, gamma)
+        out, x = ops.readout_attention(
+            x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, readout_rows, attn.num_heads, attn.scale
+        )
+        x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale)
+    else:
+        scale, kept, capacity = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
+        packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
+        out, _ = ops.attention(packed.unflatten(-1, (3, attn.num_heads, -1)), attn.scale, kept)
+        x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     mlp = modules["mlp"]._modules
     gamma = getattr(block, "gamma_2", None)
@@ -130,6 +147,74 @@ def _block_forward(block: Module, x: Tensor) -> Tensor:
     activation = parts.gelu_name(mlp["act"])
     memory = functional.memory_of(block)
     return functional.mlp_residual(x, modules["norm2"], mlp["fc1"], mlp["fc2"], gamma, drop_path, activation, memory)
+
+
+# Models: what they read after the last block ------------------------------------------------------------------------
+
+
+def readout_unfusable(model: Module) -> str | None:
+    """Why the last block is computed for all tokens in a call of the model, or None."""
+    if not functional.readout_wanted(model):
+        return "readout=False"
+    blocks = model._modules["blocks"]
+    last = (
+        next(reversed(blocks._modules.values()), None) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else None
+    )
+    if last is None or not hasattr(type(last), "readout_rows"):
+        return f"the last block is a {parts.class_name(blocks if last is None else last)}"
+    if "_deit_fast_rows" not in model.__dict__:
+        model.__dict__["_deit_fast_rows"] = _rows_read(model, blocks)
+    for name, module in (("sequence of blocks", blocks), ("last block", last), ("last norm", model._modules["norm"])):
+        reason = parts.touched(module)
+        if reason is not None:
+            return f"the {name} {reason}"
+    rule = next(rule for base in type(last).__mro__ if (rule := RULES.get(base)))
+    reason = rule.unfusable(last)
+    if reason is not None:
+        return f"the last block: {reason}"
+    return None if model.__dict__["_deit_fast_rows"] else "it reads more than one or two rows after the last block"
+
+
+def _rows_read(model: Module, blocks: Module) -> int:
+    """1 or 2 where the model's result needs no more than the first rows of the last block's, else 0.
+
+    Found by calling it on one grey image, its blocks passed through and the last one's other rows NaN.
+    """
+    size = getattr(model._modules["patch_embed"], "img_size", None)
+    parameter = next(model.parameters())
+    if not isinstance(size, tuple) or torch.compiler.is_compiling():
+        return 0
+    image = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
+    *others, last = blocks._modules.values()
+    try:
+        for block in others:
+            block.forward = lambda x: x
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            for rows in (1, 2):
+                last.forward = lambda x, rows=rows: torch.cat((x[:, :rows], torch.full_like(x[:, rows:], torch.nan)), 1)
+                result = model._stock_forward(image)
+                results = result if isinstance(result, tuple) else (result,)
+                if all(isinstance(r, Tensor) and torch.isfinite(r).all() for r in results):
+                    return rows
+    except Exception:  # whatever a class that is not ours to know does with such an image
+        return 0
+    finally:
+        for block in (*others, last):
+            block.__dict__.pop("forward", None)
+    return 0
+
+
+class _Classifier(_Swapped):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x)
+        elif not isinstance(self, _Classifier):
+            return type(self).forward(self, x)
+        elif stock_wanted(x) or readout_unfusable(self) is not None:
+            return self._stock_forward(x)
+        else:
+            with functional.reading(self.blocks[-1], self._deit_fast_rows):
+                return self._stock_forward(x)
 
 
 # What a class computes ----------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ class Mlp(StockMlp):
 
 
 class Block(vision_transformer.Block):
+    # Set where a model that is not timm's reads no more of the last block (`functional.reading`).
+    readout_rows = 0
     _stock_forward = stock_method(vision_transformer.Block.forward)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -79,6 +81,8 @@ class Block(vision_transformer.Block):
             return type(self).forward(self, x, attn_mask, is_causal)
         elif attn_mask is not None or is_causal or stock_wanted(x) or functional.block_unfusable(self) is not None:
             return self._stock_forward(x, attn_mask, is_causal)
+        elif self.readout_rows > 0:
+            return functional.readout_forward(self, x, self.readout_rows)
         else:
             return functional.block_forward(self, x)
 

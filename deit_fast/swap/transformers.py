@@ -20,7 +20,7 @@ from transformers.utils import output_capturing
 
 from deit_fast import ops
 from deit_fast.nn import parts
-from deit_fast.nn.functional import NO_DROP_PATH, memory_of, mlp_linears, mlp_residual, readout_wanted
+from deit_fast.nn.functional import NO_DROP_PATH, memory_of, mlp_linears, mlp_residual, reading, readout_wanted
 from deit_fast.swap.rules import register, stock_wanted
 
 for _library, _prefix in ((modeling_deit, "DeiT"), (modeling_vit, "ViT")):
@@ -237,16 +237,13 @@ def _call_with_readout(classifier: Module, readout_rows: int, forward: Callable,
     if readout_unfusable(classifier) is not None:
         return forward(*args, **kwargs)
     last = classifier._modules[classifier.base_model_prefix]._modules["layers"][-1]
-    last._deit_fast_readout_rows = readout_rows
-    try:
+    with reading(last, readout_rows):
         return forward(*args, **kwargs)
-    finally:
-        last._deit_fast_readout_rows = 0
 
 
 def _readout_rows(layer: Module) -> int:
     """How many rows of this call's result are read; 0 for all."""
-    rows = getattr(layer, "_deit_fast_readout_rows", 0)
+    rows = layer.readout_rows
     return rows if rows and _touched(layer, "hidden_states") is None else 0
 
 
@@ -372,6 +369,8 @@ def _runs_layer(layer: Module, x: object, attention_mask: Tensor | None, kwargs:
 
 
 class DeiTLayer(modeling_deit.DeiTLayer):
+    readout_rows = 0
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         if not isinstance(self, DeiTLayer):
             return type(self).forward(self, hidden_states, attention_mask, **kwargs)
@@ -382,6 +381,8 @@ class DeiTLayer(modeling_deit.DeiTLayer):
 
 
 class ViTLayer(modeling_vit.ViTLayer):
+    readout_rows = 0
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         if not isinstance(self, ViTLayer):
             return type(self).forward(self, hidden_states, attention_mask, **kwargs)

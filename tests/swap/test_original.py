@@ -44,7 +44,7 @@ def test_both_blocks_agree_and_are_restored_bitwise(block: type[nn.Module]) -> N
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == keys
     assert isinstance(model.blocks[0], block) and type(model.blocks[0]).__name__ == block.__name__
-    assert operator_calls(lambda: model(x)) == block_calls(2, readout=False)
+    assert operator_calls(lambda: model(x)) == block_calls(2)
     restore(model)
     assert [type(module) for module in model.modules()] == classes
     with torch.inference_mode():
@@ -58,10 +58,40 @@ def test_the_distilled_model_agrees_and_keeps_its_own_embedding() -> None:
         stock = model(x)
         report = swap(model)
         assert_close(model(x), stock)
-    assert report.kept == {
-        "": "DistilledVisionTransformer is a subclass of VisionTransformer with code of its own",
-    }
+    assert not report.kept and report.readout == {"": None}
+    assert operator_calls(lambda: model(x)) == block_calls(2)
+
+
+class MeanPooled(DeiT3):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed(x) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def test_a_model_that_reads_every_row_gets_every_row() -> None:
+    model, x = randomise(MeanPooled()).eval(), images()
+    with torch.inference_mode():
+        stock = model(x)
+        report = swap(model)
+        assert_close(model(x), stock)
+    reason = "it reads more than one or two rows after the last block"
+    assert report.readout == report.kept == {"": reason}
     assert operator_calls(lambda: model(x)) == block_calls(2, readout=False)
+
+
+def test_what_is_asked_of_a_block_by_itself_is_all_its_rows() -> None:
+    model, tokens = deit3(), torch.randn(2, 17, 64)
+    swap(model)
+    model(images())
+    assert model.blocks[-1](tokens).shape == tokens.shape
+    with pytest.raises(ValueError, match="the weight takes 3 channels"):
+        model(torch.randn(2, 5, 32, 32))
+    assert model.blocks[-1](tokens).shape == tokens.shape
+    restore(model)
+    assert not any("readout_rows" in module.__dict__ for module in model.modules())
 
 
 def test_training_gives_stock_outputs_masks_and_gradients() -> None:
@@ -105,7 +135,7 @@ def test_active_attention_dropout_runs_the_users_attention() -> None:
     assert report.kept["blocks.0"] == "attn: dropout is active"
     assert_close(results[1], results[0])
     model.eval()
-    assert operator_calls(lambda: model(x)) == block_calls(2, readout=False)
+    assert operator_calls(lambda: model(x)) == block_calls(2)
 
 
 def test_hooks_on_inner_modules_fire() -> None:
