@@ -226,14 +226,15 @@ def _readout_chunk(width: int) -> int:
 
 @lru_cache(maxsize=256)
 def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
-    warps = 4 if width <= 192 or is_amd(arch) and width > 384 else 8
+    warps = 4 if width <= 192 or (is_amd(arch) and width > 384) else 8
     return ReadoutTile(16, 32 if width <= 384 else 16, _readout_chunk(width), warps, 1)
 
 
 @lru_cache(maxsize=256)
 def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
     """The tokens are a program's."""
-    return ReadoutTile(16, 32 if width <= 768 else 16, _readout_chunk(width), 8, 1)
+    tokens = 32 if width <= (768 if itemsize == 2 else 192) else 16
+    return ReadoutTile(16, tokens, _readout_chunk(width), 8, 1)
 
 
 @lru_cache(maxsize=256)

@@ -18,6 +18,8 @@ from deit_fast.kernels import launch
 from deit_fast.kernels.layout import dense, unit_stride
 
 _WIDEST = 1280
+# Split into what TF32 multiplies, wider rows fit neither in registers nor in 99 KiB of shared memory.
+_WIDEST_FLOAT32 = 512
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -196,8 +198,10 @@ def add_dots(tiles, weights, rows, CHUNKS: tl.constexpr, PRECISION: tl.constexpr
     return added
 
 
-def unsupported(width: int) -> str | None:
-    return f"rows of {width} do not fit on chip (at most {_WIDEST})" if width > _WIDEST else None
+def unsupported(width: int, dtype: torch.dtype | None = None) -> str | None:
+    """`dtype`: that of the dots; where not given, 16 bits."""
+    widest = _WIDEST_FLOAT32 if dtype is torch.float32 else _WIDEST
+    return f"rows of {width} do not fit on chip (at most {widest})" if width > widest else None
 
 
 def readout(
