@@ -1,7 +1,7 @@
-"""Operator calls and boundary bytes a transformer block, stock and swapped, counted at the dispatcher.
+"""Operator calls, boundary bytes and FLOPs of stock and swapped models, counted at the dispatcher.
 
     python -m bench.traffic [--libraries timm,transformers,deit_fast] [--models tiny,small,base]
-                            [--suites inference,training] [--batch 32] [--json FILE]
+                            [--suites inference,training,drop-path] [--batch 32] [--json FILE]
 
 A count on the CPU with the stock backend, whose operator boundaries are the kernels': no GPU is measured.
 Every operator call that reaches the dispatcher counts, with the bytes of its distinct tensor inputs and
@@ -13,11 +13,17 @@ Bytes are a token's, in units of D (the width). Two senses:
 - model: the whole model's inference, weights included, divided by its 12 blocks. Patch embedding, last norm
   and heads are spread over the blocks, and the weights over this batch's tokens.
 - block: one block more (a model of two blocks less a model of one), weights left out: what a large batch
-  tends to.
+  tends to. The last block, of which a classifier reads the first rows alone, is in 'model' only.
 
 Training is one forward and backward with drop path off. Its bytes grow in proportion to the batch, so they are
 counted at batches of 1 and 2: the increment is a token's ('block'), the rest is weights and their gradients.
 'Saved' is what autograd keeps for backward, an image's.
+
+FLOPs are an image's, of the whole model: two a multiply-add of every matrix product, by torch's formulas and those of
+`deit_fast.ops.flops`, and what backward computes again counts. '× stock' divides by stock's of the same run.
+
+The drop path suite is a training step of timm's models with the drop paths of their published recipes, float32, the
+mean over ten seeds. How it is counted stands in `bench.recipes`.
 """
 
 import argparse
@@ -33,10 +39,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.models import DEPTH, LIBRARIES, SIZES, TOKENS, build, choices, images
+from bench.flops import flop_counter
+from bench.models import DEPTH, LIBRARIES, SIZES, TOKENS, build, choices, images, summed
+from bench.recipes import RECIPES, SEEDS, work
 
 PRECISIONS = ("bf16", "autocast-bf16")
-SUITES = ("inference", "training")
+SUITES = ("inference", "training", "drop-path")
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 
@@ -99,7 +107,7 @@ def distinct_bytes(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes are a token and block, in units of D. operators: calls of one block by name.
+    """Bytes are a token and block, in units of D; flops an image's. operators: calls of one block by name.
 
     `weights_model` holds for the batch it was counted at: the weights' bytes are spread over its tokens.
     """
@@ -109,6 +117,7 @@ class Traffic:
     activations_model: float
     weights_model: float
     activations_block: float
+    flops: float
     operators: dict[str, int]
 
     @property
@@ -121,7 +130,7 @@ def measure(make_model: Callable[[int], nn.Module], width: int, precision: str, 
 
     make_model: depth -> model in float32. precision: "bf16" (the whole model cast) or "autocast-bf16".
     """
-    one, two = (_count(make_model(depth), precision, batch) for depth in (1, 2))
+    (one, flops_one), (two, flops_two) = (_count(make_model(depth), precision, batch) for depth in (1, 2))
     token_bytes = batch * TOKENS * width
 
     def whole(first: int, second: int) -> float:
@@ -133,19 +142,20 @@ def measure(make_model: Callable[[int], nn.Module], width: int, precision: str, 
         activations_model=whole(one.activation_bytes, two.activation_bytes) / token_bytes,
         weights_model=whole(one.weight_bytes, two.weight_bytes) / token_bytes,
         activations_block=(two.activation_bytes - one.activation_bytes) / token_bytes,
+        flops=whole(flops_one, flops_two) * DEPTH / batch,
         operators=dict(two.calls - one.calls),
     )
 
 
-def _count(model: nn.Module, precision: str, batch: int) -> TrafficCounter:
+def _count(model: nn.Module, precision: str, batch: int) -> tuple[TrafficCounter, int]:
     pure = precision == "bf16"
     dtype = torch.bfloat16 if pure else torch.float32
     model, pixels = model.to(dtype), images(batch, dtype)
     counter = TrafficCounter([*model.parameters(), *model.buffers()])
     autocast = nullcontext() if pure else torch.autocast("cpu", torch.bfloat16)
-    with torch.no_grad(), autocast, counter:
+    with torch.no_grad(), autocast, counter, flop_counter() as flops:
         model(pixels)
-    return counter
+    return counter, flops.get_total_flops()
 
 
 @dataclass(frozen=True)
@@ -157,14 +167,16 @@ class Training:
     bytes_model: float
     bytes_block: float
     saved_image: float
+    flops: float
     operators: dict[str, int]
 
 
 def measure_training(make_model: Callable[[int], nn.Module], width: int, precision: str, batch: int) -> Training:
     """Traffic of one training step of the 12-block model, at `batch`."""
     counts = {(depth, n): _count_training(make_model(depth), precision, n) for depth in (1, 2) for n in (1, 2)}
-    byte_counts = {key: count.activation_bytes + count.weight_bytes for key, (count, _) in counts.items()}
-    saved = {key: saved for key, (_, saved) in counts.items()}
+    byte_counts = {key: count.activation_bytes + count.weight_bytes for key, (count, _, _) in counts.items()}
+    saved = {key: saved for key, (_, saved, _) in counts.items()}
+    flops = {key: flops for key, (_, _, flops) in counts.items()}
 
     def whole(values: dict, n: int) -> float:
         return values[1, n] + (DEPTH - 1) * (values[2, n] - values[1, n])
@@ -181,11 +193,12 @@ def measure_training(make_model: Callable[[int], nn.Module], width: int, precisi
         bytes_model=at_batch / DEPTH / (batch * TOKENS * width),
         bytes_block=(block[1] - block[0]) / (TOKENS * width),
         saved_image=an_image(saved) / 2**20,
+        flops=an_image(flops),
         operators=dict(two - one),
     )
 
 
-def _count_training(model: nn.Module, precision: str, batch: int) -> tuple[TrafficCounter, int]:
+def _count_training(model: nn.Module, precision: str, batch: int) -> tuple[TrafficCounter, int, int]:
     pure = precision == "bf16"
     dtype = torch.bfloat16 if pure else torch.float32
     model, pixels = model.train().to(dtype), images(batch, dtype)
@@ -200,13 +213,11 @@ def _count_training(model: nn.Module, precision: str, batch: int) -> tuple[Traff
 
     counter = TrafficCounter(weights)
     autocast = nullcontext() if pure else torch.autocast("cpu", torch.bfloat16)
-    with counter:
+    with counter, flop_counter() as flops:
         with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(pixels)
-            logits = getattr(logits, "logits", logits)
-            loss = sum(each.sum() for each in logits) if isinstance(logits, tuple) else logits.sum()
+            loss = summed(model(pixels))
         loss.backward()
-    return counter, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return counter, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), flops.get_total_flops()
 
 
 def maker(library: str, size: str, swapped: bool, memory: str = "balanced") -> Callable[[int], nn.Module]:
@@ -242,16 +253,26 @@ def rows(libraries: list[str], sizes: list[str], batch: int) -> list[dict]:
     return table
 
 
+def flops_columns(row: dict, table: list[dict]) -> str:
+    """GFLOPs an image, and the ratio to stock's in the same table."""
+    alike = ("library", "model", "precision")
+    stock = [r for r in table if r["variant"] == "stock" and all(r[key] == row[key] for key in alike)]
+    ratio = f"{row['flops'] / stock[0]['flops']:.3f}" if stock else ""
+    return f"{row['flops'] / 1e9:.2f} | {ratio}"
+
+
 def markdown(table: list[dict]) -> str:
     lines = [
-        "| library | model | precision | | calls a block | calls, model | D bytes a block | D bytes, model |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "| library | model | precision | | calls a block | calls, model | D bytes a block | D bytes, model "
+        "| GFLOPs | × stock |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in table:
         lines.append(
             f"| {row['library']} | {row['model']} | {row['precision']} | {row['variant']} "
             f"| {row['calls_block']} | {row['calls_model']:.1f} "
-            f"| {row['activations_block']:.1f} | {row['activations_model'] + row['weights_model']:.1f} |"
+            f"| {row['activations_block']:.1f} | {row['activations_model'] + row['weights_model']:.1f} "
+            f"| {flops_columns(row, table)} |"
         )
     return "\n".join(lines)
 
@@ -279,14 +300,42 @@ def training_rows(libraries: list[str], sizes: list[str], batch: int) -> list[di
 def training_markdown(table: list[dict]) -> str:
     lines = [
         "| library | model | precision | | calls a block | calls, model | D bytes a block | D bytes, model "
-        "| saved MiB |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
+        "| saved MiB | GFLOPs | × stock |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in table:
         lines.append(
             f"| {row['library']} | {row['model']} | {row['precision']} | {row['variant']} "
             f"| {row['calls_block']} | {row['calls_model']:.1f} "
-            f"| {row['bytes_block']:.1f} | {row['bytes_model']:.1f} | {row['saved_image']:.1f} |"
+            f"| {row['bytes_block']:.1f} | {row['bytes_model']:.1f} | {row['saved_image']:.1f} "
+            f"| {flops_columns(row, table)} |"
+        )
+    return "\n".join(lines)
+
+
+def drop_path_rows(batch: int) -> list[dict]:
+    """Every recipe: the FLOPs of its training step, stock and swapped."""
+    table = []
+    for recipe in RECIPES.values():
+        found = work(recipe, batch)
+        table.append({**asdict(recipe), "drop_path": recipe.drop_path, "batch": batch, **asdict(found)})
+    return table
+
+
+def drop_path_markdown(table: list[dict]) -> str:
+    lines = [
+        "| timm model | drop path | branch samples kept | GFLOPs, stock | left out by readout | left out by drop path "
+        "| computed | × stock | by seed |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in table:
+        stock, swapped, seeds = row["stock"], row["without_drop_path"], row["with_drop_path"]
+        mean = sum(seeds) / len(seeds)
+        gflops = (flops / row["batch"] / 1e9 for flops in (stock, stock - swapped, swapped - mean, mean))
+        lines.append(
+            f"| {row['name']} | {row['drop_path']} | {row['kept']:.1%} "
+            f"| {' | '.join(f'{value:.2f}' for value in gflops)} | {mean / stock:.3f} "
+            f"| {min(seeds) / stock:.3f} to {max(seeds) / stock:.3f} |"
         )
     return "\n".join(lines)
 
@@ -321,6 +370,13 @@ def main() -> None:
     if "training" in suites:
         found["training"] = training_rows(libraries, sizes, arguments.batch)
         print(f"\nTraining step, drop path off\n\n{training_markdown(found['training'])}")
+    if "drop-path" in suites:
+        found["drop-path"] = drop_path_rows(arguments.batch)
+        print(
+            f"\nTraining step with the recipes' drop paths, swapped, mean of {SEEDS} seeds; GFLOPs an image\n"
+            "(whole models, real masks; matrix products counted from their shapes and not computed)\n\n"
+            f"{drop_path_markdown(found['drop-path'])}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
