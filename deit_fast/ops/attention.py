@@ -45,6 +45,7 @@ def _check_attention(qkv: Tensor, scale: float, kept: Tensor | None) -> None:
         raise ValueError(
             f"deit_fast.attention: qkv must have shape [batch, tokens, 3, heads, head_dim], got {tuple(qkv.shape)}"
         )
+    drop_path.check_packed("attention", qkv, kept)
 
 
 def _check_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:

@@ -59,6 +59,23 @@ def check_kept(op: str, x: Tensor, kept: Tensor | None) -> None:
     checks.same_device(op, x, kept=kept)
 
 
+def check_packed(op: str, packed: Tensor, kept: Tensor | None) -> None:
+    """`kept` must fit a packed tensor: be of a batch no smaller than what it has room for."""
+    if kept is None:
+        return
+    if kept.dtype is not torch.int32 or kept.ndim != 1 or kept.shape[0] <= packed.shape[0]:
+        raise ValueError(
+            f"deit_fast.{op}: kept must be int32 of shape (1 + batch,) for a batch of {packed.shape[0]} or more "
+            f"(keep_samples), got {kept.dtype} {tuple(kept.shape)}"
+        )
+    checks.same_device(op, packed, kept=kept)
+
+
+def check_capacity(op: str, x: Tensor, kept: Tensor | None, capacity: int | None) -> None:
+    if kept is not None and not 0 <= capacity <= x.shape[0]:
+        raise ValueError(f"deit_fast.{op}: capacity must be from 0 to the batch of {x.shape[0]}, got {capacity}")
+
+
 def known_count(kept: Tensor) -> int | None:
     """How many samples are kept, where asking stops nobody: on the CPU, unless a graph is being traced."""
     if kept.device.type == "cpu" and type(kept) is Tensor and not torch.compiler.is_compiling():

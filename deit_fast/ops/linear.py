@@ -153,6 +153,7 @@ def _check_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept,
     check_linear(op, x, weight, bias)
     check_norm(op, x, norm_weight, norm_bias)
     drop_path.check_kept(op, x, kept)
+    drop_path.check_capacity(op, x, kept, capacity)
 
 
 def _fake_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity):
@@ -213,10 +214,13 @@ def layer_norm_linear(
 
     x [..., K], norm_weight and norm_bias [K], weight [N, K], bias [N] → [..., N] in the weight's dtype.
 
-    With `kept` (`keep_samples`) for the kept samples of x [B, ...] alone: packed, with room for `capacity` samples.
+    With `kept` (`keep_samples`) for the kept samples of x [B, ...] alone: packed, with room for `capacity` samples
+    (by default for all where the count must not be read).
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("layer_norm_linear", x, weight)
+    if kept is not None and capacity is None:
+        capacity = drop_path.capacity(kept)
     return _layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity)
 
 
