@@ -5,7 +5,7 @@ Both read timm's attribute names, so they serve `deit_fast.nn` and the swapped m
 `_modules` directly, which costs a tenth of attribute access.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -144,6 +144,36 @@ def draw_drop_path(drop_path: Module | None, x: Tensor, weight: Tensor, layer_sc
     return DropPathDraw(scale, kept, x.shape[0] if count is None else count)
 
 
+@contextmanager
+def drawn_ahead(blocks: Sequence[Module], x: Tensor) -> Iterator[None]:
+    """Within, `blocks` keep no room for the samples that drop path drops: one host read, of all counts together.
+
+    Every drop path is drawn here, in the order in which the blocks would; so only where nothing else that is random
+    comes between: blocks that are all fused, not checkpointed.
+    """
+    draws = []
+    for block in blocks:
+        modules = block._modules
+        for i, weight in ((1, modules["attn"]._modules["proj"].weight), (2, modules["mlp"]._modules["fc2"].weight)):
+            draws.append(draw_drop_path(modules.get(f"drop_path{i}"), x, weight, _gamma(modules.get(f"ls{i}"))))
+    counted = [i for i, draw in enumerate(draws) if draw.kept is not None]
+    if counted:
+        counts = torch.stack([draws[i].kept[0] for i in counted]).tolist()
+        for i, count in zip(counted, counts, strict=True):
+            draws[i] = draws[i]._replace(capacity=count)
+    try:
+        for i, block in enumerate(blocks):
+            block.__dict__["_deit_fast_drawn"] = (draws[2 * i], draws[2 * i + 1])
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("_deit_fast_drawn", None)
+
+
+def _drawn(block: Module) -> tuple[DropPathDraw | None, DropPathDraw | None]:
+    return block.__dict__.get("_deit_fast_drawn", (None, None))
+
+
 def draw_drop_path_scale(
     drop_path: Module | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None
 ) -> Tensor | None:
@@ -212,7 +242,8 @@ def block_forward(block: Module, x: Tensor) -> Tensor:
     norm, attn = modules["norm1"], modules["attn"]
     qkv, proj = attn._modules["qkv"], attn._modules["proj"]
     gamma = _gamma(modules.get("ls1"))
-    scale, kept, capacity = draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
+    first, second = _drawn(block)
+    scale, kept, capacity = first or draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
     packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
     out = _attend(packed, attn, kept)
     x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
@@ -220,7 +251,7 @@ def block_forward(block: Module, x: Tensor) -> Tensor:
     norm, mlp = modules["norm2"], modules["mlp"]
     fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
     gamma = _gamma(modules.get("ls2"))
-    drop_path = draw_drop_path(modules.get("drop_path2"), x, fc2.weight, gamma)
+    drop_path = second or draw_drop_path(modules.get("drop_path2"), x, fc2.weight, gamma)
     activation = parts.gelu_name(mlp._modules["act"])
     return mlp_residual(x, norm, fc1, fc2, gamma, drop_path, activation, memory_of(block))
 
@@ -234,7 +265,8 @@ def readout_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
     norm, attn = modules["norm1"], modules["attn"]
     qkv, proj = attn._modules["qkv"], attn._modules["proj"]
     gamma = _gamma(modules.get("ls1"))
-    scale = draw_drop_path_scale(modules.get("drop_path1"), x, proj.weight, gamma)
+    first, second = _drawn(block)
+    scale = first.scale if first else draw_drop_path_scale(modules.get("drop_path1"), x, proj.weight, gamma)
     out, rows = ops.readout_attention(
         x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, readout_rows, attn.num_heads, attn.scale
     )
@@ -244,7 +276,7 @@ def readout_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
     fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
     gamma = _gamma(modules.get("ls2"))
     # So few rows are not worth gathering.
-    scale = draw_drop_path_scale(modules.get("drop_path2"), rows, fc2.weight, gamma)
+    scale = second.scale if second else draw_drop_path_scale(modules.get("drop_path2"), rows, fc2.weight, gamma)
     activation = parts.gelu_name(mlp._modules["act"])
     return mlp_residual(rows, norm, fc1, fc2, gamma, DropPathDraw(scale), activation, memory_of(block))
 
@@ -283,6 +315,11 @@ def readout_unfusable(blocks: Module, norm: Module) -> str | None:
 def readout_wanted(model: Module) -> bool:
     """Whether `model` may compute its last block for the rows it reads alone (`deit_fast.swap`)."""
     return model.__dict__.get("_deit_fast_readout", True)
+
+
+def compact(model: Module) -> bool:
+    """Whether `model` may wait for the device once a step, to keep no room for dropped samples (`deit_fast.swap`)."""
+    return model.__dict__.get("_deit_fast_compact", False)
 
 
 def memory_of(block: Module) -> str:

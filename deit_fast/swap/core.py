@@ -21,8 +21,13 @@ _SUPPORTED = (
     "and the models of the original DeiT repository"
 )
 
+# What a swapped module may carry beside its class.
+_OPTIONS = ("_deit_fast_memory", "_deit_fast_readout", "_deit_fast_compact", "_deit_fast_rows", "readout_rows")
 
-def swap(model: Module, *, memory: str = "balanced", readout: bool = True) -> SwapReport:
+
+def swap(
+    model: Module, *, memory: str = "balanced", readout: bool = True, compact_drop_path: bool = False
+) -> SwapReport:
     """Puts `model`'s modules on the fused operators, in place.
 
     Parameters, buffers, names, hooks and `state_dict` stay as they are; only `__class__` changes. A block runs whole
@@ -35,6 +40,11 @@ def swap(model: Module, *, memory: str = "balanced", readout: bool = True) -> Sw
 
     readout: a classifier reads only the CLS (and distillation) row of its last block, so only those rows are computed
     there, with the same values and gradients. False: the last block is computed whole.
+
+    compact_drop_path: with stochastic depth only the kept samples are computed in any case. On a GPU their tensors
+    have room for all samples, so that the host never waits. True: one read a step, before the first block, of how
+    many each branch keeps, and no room for more: saved memory falls with the drop rate (timm's models; not where
+    blocks are checkpointed or compiled). On a CPU it is always so.
 
     Raises:
         ValueError: nothing in `model` is known, or no such `memory`.
@@ -52,6 +62,7 @@ def swap(model: Module, *, memory: str = "balanced", readout: bool = True) -> Sw
             _set_class(module, rule.stock, rule.swapped)
         module.__dict__["_deit_fast_memory"] = memory
         module.__dict__["_deit_fast_readout"] = readout
+        module.__dict__["_deit_fast_compact"] = compact_drop_path
     report = SwapReport()
     with _as_gathered(model):
         for name, (module, rule) in found.items():
@@ -72,10 +83,12 @@ def restore(model: Module) -> None:
 
 
 @contextmanager
-def swapped(model: Module, *, memory: str = "balanced", readout: bool = True) -> Iterator[SwapReport]:
+def swapped(
+    model: Module, *, memory: str = "balanced", readout: bool = True, compact_drop_path: bool = False
+) -> Iterator[SwapReport]:
     """`swap` for the length of a `with` block; what was swapped before stays swapped after it."""
     before = {module for module in model.modules() if _swapped_rule(module)}
-    report = swap(model, memory=memory, readout=readout)
+    report = swap(model, memory=memory, readout=readout, compact_drop_path=compact_drop_path)
     try:
         yield report
     finally:
@@ -87,7 +100,7 @@ def _restore(modules: Iterator[Module]) -> None:
         rule = _swapped_rule(module)
         if rule is not None:
             _set_class(module, rule.swapped, rule.stock)
-            for name in ("_deit_fast_memory", "_deit_fast_readout", "_deit_fast_rows", "readout_rows"):
+            for name in _OPTIONS:
                 module.__dict__.pop(name, None)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as module_globals
+from torch.utils.module_tracker import ModuleTracker
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ def stock_method(method: FunctionType) -> FunctionType:
     return copy
 
 
+def _watched(hooks: dict) -> bool:
+    """Whether anybody watches every module's calls, other than torch's counters that only want to know where they are.
+
+    FlopCounterMode is one: it shall count what is computed.
+    """
+    return bool(hooks) and any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks.values())
+
+
 def stock_wanted(x: object) -> bool:
     """Whether this call must run stock code whatever the module is: tracing, ONNX export, hooks on every module."""
     return (
@@ -66,8 +75,8 @@ def stock_wanted(x: object) -> bool:
         or torch.jit.is_tracing()
         # The exporter compiles, and asking it directly costs 2 µs.
         or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
-        or bool(module_globals._global_forward_hooks)
-        or bool(module_globals._global_forward_pre_hooks)
+        or _watched(module_globals._global_forward_hooks)
+        or _watched(module_globals._global_forward_pre_hooks)
         or bool(module_globals._global_backward_hooks)
         or bool(module_globals._global_backward_pre_hooks)
     )

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import timm
 import torch
@@ -183,13 +184,27 @@ def readout_unfusable(model: Module) -> str | None:
 
 def _logits(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     prefix, x = model.num_prefix_tokens, _embed(model, images)
-    if attn_mask is None and not is_causal and readout_unfusable(model) is None:
-        *blocks, last = model.blocks
-        x = functional.readout_forward(last, _run(model, blocks, x, None, False), prefix)
-    else:
-        # LayerNorm works by rows: what is left out changes nothing.
-        x = _run(model, model.blocks, x, attn_mask, is_causal)[:, :prefix].contiguous()
+    with _drawn_ahead(model, x):
+        if attn_mask is None and not is_causal and readout_unfusable(model) is None:
+            *blocks, last = model.blocks
+            x = functional.readout_forward(last, _run(model, blocks, x, None, False), prefix)
+        else:
+            # LayerNorm works by rows: what is left out changes nothing.
+            x = _run(model, model.blocks, x, attn_mask, is_causal)[:, :prefix].contiguous()
     return model.forward_head(model.norm(x))
+
+
+def _drawn_ahead(model: Module, x: Tensor) -> AbstractContextManager:
+    blocks = list(model.blocks)
+    if (
+        functional.compact(model)
+        and model.training
+        and not model.grad_checkpointing
+        and not torch.compiler.is_compiling()
+        and all(parts.unfusable(b, parts.BLOCKS) is None and functional.block_unfusable(b) is None for b in blocks)
+    ):
+        return functional.drawn_ahead(blocks, x)
+    return nullcontext()
 
 
 def _embed(model: Module, images: Tensor) -> Tensor:
