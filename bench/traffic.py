@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.flops import flop_counter
+from bench.flops import WithoutProducts, flop_counter
 from bench.models import DEPTH, LIBRARIES, SIZES, TOKENS, build, choices, images, summed
 from bench.recipes import RECIPES, SEEDS, work
 
@@ -153,7 +153,7 @@ def _count(model: nn.Module, precision: str, batch: int) -> tuple[TrafficCounter
     model, pixels = model.to(dtype), images(batch, dtype)
     counter = TrafficCounter([*model.parameters(), *model.buffers()])
     autocast = nullcontext() if pure else torch.autocast("cpu", torch.bfloat16)
-    with torch.no_grad(), autocast, counter, flop_counter() as flops:
+    with WithoutProducts(), torch.no_grad(), autocast, counter, flop_counter() as flops:
         model(pixels)
     return counter, flops.get_total_flops()
 
@@ -213,7 +213,7 @@ def _count_training(model: nn.Module, precision: str, batch: int) -> tuple[Traff
 
     counter = TrafficCounter(weights)
     autocast = nullcontext() if pure else torch.autocast("cpu", torch.bfloat16)
-    with counter, flop_counter() as flops:
+    with WithoutProducts(), counter, flop_counter() as flops:
         with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = summed(model(pixels))
         loss.backward()
