@@ -5,6 +5,7 @@ Both read timm's attribute names, so they serve `deit_fast.nn` and the swapped m
 `_modules` directly, which costs a tenth of attribute access.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -285,13 +286,31 @@ def readout_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
 def reading(last_block: Module, rows: int) -> Iterator[None]:
     """Within, no more than the first `rows` rows of `last_block`'s result are read, and it gives no more.
 
-    For swapped classes that ask for it: their `readout_rows` is 0 at all other times.
+    For swapped classes that ask for it (`rows_read`): their `readout_rows` is None at all other times.
     """
-    last_block.readout_rows = rows
+    last_block.readout_rows = (rows, _caller())
     try:
         yield
     finally:
-        last_block.readout_rows = 0
+        last_block.readout_rows = None
+
+
+def rows_read(block: Module) -> int:
+    """How many rows of this call's result are read; 0 for all."""
+    if block.readout_rows is None:
+        return 0
+    rows, caller = block.readout_rows
+    return rows if caller == _caller() else 0
+
+
+def _caller() -> tuple | None:
+    """What is another in another thread, and in a checkpoint: its block is called again when `reading` is over.
+
+    None while compiling, where one graph holds both calls.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return threading.get_ident(), torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def readout_unfusable(blocks: Module, norm: Module) -> str | None:

@@ -122,8 +122,8 @@ def _save(ctx, args, outputs):
     ctx.eps, ctx.heads, ctx.scale = eps, heads, scale
 
 
-def _differentiate(ctx, grad, residual_grad, weights, biases, needs):
-    x, norm_weight, norm_bias, q, absorbed, summed, log_sum_exp, *_ = ctx.saved_tensors
+def _differentiate(ctx, grad, residual_grad, saved, weights, biases, needs):
+    x, norm_weight, norm_bias, q, absorbed, summed, log_sum_exp = saved
     if grad is None:
         grad = torch.zeros_like(q)
     found = readout_attention_backward(
@@ -134,20 +134,22 @@ def _differentiate(ctx, grad, residual_grad, weights, biases, needs):
 
 
 def _backward(ctx, grad, residual_grad, *_):
-    weight, bias = ctx.saved_tensors[7:]
+    # Asked for once: a checkpoint gives them no second time.
+    *saved, weight, bias = ctx.saved_tensors
     weights, biases = _split(weight, bias)
     wanted = ctx.needs_input_grad
     needs = [*wanted[:3], *[wanted[4]] * 3, *[wanted[5]] * 3]
-    dx, dnorm_weight, dnorm_bias, *rest = _differentiate(ctx, grad, residual_grad, weights, biases, needs)
+    dx, dnorm_weight, dnorm_bias, *rest = _differentiate(ctx, grad, residual_grad, saved, weights, biases, needs)
     dweight, dbias = (torch.cat(part) if part[0] is not None else None for part in (rest[:3], rest[3:]))
     return dx, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None, None
 
 
 def _backward_qkv(ctx, grad, residual_grad, *_):
-    projections = ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors
+    saved, projections = saved[:7], saved[7:]
     wanted = ctx.needs_input_grad
     needs = [*wanted[:3], *wanted[4:10:2], *wanted[5:10:2]]
-    found = _differentiate(ctx, grad, residual_grad, projections[::2], projections[1::2], needs)
+    found = _differentiate(ctx, grad, residual_grad, saved, projections[::2], projections[1::2], needs)
     dx, dnorm_weight, dnorm_bias, *rest = found
     interleaved = (gradient for pair in zip(rest[:3], rest[3:], strict=True) for gradient in pair)
     return dx, dnorm_weight, dnorm_bias, None, *interleaved, None, None, None

@@ -86,13 +86,19 @@ def restore(model: Module) -> None:
 def swapped(
     model: Module, *, memory: str = "balanced", readout: bool = True, compact_drop_path: bool = False
 ) -> Iterator[SwapReport]:
-    """`swap` for the length of a `with` block; what was swapped before stays swapped after it."""
-    before = {module for module in model.modules() if _swapped_rule(module)}
+    """`swap` for the length of a `with` block; what was swapped before stays swapped after it, with its own options."""
+    before = {module: _options(module) for module in model.modules() if _swapped_rule(module)}
     report = swap(model, memory=memory, readout=readout, compact_drop_path=compact_drop_path)
     try:
         yield report
     finally:
         _restore(module for module in model.modules() if module not in before)
+        for module, options in before.items():
+            module.__dict__.update(options)
+
+
+def _options(module: Module) -> dict[str, object]:
+    return {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
 
 
 def _restore(modules: Iterator[Module]) -> None:

@@ -7,6 +7,7 @@ classifier should not read. The swapped class is made on the spot from ours and 
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Set
 
 import torch
@@ -107,7 +108,7 @@ def block_unfusable(block: Module) -> str | None:
 
 
 class _Block(_Swapped):
-    readout_rows = 0
+    readout_rows = None
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -117,7 +118,7 @@ class _Block(_Swapped):
         elif stock_wanted(x) or block_unfusable(self) is not None:
             return self._stock_forward(x)
         else:
-            return _block_forward(self, x, self.readout_rows)
+            return _block_forward(self, x, functional.rows_read(self))
 
 
 def _block_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
@@ -178,7 +179,8 @@ def readout_unfusable(model: Module) -> str | None:
 def _rows_read(model: Module, blocks: Module) -> int:
     """1 or 2 where the model's result needs no more than the first rows of the last block's, else 0.
 
-    Found by calling it on one grey image, its blocks passed through and the last one's other rows NaN.
+    Found by calling it on one grey image, its blocks passed through and the last one's other rows NaN: its parts in
+    evaluation, that nothing is drawn or counted, itself in evaluation and in training, where it may give more.
     """
     size = getattr(model._modules["patch_embed"], "img_size", None)
     parameter = next(model.parameters())
@@ -186,22 +188,30 @@ def _rows_read(model: Module, blocks: Module) -> int:
         return 0
     image = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
     *others, last = blocks._modules.values()
+    modes = {module: module.training for module in model.modules()}
+
+    def finite(rows: int, training: bool) -> bool:
+        model.training = training
+        last.forward = lambda x: torch.cat((x[:, :rows], torch.full_like(x[:, rows:], torch.nan)), 1)
+        result = model._stock_forward(image)
+        results = result if isinstance(result, tuple) else (result,)
+        return all(isinstance(r, Tensor) and bool(torch.isfinite(r).all()) for r in results)
+
     try:
+        for module in modes:
+            module.training = False
         for block in others:
             block.forward = lambda x: x
-        with torch.random.fork_rng(devices=()), torch.no_grad():
-            for rows in (1, 2):
-                last.forward = lambda x, rows=rows: torch.cat((x[:, :rows], torch.full_like(x[:, rows:], torch.nan)), 1)
-                result = model._stock_forward(image)
-                results = result if isinstance(result, tuple) else (result,)
-                if all(isinstance(r, Tensor) and torch.isfinite(r).all() for r in results):
-                    return rows
+        with torch.random.fork_rng(devices=()), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return next((rows for rows in (1, 2) if finite(rows, False) and finite(rows, True)), 0)
     except Exception:  # whatever a class that is not ours to know does with such an image
         return 0
     finally:
         for block in (*others, last):
             block.__dict__.pop("forward", None)
-    return 0
+        for module, training in modes.items():
+            module.training = training
 
 
 class _Classifier(_Swapped):

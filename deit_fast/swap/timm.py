@@ -72,7 +72,7 @@ class Mlp(StockMlp):
 
 class Block(vision_transformer.Block):
     # Set where a model that is not timm's reads no more of the last block (`functional.reading`).
-    readout_rows = 0
+    readout_rows = None
     _stock_forward = stock_method(vision_transformer.Block.forward)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -82,8 +82,8 @@ class Block(vision_transformer.Block):
             return type(self).forward(self, x, attn_mask, is_causal)
         elif attn_mask is not None or is_causal or stock_wanted(x) or functional.block_unfusable(self) is not None:
             return self._stock_forward(x, attn_mask, is_causal)
-        elif self.readout_rows > 0:
-            return functional.readout_forward(self, x, self.readout_rows)
+        elif functional.rows_read(self) > 0:
+            return functional.readout_forward(self, x, functional.rows_read(self))
         else:
             return functional.block_forward(self, x)
 
@@ -168,6 +168,7 @@ def _reads_prefix_only(model: Module) -> bool:
         and parts.touched(model._modules["norm"]) is None
         and "forward_features" not in model.__dict__
         and "forward_head" not in model.__dict__
+        and "pool" not in model.__dict__
     )
 
 

@@ -20,7 +20,15 @@ from transformers.utils import output_capturing
 
 from deit_fast import ops
 from deit_fast.nn import parts
-from deit_fast.nn.functional import NO_DROP_PATH, memory_of, mlp_linears, mlp_residual, reading, readout_wanted
+from deit_fast.nn.functional import (
+    NO_DROP_PATH,
+    memory_of,
+    mlp_linears,
+    mlp_residual,
+    reading,
+    readout_wanted,
+    rows_read,
+)
 from deit_fast.swap.rules import register, stock_wanted
 
 for _library, _prefix in ((modeling_deit, "DeiT"), (modeling_vit, "ViT")):
@@ -243,7 +251,7 @@ def _call_with_readout(classifier: Module, readout_rows: int, forward: Callable,
 
 def _readout_rows(layer: Module) -> int:
     """How many rows of this call's result are read; 0 for all."""
-    rows = layer.readout_rows
+    rows = rows_read(layer)
     return rows if rows and _touched(layer, "hidden_states") is None else 0
 
 
@@ -369,7 +377,7 @@ def _runs_layer(layer: Module, x: object, attention_mask: Tensor | None, kwargs:
 
 
 class DeiTLayer(modeling_deit.DeiTLayer):
-    readout_rows = 0
+    readout_rows = None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         if not isinstance(self, DeiTLayer):
@@ -381,7 +389,7 @@ class DeiTLayer(modeling_deit.DeiTLayer):
 
 
 class ViTLayer(modeling_vit.ViTLayer):
-    readout_rows = 0
+    readout_rows = None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         if not isinstance(self, ViTLayer):

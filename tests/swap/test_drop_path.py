@@ -74,7 +74,7 @@ def test_outputs_gradients_and_the_generator_follow_stock(name, rate) -> None:
     assert_follows_stock(build(name, rate), torch.randn(6, 3, 32, 32))
 
 
-@pytest.mark.parametrize("options", [{"memory": "low"}, {"readout": False}])
+@pytest.mark.parametrize("options", [{"memory": "low"}, {"readout": False}, {"compact_drop_path": True}])
 def test_no_option_of_the_swap_changes_a_value(options) -> None:
     assert_follows_stock(build("deit3"), torch.randn(6, 3, 32, 32), **options)
 
