@@ -233,8 +233,10 @@ def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
 @lru_cache(maxsize=256)
 def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
     """The tokens are a program's."""
-    tokens = 32 if width <= (768 if itemsize == 2 else 192) else 16
-    return ReadoutTile(16, tokens, _readout_chunk(width), 8, 1)
+    widest = 192 if itemsize == 4 else 768 if is_amd(arch) else 1024
+    # Wide rows in narrow tiles: less of the next tile is under way at once.
+    chunk = min(64, _readout_chunk(width)) if width > 512 else _readout_chunk(width)
+    return ReadoutTile(16, 32 if width <= widest else 16, chunk, 8, 1)
 
 
 @lru_cache(maxsize=256)

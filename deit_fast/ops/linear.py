@@ -179,7 +179,7 @@ def _backward_layer_norm_linear(ctx, grad):
 _layer_norm_linear = register(
     "layer_norm_linear",
     "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
-    "Tensor? kept, int? capacity) -> Tensor",
+    "Tensor? kept, SymInt? capacity) -> Tensor",
     check=_check_layer_norm_linear,
     stock=_stock_layer_norm_linear,
     triton=kernels.layer_norm_linear,
