@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+import reference
 from deit_fast import ops
+from tests.support.accuracy import assert_as_accurate_as_stock
 from tests.support.compare import BATCHES, DTYPES, TOKENS, WIDTHS, assert_op_is_right, randn, strided
 
 EPS = 1e-6
@@ -114,14 +116,14 @@ def test_autocast_keeps_a_float32_stream_and_multiplies_in_16_bits():
     with torch.autocast("cpu", torch.bfloat16):
         qkv = ops.layer_norm_linear(x, vector, vector, EPS, weight, vector)
         stream = ops.linear_residual(qkv, weight, vector, x, vector)
-    assert qkv.dtype is torch.bfloat16
-    assert stream.dtype is torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
         normalised = torch.nn.functional.layer_norm(x, (64,), vector, vector, EPS)
         stock_qkv = torch.nn.functional.linear(normalised, weight, vector)
         stock_stream = x + torch.nn.functional.linear(stock_qkv, weight, vector) * vector
-    torch.testing.assert_close(qkv, stock_qkv, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(stream, stock_stream, rtol=2e-2, atol=2e-2)
+    wide_x, wide_vector, wide_weight = x.double(), vector.double(), weight.double()
+    exact_qkv = reference.layer_norm_linear(wide_x, wide_vector, wide_vector, EPS, wide_weight, wide_vector)
+    exact_stream = reference.linear_residual(exact_qkv, wide_weight, wide_vector, wide_x, wide_vector)
+    assert_as_accurate_as_stock(qkv, stock_qkv, exact_qkv, torch.bfloat16, "qkv")
+    assert_as_accurate_as_stock(stream, stock_stream, exact_stream, torch.float32, "stream")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,0 +1,79 @@
+"""Training with drop path on a GPU never waits for the device, shown without one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deit_fast.swap import swap
+from tests.swap.test_drop_path import MODELS, build
+
+READS = {"item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
+
+
+class NoReads(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function._opname not in READS, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_a_fake_gpu(model: nn.Module) -> Iterator[Tensor]:
+    """The model's parameters and a batch of images without values on "cuda"."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+        yield torch.empty(4, 3, 32, 32, device="cuda")
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "low"}, {"readout": False}])
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_reads_nothing(name, options) -> None:
+    model = build(name)
+    swap(model, **options)
+    with on_a_fake_gpu(model) as images, NoReads():
+        out = model(images)
+    assert out.device.type == "cuda" and out.requires_grad
+
+
+def test_compact_drop_path_reads_before_the_first_block() -> None:
+    """And fake tensors notice."""
+    model = build()
+    swap(model, compact_drop_path=True)
+    with on_a_fake_gpu(model) as images, pytest.raises(DataDependentOutputException):
+        model(images)
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.swap.host_read_checks"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_launcher_reads_a_value_in_forward_or_backward(seen) -> None:
+    assert seen["steps"] == {"balanced": True, "low": True, "whole": True}
+    forward = {"keep_samples_kernel", "linear_kernel", "attention_kernel", "readout_kernel"}
+    backward = {"weight_gradient_kernel", "input_gradient_kernel", "key_gradient_kernel", "readout_backward_kernel"}
+    assert forward | backward <= set(seen["kernels"])
+
+
+def test_no_operator_of_torchs_waits_for_the_device(seen) -> None:
+    assert "deit_fast::keep_samples" in seen["operators"]
+    assert not {f"aten::{name}" for name in READS} & set(seen["operators"])
+
+
+def test_the_launchers_would_be_caught_reading(seen) -> None:
+    assert seen["compact"] is False
