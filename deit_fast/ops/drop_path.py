@@ -8,9 +8,11 @@ samples, and what lies past the kept ones is never read.
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from deit_fast.kernels import drop_path as kernels
 from deit_fast.ops import checks
+from deit_fast.ops.backend import use_triton
 from deit_fast.ops.registration import register
 
 
@@ -77,8 +79,8 @@ def check_capacity(op: str, x: Tensor, kept: Tensor | None, capacity: int | None
 
 
 def known_count(kept: Tensor) -> int | None:
-    """How many samples are kept, where asking stops nobody: on the CPU, unless a graph is being traced."""
-    if kept.device.type == "cpu" and type(kept) is Tensor and not torch.compiler.is_compiling():
+    """How many samples are kept, where asking stops nobody: on the CPU path, unless a graph is being traced."""
+    if kept.device.type == "cpu" and not use_triton(kept) and type(kept) is Tensor and not is_compiling():
         return count(kept)
     return None
 
