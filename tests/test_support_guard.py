@@ -30,8 +30,9 @@ def double(x: torch.Tensor, claimed: int | None = None) -> torch.Tensor:
         lambda x: x[:, :1].expand(6, 5),
         lambda x: x[:0],
         lambda x: x[0, 0],
+        lambda x: x[0, 1:],
     ],
-    ids=["contiguous", "transposed", "strided", "expanded", "empty", "scalar"],
+    ids=["contiguous", "transposed", "strided", "expanded", "empty", "scalar", "misaligned"],
 )
 def test_a_guarded_tensor_is_the_same_tensor(view, dtype):
     x = view(torch.randint(0, 2, (6, 8)).to(dtype))
@@ -39,6 +40,7 @@ def test_a_guarded_tensor_is_the_same_tensor(view, dtype):
     inside = guard(x)
     assert torch.equal(inside, x)
     assert (inside.shape, inside.stride(), inside.dtype) == (x.shape, x.stride(), x.dtype)
+    assert inside.data_ptr() % 16 == x.data_ptr() % 16
     guard.assert_untouched()
 
 

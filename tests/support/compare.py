@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,17 +55,33 @@ def _stock(op: str):
     return lambda *given: function(*given, *[None] * (arguments - len(given)))
 
 
-def assert_op_is_right(op: str, *arguments) -> tuple[Tensor, ...]:
+class Ways(NamedTuple):
+    """What is no operator's name: functions of the same arguments."""
+
+    name: str
+    ours: Callable
+    stock: Callable
+    exact: Callable
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _named(op: str) -> Ways:
+    reference = getattr(importlib.import_module(f"reference.{_ROOMS[op]}"), op)
+    return Ways(op, getattr(ops, op), _stock(op), reference)
+
+
+def assert_op_is_right(op: str | Ways, *arguments) -> tuple[Tensor, ...]:
     """Runs `op` on `arguments` all three ways, the kernels in guard bands; returns the kernels' outputs."""
-    function = getattr(ops, op)
+    _, function, stock_function, reference = op if isinstance(op, Ways) else _named(op)._replace(stock=getattr(ops, op))
     guard = Guard()
     banded = [guard(a, name=f"argument {i}") if isinstance(a, Tensor) else a for i, a in enumerate(arguments)]
     with backend.forced("triton"), guard.outputs():
         ours = _tuple(function(*banded))
     guard.assert_untouched()
     with backend.forced("torch"):
-        stock = _tuple(function(*arguments))
-    reference = getattr(importlib.import_module(f"reference.{_ROOMS[op]}"), op)
+        stock = _tuple(stock_function(*arguments))
     exact = _tuple(reference(*(_double(a) for a in arguments)))
     for i, (mine, theirs, truth) in enumerate(zip(ours, stock, exact, strict=True)):
         assert_as_accurate_as_stock(mine, theirs, truth, theirs.dtype, name=f"{op} output {i}")
@@ -71,13 +89,14 @@ def assert_op_is_right(op: str, *arguments) -> tuple[Tensor, ...]:
     return ours
 
 
-def assert_gradients_are_right(op: str, *arguments, chosen: str = "triton", wrt: tuple[int, ...] | None = None) -> list:
+def assert_gradients_are_right(
+    op: str | Ways, *arguments, chosen: str = "triton", wrt: tuple[int, ...] | None = None
+) -> list:
     """Every gradient of `op` (of the arguments at `wrt`: all floating tensors, unless given), all three ways.
 
     Also: the same bits a second time, and guard bands untouched.
     """
-    function = getattr(ops, op)
-    reference = getattr(importlib.import_module(f"reference.{_ROOMS[op]}"), op)
+    _, function, stock_function, reference = op if isinstance(op, Ways) else _named(op)
     if wrt is None:
         wrt = tuple(i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.is_floating_point())
     cotangents: list[Tensor] = []
@@ -98,7 +117,7 @@ def assert_gradients_are_right(op: str, *arguments, chosen: str = "triton", wrt:
         guard.assert_untouched()
         # In guard bands too: with the same strides, the stock operators take the same path.
         again = gradients(function, lambda a: guard(a.detach()) if isinstance(a, Tensor) else a)
-    stock = gradients(_stock(op), lambda a: a.detach().clone() if isinstance(a, Tensor) else a)
+    stock = gradients(stock_function, lambda a: a.detach().clone() if isinstance(a, Tensor) else a)
     exact = gradients(reference, lambda a: _double(a.detach()) if isinstance(a, Tensor) else a)
     for i, mine, twice, theirs, truth in zip(wrt, ours, again, stock, exact, strict=True):
         assert_as_accurate_as_stock(mine, theirs, truth, arguments[i].dtype, name=f"{op}: gradient of argument {i}")

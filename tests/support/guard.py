@@ -44,7 +44,7 @@ class Guard:
         self._banded: list[_Banded] = []
 
     def __call__(self, tensor: Tensor, name: str = "input") -> Tensor:
-        """A tensor of the same values, shape, strides and `requires_grad` inside guard bands."""
+        """A tensor of the same values, shape, strides, alignment and `requires_grad` inside guard bands."""
         banded = self._place(tensor, name, is_output=False)
         # Expanded dimensions hold each element once.
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
@@ -93,7 +93,7 @@ class Guard:
     @staticmethod
     def _fail(where: str, banded: _Banded, changed: Tensor) -> None:
         tensor = banded.tensor
-        offset = int(changed.int().argmax()) - BAND_BYTES
+        offset = int(changed.int().argmax()) - tensor.storage_offset() * tensor.element_size()
         raise AssertionError(
             f"a kernel wrote {where} {banded.name} {tuple(tensor.shape)} (strides {tensor.stride()}, "
             f"{tensor.dtype}): {int(changed.sum())} bytes, first at byte {offset} from its start"
@@ -101,16 +101,18 @@ class Guard:
 
     def _place(self, like: Tensor, name: str, is_output: bool) -> _Banded:
         size = like.element_size()
+        # As far from a 16-byte boundary as `like`.
+        start = BAND_BYTES + like.data_ptr() % 16
         extent = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
         band_byte = OUTPUT_BAND_BYTE if is_output else NAN_BYTE
-        memory = torch.full((2 * BAND_BYTES + max(extent, 0) * size,), band_byte, dtype=torch.uint8)
+        memory = torch.full((start + max(extent, 0) * size + BAND_BYTES,), band_byte, dtype=torch.uint8)
         outside = torch.ones_like(memory, dtype=torch.bool)
         if like.numel():
-            by_byte = (*like.shape, size), (*(stride * size for stride in like.stride()), 1), BAND_BYTES
+            by_byte = (*like.shape, size), (*(stride * size for stride in like.stride()), 1), start
             outside.as_strided(*by_byte).fill_(False)
             memory.as_strided(*by_byte).fill_(NAN_BYTE)
         # Not a view of `memory`, so that autograd sees a leaf.
         tensor = torch.tensor([], dtype=like.dtype)
-        tensor.set_(memory.untyped_storage(), BAND_BYTES // size, like.shape, like.stride())
+        tensor.set_(memory.untyped_storage(), start // size, like.shape, like.stride())
         self._banded.append(_Banded(name, tensor, memory, outside, memory.clone(), is_output))
         return self._banded[-1]
