@@ -29,7 +29,7 @@ def gelu_derivative(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(x_rows, row_mask, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def row_statistics(x_rows, row_mask, eps, width, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Mean and 1/std of the rows at pointers `x_rows` [ROWS, 1], in one pass of CHUNK columns a step.
 
     Chunks are merged by Chan's update, so that a large mean costs no digits (Chan, Golub & LeVeque 1983).
@@ -38,19 +38,19 @@ def row_statistics(x_rows, row_mask, eps, WIDTH: tl.constexpr, ROWS: tl.constexp
     first = tl.load(x_rows, mask=row_mask[:, None], other=0.0).to(tl.float32)
     mean = tl.zeros([ROWS], dtype=tl.float32)
     squares = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, WIDTH, CHUNK):
+    for start in range(0, width, CHUNK):
         columns = start + tl.arange(0, CHUNK)
-        column_mask = (columns < WIDTH)[None, :]
+        column_mask = (columns < width)[None, :]
         x = tl.load(x_rows + columns[None, :], mask=row_mask[:, None] & column_mask, other=0.0).to(tl.float32)
         x = tl.where(column_mask, x - first, 0.0)
-        count = tl.minimum(WIDTH - start, CHUNK) * 1.0
+        count = tl.minimum(width - start, CHUNK) * 1.0
         seen = start * 1.0
         chunk_mean = tl.sum(x, axis=1) / count
         deviation = tl.where(column_mask, x - chunk_mean[:, None], 0.0)
         shift = chunk_mean - mean
         squares += tl.sum(deviation * deviation, axis=1) + shift * shift * (seen * count / (seen + count))
         mean += shift * (count / (seen + count))
-    return tl.sum(first, axis=1) + mean, 1.0 / tl.sqrt(squares / WIDTH + eps)
+    return tl.sum(first, axis=1) + mean, 1.0 / tl.sqrt(squares / width + eps)
 
 
 @triton.jit

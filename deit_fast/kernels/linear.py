@@ -20,7 +20,7 @@ from deit_fast.kernels.layout import as_rows, dense
 _GROUP = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def linear_kernel(
     x_ptr,
     norm_weight_ptr,
@@ -40,12 +40,13 @@ def linear_kernel(
     v_ptr,
     rows,
     tokens,
+    in_features,
+    out_features,
     x_stride,
     weight_stride,
     residual_stride,
     eps,
-    DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -58,7 +59,7 @@ def linear_kernel(
 
     With `kept_ptr`, rows are the kept samples': x is full and y packed, or with a residual x packed and y full.
     """
-    column_tiles: tl.constexpr = (COLUMNS + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    column_tiles = tl.cdiv(out_features, COLUMN_BLOCK)
     if k_weight_ptr is not None:
         tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), 3 * column_tiles, GROUP)
         projection = tile_n // column_tiles
@@ -79,7 +80,7 @@ def linear_kernel(
     row = tile_m.to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     row_mask = row < rows
     column = tile_n * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    column_mask = column < COLUMNS
+    column_mask = column < out_features
     depth = tl.arange(0, DEPTH_BLOCK)
     x_row = row
     if kept_ptr is not None:
@@ -88,7 +89,7 @@ def linear_kernel(
         if residual_ptr is not None:
             dropped, last = tl.maximum(first, kept_rows), tl.minimum(first + ROW_BLOCK, rows)
             copy_dropped(
-                residual_ptr, y_ptr, kept_ptr, dropped, last, tokens, column, column_mask, residual_stride, COLUMNS
+                residual_ptr, y_ptr, kept_ptr, dropped, last, tokens, column, column_mask, residual_stride, out_features
             )  # fmt: skip
         if first >= kept_rows:
             return
@@ -99,22 +100,22 @@ def linear_kernel(
     weight_columns = weight_ptr + column.to(tl.int64)[None, :] * weight_stride
 
     if PROLOGUE == "layer_norm":
-        mean, rstd = row_statistics(x_rows, row_mask, eps, DEPTH, ROW_BLOCK, DEPTH_BLOCK)
+        mean, rstd = row_statistics(x_rows, row_mask, eps, in_features, ROW_BLOCK, DEPTH_BLOCK)
 
     product = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
-    for start in range(0, DEPTH, DEPTH_BLOCK):
+    for start in range(0, in_features, DEPTH_BLOCK):
         k = start + depth
-        if DEPTH % DEPTH_BLOCK == 0:
+        if EVEN_DEPTH:
             x = tl.load(x_rows + k[None, :], mask=row_mask[:, None], other=0.0)
             weight = tl.load(weight_columns + k[:, None], mask=column_mask[None, :], other=0.0)
         else:
-            k_mask = k < DEPTH
+            k_mask = k < in_features
             x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
             weight = tl.load(weight_columns + k[:, None], mask=k_mask[:, None] & column_mask[None, :], other=0.0)
         if PROLOGUE == "layer_norm":
-            x = normalise(x.to(tl.float32), mean, rstd, norm_weight_ptr, norm_bias_ptr, k, k < DEPTH)
-            if DEPTH % DEPTH_BLOCK != 0:
-                x = tl.where((k < DEPTH)[None, :], x, 0.0)
+            x = normalise(x.to(tl.float32), mean, rstd, norm_weight_ptr, norm_bias_ptr, k, k < in_features)
+            if not EVEN_DEPTH:
+                x = tl.where((k < in_features)[None, :], x, 0.0)
         elif PROLOGUE != "none":
             x = gelu(x.to(tl.float32), PROLOGUE)
         product = tl.dot(x.to(weight.dtype), weight, product, input_precision=PRECISION)
@@ -141,7 +142,7 @@ def linear_kernel(
             tokens,
         )
     tl.store(
-        y_ptr + row[:, None] * COLUMNS + column[None, :],
+        y_ptr + row[:, None] * out_features + column[None, :],
         product.to(y_ptr.dtype.element_ty),
         mask=row_mask[:, None] & column_mask[None, :],
     )
@@ -197,12 +198,13 @@ def _launch(
         *absent,
         rows,
         tokens,
+        depth,
+        columns,
         x.stride(0),
         weights[0].stride(0),
         0 if residual is None else residual.stride(0),
         eps,
-        DEPTH=depth,
-        COLUMNS=columns,
+        EVEN_DEPTH=depth % tile.depth == 0,
         PROLOGUE=prologue,
         ACTIVATION=activation,
         ROW_BLOCK=tile.rows,

@@ -28,7 +28,7 @@ from deit_fast.kernels.layout import as_rows, dense
 _GROUP = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def input_gradient_kernel(
     grad_ptr,
     k_grad_ptr,
@@ -43,11 +43,12 @@ def input_gradient_kernel(
     dx_ptr,
     rows,
     tokens,
+    in_features,
+    out_features,
     grad_stride,
     weight_stride,
     x_stride,
-    DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PACKED_GRAD: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -60,12 +61,12 @@ def input_gradient_kernel(
 
     With `kept_ptr`, rows are those of kept samples: x and dx are packed, and grad if PACKED_GRAD says so.
     """
-    tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), (COLUMNS + COLUMN_BLOCK - 1) // COLUMN_BLOCK, GROUP)
+    tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), tl.cdiv(in_features, COLUMN_BLOCK), GROUP)
     row = tile_m * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     row_mask = row < rows
     row_offset = row.to(tl.int64)[:, None]
     column = tile_n * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    column_mask = column < COLUMNS
+    column_mask = column < in_features
     grad_row = row
     if kept_ptr is not None:
         kept_rows = tl.load(kept_ptr) * tokens
@@ -79,16 +80,16 @@ def input_gradient_kernel(
     product = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
     product = _add_product(
         product, grad_ptr + grad_offset, weight_ptr + column[None, :], layer_scale_ptr, row_mask, column_mask,
-        weight_stride, DEPTH, DEPTH_BLOCK, PRECISION,
+        weight_stride, out_features, EVEN_DEPTH, DEPTH_BLOCK, PRECISION,
     )  # fmt: skip
     if k_grad_ptr is not None:
         product = _add_product(
             product, k_grad_ptr + grad_offset, k_weight_ptr + column[None, :], layer_scale_ptr, row_mask, column_mask,
-            weight_stride, DEPTH, DEPTH_BLOCK, PRECISION,
+            weight_stride, out_features, EVEN_DEPTH, DEPTH_BLOCK, PRECISION,
         )  # fmt: skip
         product = _add_product(
             product, v_grad_ptr + grad_offset, v_weight_ptr + column[None, :], layer_scale_ptr, row_mask, column_mask,
-            weight_stride, DEPTH, DEPTH_BLOCK, PRECISION,
+            weight_stride, out_features, EVEN_DEPTH, DEPTH_BLOCK, PRECISION,
         )  # fmt: skip
 
     mask = row_mask[:, None] & column_mask[None, :]
@@ -99,7 +100,7 @@ def input_gradient_kernel(
         x = tl.load(x_ptr + row_offset * x_stride + column[None, :], mask=mask, other=0.0)
         product *= gelu_derivative(x.to(tl.float32), ACTIVATION)
     tl.store(
-        dx_ptr + row_offset * COLUMNS + column[None, :],
+        dx_ptr + row_offset * in_features + column[None, :],
         product.to(dx_ptr.dtype.element_ty),
         mask=mask,
     )
@@ -108,27 +109,27 @@ def input_gradient_kernel(
 @triton.jit
 def _add_product(
     product, grad_rows, weight_columns, layer_scale_ptr, row_mask, column_mask, weight_stride,
-    DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    out_features, EVEN_DEPTH: tl.constexpr, DEPTH_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     depth = tl.arange(0, DEPTH_BLOCK)
-    for start in range(0, DEPTH, DEPTH_BLOCK):
+    for start in range(0, out_features, DEPTH_BLOCK):
         n = start + depth
         weight_rows = weight_columns + n.to(tl.int64)[:, None] * weight_stride
-        if DEPTH % DEPTH_BLOCK == 0:
+        if EVEN_DEPTH:
             grad = tl.load(grad_rows + n[None, :], mask=row_mask[:, None], other=0.0)
             weight = tl.load(weight_rows, mask=column_mask[None, :], other=0.0)
         else:
-            n_mask = n < DEPTH
+            n_mask = n < out_features
             grad = tl.load(grad_rows + n[None, :], mask=row_mask[:, None] & n_mask[None, :], other=0.0)
             weight = tl.load(weight_rows, mask=n_mask[:, None] & column_mask[None, :], other=0.0)
         if layer_scale_ptr is not None:
-            scale = tl.load(layer_scale_ptr + n, mask=n < DEPTH, other=0.0)
+            scale = tl.load(layer_scale_ptr + n, mask=n < out_features, other=0.0)
             grad = grad.to(tl.float32) * scale.to(tl.float32)[None, :]
         product = tl.dot(grad.to(weight.dtype), weight, product, input_precision=PRECISION)
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "split_rows", "tokens"])
 def weight_gradient_kernel(
     grad_ptr,
     k_grad_ptr,
@@ -143,10 +144,10 @@ def weight_gradient_kernel(
     rows,
     split_rows,
     tokens,
+    in_features,
+    out_features,
     grad_stride,
     x_stride,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -157,12 +158,12 @@ def weight_gradient_kernel(
 ):
     """A tile of G over one part of the rows, turned, since what is done to x is done once where x is turned.
 
-    The programs past the last tile along IN sum the gradient's rows instead. With `kept_ptr`, rows are those of kept
-    samples, split anew; grad is full and x packed, or with `mean_ptr` grad, mean and rstd packed and x full.
-    product: [splits, PROJECTIONS * OUT, IN]; sum: [splits, PROJECTIONS * OUT].
+    The programs past the last tile along in_features sum the gradient's rows instead. With `kept_ptr`, rows are those
+    of kept samples, split anew; grad is full and x packed, or with `mean_ptr` grad, mean and rstd packed and x full.
+    product: [splits, PROJECTIONS * out_features, in_features]; sum: [splits, PROJECTIONS * out_features].
     """
-    out_tiles: tl.constexpr = (OUT + OUT_BLOCK - 1) // OUT_BLOCK
-    in_tiles: tl.constexpr = (IN + IN_BLOCK - 1) // IN_BLOCK
+    out_tiles = tl.cdiv(out_features, OUT_BLOCK)
+    in_tiles = tl.cdiv(in_features, IN_BLOCK)
     across = in_tiles
     if sum_ptr is not None:
         across += 1
@@ -184,9 +185,9 @@ def weight_gradient_kernel(
             grad_ptr = v_grad_ptr
 
     n = (tile_n % out_tiles) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
-    n_mask = n < OUT
+    n_mask = n < out_features
     first = split * split_rows
-    part = split.to(tl.int64) * (PROJECTIONS * OUT) + projection * OUT
+    part = split.to(tl.int64) * (PROJECTIONS * out_features) + projection * out_features
     if sum_ptr is not None and tile_k == in_tiles:
         total, _ = sum_rows(
             grad_ptr, None, None, None, drop_path_scale_ptr, kept_of_grad, first, rows, split_rows, tokens, n, n_mask,
@@ -195,7 +196,7 @@ def weight_gradient_kernel(
         tl.store(sum_ptr + part + n, total, mask=n_mask)
     else:
         k = tile_k * IN_BLOCK + tl.arange(0, IN_BLOCK)
-        k_mask = k < IN
+        k_mask = k < in_features
         product = tl.zeros([IN_BLOCK, OUT_BLOCK], dtype=tl.float32)
         for start in range(0, tl.minimum(split_rows, rows - first), ROW_BLOCK):
             row = first + start + tl.arange(0, ROW_BLOCK)
@@ -222,7 +223,7 @@ def weight_gradient_kernel(
                 x = x.to(tl.float32) * scale.to(tl.float32)[:, None]
             product = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), product, input_precision=PRECISION)
         tl.store(
-            product_ptr + (part + n)[None, :] * IN + k[:, None],
+            product_ptr + (part + n)[None, :] * in_features + k[:, None],
             product,
             mask=k_mask[:, None] & n_mask[None, :],
         )
@@ -239,23 +240,24 @@ def finish_linear_kernel(
     bias_grad_ptr,
     layer_scale_grad_ptr,
     weight_stride,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
+    split_stride,
+    in_features,
+    out_features,
     SPLITS: tl.constexpr,
     OUT_BLOCK: tl.constexpr,
     IN_BLOCK: tl.constexpr,
 ):
     """OUT_BLOCK whole rows of the gradients of weight, bias and LayerScale from their partial sums."""
     n = tl.program_id(0) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
-    n_mask = n < OUT
+    n_mask = n < out_features
     if layer_scale_ptr is not None:
         layer_scale = tl.load(layer_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
     of_scale = tl.zeros([OUT_BLOCK, IN_BLOCK], dtype=tl.float32)
-    for start in range(0, IN, IN_BLOCK):
+    for start in range(0, in_features, IN_BLOCK):
         k = start + tl.arange(0, IN_BLOCK)
-        mask = n_mask[:, None] & (k < IN)[None, :]
-        offset = n.to(tl.int64)[:, None] * IN + k[None, :]
-        product = _sum_splits(product_ptr + offset, mask, OUT * IN, SPLITS)
+        mask = n_mask[:, None] & (k < in_features)[None, :]
+        offset = n.to(tl.int64)[:, None] * in_features + k[None, :]
+        product = _sum_splits(product_ptr + offset, mask, split_stride, SPLITS)
         if layer_scale_grad_ptr is not None:
             weight = tl.load(weight_ptr + n.to(tl.int64)[:, None] * weight_stride + k[None, :], mask=mask, other=0.0)
             of_scale += weight.to(tl.float32) * product
@@ -264,7 +266,7 @@ def finish_linear_kernel(
                 product *= layer_scale[:, None]
             tl.store(weight_grad_ptr + offset, product.to(weight_grad_ptr.dtype.element_ty), mask=mask)
     if sum_ptr is not None:
-        total = _sum_splits(sum_ptr + n, n_mask, OUT, SPLITS)
+        total = _sum_splits(sum_ptr + n, n_mask, out_features, SPLITS)
     if layer_scale_grad_ptr is not None:
         scale_grad = tl.sum(of_scale, axis=1)
         if bias_ptr is not None:
@@ -294,8 +296,9 @@ def finish_layer_norm_linear_kernel(
     norm_weight_grad_ptr,
     norm_bias_grad_ptr,
     weight_stride,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
+    split_stride,
+    in_features,
+    out_features,
     PROJECTIONS: tl.constexpr,
     SPLITS: tl.constexpr,
     OUT_BLOCK: tl.constexpr,
@@ -303,24 +306,24 @@ def finish_layer_norm_linear_kernel(
 ):
     """IN_BLOCK whole columns of the gradients of weight, bias and LayerNorm's parameters from their partial sums."""
     k = tl.program_id(0) * IN_BLOCK + tl.arange(0, IN_BLOCK)
-    k_mask = k < IN
+    k_mask = k < in_features
     of_norm_weight = tl.zeros([OUT_BLOCK, IN_BLOCK], dtype=tl.float32)
     of_norm_bias = tl.zeros([OUT_BLOCK, IN_BLOCK], dtype=tl.float32)
     of_norm_weight, of_norm_bias = _finish_projection(
         of_norm_weight, of_norm_bias, product_ptr, sum_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr,
         weight_grad_ptr, bias_grad_ptr, norm_weight_grad_ptr, norm_bias_grad_ptr, k, k_mask, weight_stride,
-        0, OUT, IN, PROJECTIONS, SPLITS, OUT_BLOCK,
+        split_stride, in_features, out_features, 0, PROJECTIONS, SPLITS, OUT_BLOCK,
     )  # fmt: skip
     if PROJECTIONS > 1:
         of_norm_weight, of_norm_bias = _finish_projection(
             of_norm_weight, of_norm_bias, product_ptr, sum_ptr, k_weight_ptr, norm_weight_ptr, norm_bias_ptr,
             k_weight_grad_ptr, k_bias_grad_ptr, norm_weight_grad_ptr, norm_bias_grad_ptr, k, k_mask, weight_stride,
-            1, OUT, IN, PROJECTIONS, SPLITS, OUT_BLOCK,
+            split_stride, in_features, out_features, 1, PROJECTIONS, SPLITS, OUT_BLOCK,
         )  # fmt: skip
         of_norm_weight, of_norm_bias = _finish_projection(
             of_norm_weight, of_norm_bias, product_ptr, sum_ptr, v_weight_ptr, norm_weight_ptr, norm_bias_ptr,
             v_weight_grad_ptr, v_bias_grad_ptr, norm_weight_grad_ptr, norm_bias_grad_ptr, k, k_mask, weight_stride,
-            2, OUT, IN, PROJECTIONS, SPLITS, OUT_BLOCK,
+            split_stride, in_features, out_features, 2, PROJECTIONS, SPLITS, OUT_BLOCK,
         )  # fmt: skip
     if norm_weight_grad_ptr is not None:
         total = tl.sum(of_norm_weight, axis=0)
@@ -334,7 +337,7 @@ def finish_layer_norm_linear_kernel(
 def _finish_projection(
     of_norm_weight, of_norm_bias, product_ptr, sum_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr,
     weight_grad_ptr, bias_grad_ptr, norm_weight_grad_ptr, norm_bias_grad_ptr, k, k_mask, weight_stride,
-    PROJECTION: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, PROJECTIONS: tl.constexpr,
+    split_stride, in_features, out_features, PROJECTION: tl.constexpr, PROJECTIONS: tl.constexpr,
     SPLITS: tl.constexpr, OUT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds W ⊙ G and W ⊙ g to `of_norm_weight` and `of_norm_bias`, to be summed over their rows."""
@@ -342,15 +345,15 @@ def _finish_projection(
         norm_weight = tl.load(norm_weight_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
     if norm_bias_ptr is not None:
         norm_bias = tl.load(norm_bias_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
-    for start in range(0, OUT, OUT_BLOCK):
+    for start in range(0, out_features, OUT_BLOCK):
         n = start + tl.arange(0, OUT_BLOCK)
-        n_mask = n < OUT
+        n_mask = n < out_features
         mask = n_mask[:, None] & k_mask[None, :]
         n_offset = n.to(tl.int64)[:, None]
-        products = product_ptr + PROJECTION * OUT * IN + n_offset * IN + k[None, :]
-        product = _sum_splits(products, mask, PROJECTIONS * OUT * IN, SPLITS)
+        products = product_ptr + (n_offset + PROJECTION * out_features) * in_features + k[None, :]
+        product = _sum_splits(products, mask, split_stride, SPLITS)
         if sum_ptr is not None:
-            total = _sum_splits(sum_ptr + PROJECTION * OUT + n, n_mask, PROJECTIONS * OUT, SPLITS)
+            total = _sum_splits(sum_ptr + PROJECTION * out_features + n, n_mask, PROJECTIONS * out_features, SPLITS)
         if norm_weight_grad_ptr is not None or norm_bias_grad_ptr is not None:
             weight = tl.load(weight_ptr + n_offset * weight_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
             if norm_weight_grad_ptr is not None:
@@ -363,18 +366,19 @@ def _finish_projection(
             if norm_bias_ptr is not None:
                 product += total[:, None] * norm_bias[None, :]
             product = product.to(weight_grad_ptr.dtype.element_ty)
-            tl.store(weight_grad_ptr + n_offset * IN + k[None, :], product, mask=mask)
+            tl.store(weight_grad_ptr + n_offset * in_features + k[None, :], product, mask=mask)
         if bias_grad_ptr is not None and tl.program_id(0) == 0:
             tl.store(bias_grad_ptr + n, total.to(bias_grad_ptr.dtype.element_ty), mask=n_mask)
     return of_norm_weight, of_norm_bias
 
 
 @triton.jit
-def _sum_splits(pointers, mask, STRIDE: tl.constexpr, SPLITS: tl.constexpr):
+def _sum_splits(pointers, mask, stride, SPLITS: tl.constexpr):
     """Unrolled, so that all loads are under way at once."""
     total = tl.load(pointers, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(pointers + split * STRIDE, mask=mask, other=0.0)
+    for _ in tl.static_range(1, SPLITS):
+        pointers += stride
+        total += tl.load(pointers, mask=mask, other=0.0)
     return total
 
 
@@ -452,11 +456,12 @@ def _input_gradient(
         dx,
         rows,
         tokens,
+        in_features,
+        out_features,
         grads[0].stride(0),
         weights[0].stride(0),
         0 if gelu_of is None else gelu_of.stride(0),
-        DEPTH=out_features,
-        COLUMNS=in_features,
+        EVEN_DEPTH=out_features % tile.depth == 0,
         ACTIVATION=activation,
         PACKED_GRAD=packed_grad,
         ROW_BLOCK=tile.rows,
@@ -530,10 +535,10 @@ def _weight_gradient(
         rows,
         triton.cdiv(triton.cdiv(rows, splits), tile.depth) * tile.depth,
         tokens,
+        in_features,
+        out_features,
         grads[0].stride(0),
         x.stride(0),
-        OUT=out_features,
-        IN=in_features,
         PROJECTIONS=len(grads),
         ACTIVATION=activation,
         DTYPE=_TRITON_DTYPES[dtype],
@@ -595,8 +600,9 @@ def linear_parameter_gradients(
         dense(layer_scale),
         *outputs,
         weight.stride(0),
-        OUT=out_features,
-        IN=in_features,
+        product.stride(0),
+        in_features,
+        out_features,
         SPLITS=product.shape[0],
         OUT_BLOCK=tile.rows,
         IN_BLOCK=tile.columns,
@@ -665,8 +671,9 @@ def layer_norm_linear_parameter_gradients(
         *absent,
         *of_norm,
         weights[0].stride(0),
-        OUT=out_features,
-        IN=in_features,
+        product.stride(0),
+        in_features,
+        out_features,
         PROJECTIONS=projections,
         SPLITS=product.shape[0],
         OUT_BLOCK=tile.rows,

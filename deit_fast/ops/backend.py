@@ -19,6 +19,8 @@ def _from_environment() -> str | None:
 
 _forced: str | None = _from_environment()
 _warned: set[str] = set()
+# Operators whose kernels failed in this process → why.
+failed: dict[str, str] = {}
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -47,3 +49,26 @@ def warn_fallback(op: str, reason: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=4)
+
+
+def gives_up(op: str, error: Exception) -> bool:
+    """Whether the stock operators answer, from here on, for an operator whose kernels did not compile or launch.
+
+    Says so, once. Not where memory ran out, which is no fault of the kernels: whoever catches that must see it.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return False
+    reason = _in_a_line(error)
+    warnings.warn(
+        f"deit_fast.{op}: its kernels failed ({reason}); the stock PyTorch operators answer in this process. "
+        f"Please report this with the output of: deit-fast check",
+        stacklevel=4,
+    )
+    failed[op] = reason
+    return True
+
+
+def _in_a_line(error: Exception) -> str:
+    """The class and the message; of many lines, as compilers write, the first and the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join((type(error).__name__, " … ".join(dict.fromkeys(lines[:1] + lines[-1:]))))

@@ -126,13 +126,18 @@ def _no_check(*args) -> None:
 def _implementation(name: str, check: Callable, stock: Callable, triton: Callable, unsupported: Callable) -> Callable:
     def implementation(*args):
         check(*args)
-        if not backend.use_triton(args[0]):
+        if not backend.use_triton(args[0]) or name in backend.failed:
             return stock(*args)
         reason = unsupported(*args)
         if reason is not None:
             backend.warn_fallback(name, reason)
             return stock(*args)
-        return triton(*args)
+        try:
+            return triton(*args)
+        except Exception as error:  # whatever Triton, ptxas or a driver raises on a user's GPU
+            if not backend.gives_up(name, error):
+                raise
+        return stock(*args)
 
     return implementation
 

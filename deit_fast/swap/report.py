@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+from deit_fast.ops import backend
+
 # A number between dots: the place in a ModuleList or Sequential.
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -13,7 +15,8 @@ class SwapReport:
 
     `readout`: name of a classifier → why its last block is computed for more than the rows that it reads, or None.
     The root module's name is the empty string, as in `named_modules()`. `classes`: name → class, of both.
-    Printed, it is a table in which numbered modules (`blocks.0` … `blocks.11`) share a row.
+    Printed, it is a table in which numbered modules (`blocks.0` … `blocks.11`) share a row, with the operators
+    whose kernels have failed in this process so far.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -37,8 +40,9 @@ class SwapReport:
         ]
         rule = "-" * max(map(len, lines))
         readout = [f"last block of {name or '(model)'}: {_readout(reason)}" for name, reason in self.readout.items()]
+        failed = [f"kernels of {op} failed, stock operators run: {reason}" for op, reason in backend.failed.items()]
         return "\n".join(
-            (f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:], *readout)
+            (f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:], *readout, *failed)
         )
 
 
