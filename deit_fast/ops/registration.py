@@ -124,9 +124,11 @@ def _no_check(*args) -> None:
 
 
 def _implementation(name: str, check: Callable, stock: Callable, triton: Callable, unsupported: Callable) -> Callable:
+    failed = backend.failed  # found faster here
+
     def implementation(*args):
         check(*args)
-        if not backend.use_triton(args[0]) or name in backend.failed:
+        if not backend.use_triton(args[0]) or name in failed:
             return stock(*args)
         reason = unsupported(*args)
         if reason is not None:
