@@ -1,6 +1,7 @@
-"""What a compiled kernel takes of a GPU: registers, spills, shared memory, tensor-core instructions."""
+"""What a compiled kernel takes of a GPU: registers, spills, shared memory, instructions, and how many programs fit."""
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -10,11 +11,21 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
+from bench.targets import KIB, Target
+
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)|\bv_(mfma|smfmac|wmma|swmmac)_", re.MULTILINE)
-# Global stores: `st.global.v4.b32`; `global_store_dwordx4`, `buffer_store_b128`, `global_store_short`.
-_NVIDIA_STORE = re.compile(r"\bst\.global(?:\.L\d::\w+|\.[a-z]{2})*(?:\.v(\d))?\.b(\d+)")
-_AMD_STORE = re.compile(r"\b(?:global|buffer)_store_(byte|short|b8|b16|dword(?:x\d)?|b\d+)")
-_AMD_WORDS = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+# `ld.global.L1::evict_first.v4.b32`, `st.global.v2.b16`, `cp.async.cg.shared.global [ … ], [ … ], 0x10`.
+_NVIDIA_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+_NVIDIA_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global [^,]+, [^,]+, (0x[0-9a-f]+|\d+)")
+_NVIDIA_BULK = re.compile(r"\bcp\.async\.bulk\.")
+# `global_load_dwordx4`, `buffer_store_b128`, `global_store_short`, `global_load_ushort`, `global_load_lds_dwordx4`.
+_AMD_ACCESS = re.compile(
+    r"\b(?:global|buffer)_(load|store)_(?:lds_)?(?:d16_)?(?:hi_)?[us]?(byte|short|dwordx\d|dword|[biu]\d+)"
+)
+_AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+_WIDE = 16
+# Of an ELF section: its type, and the flag of code.
+_PROGBITS, _EXECUTABLE = 1, 4
 # `#mma = #ttg.nvidia_mma<…>`: a layout that a tensor-core instruction produces.
 _MMA_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:nvidia_mma|amd_mfma|amd_wmma)<", re.MULTILINE)
 # `tt.dot %a, %b, %c … : tensor<64x32xbf16, …> * … -> tensor<64x64xf32, #blocked>`: still a plain dot.
@@ -23,42 +34,77 @@ _DOT = re.compile(r"\btt\.dot .*? : tensor<[\dx]+x(\w+), .*-> tensor<[^#]*(#\w+)
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one program. registers: a thread. spilled, shared_memory: bytes (spilled: a thread).
+    """Of one program. registers: a thread. spilled, shared_memory, code: bytes (spilled: a thread).
 
+    programs: how many a multiprocessor holds at once, by registers, shared memory and warps.
     tensor_core: instruction kinds and how often each stands in the assembly.
     dots: `tl.dot`s in the kernel, before loops are unrolled; scalar_dots: those of 16-bit operands that
     became multiply-adds without tensor cores. widest_store: bytes a thread stores at once.
+    wide_loads, wide_stores: the share of bytes, as the instructions stand in the assembly, in accesses of global
+    memory that are 128 bits wide; None where there are no accesses.
     """
 
     registers: int
     spilled: int
     shared_memory: int
+    programs: int
+    code: int
     tensor_core: dict[str, int]
     dots: int
     scalar_dots: int
     widest_store: int
+    wide_loads: float | None
+    wide_stores: float | None
 
 
-def resources(kernel: CompiledKernel) -> Resources:
+def resources(kernel: CompiledKernel, target: Target) -> Resources:
     """Reads them from what `kernel` was compiled to, with the tools that Triton carries."""
-    if "cubin" in kernel.asm:
-        assembly = kernel.asm["ptx"]
-        registers, spilled = _nvidia(kernel)
-        stores = [int(vector or 1) * int(bits) // 8 for vector, bits in _NVIDIA_STORE.findall(assembly)]
+    warps, shared_memory = kernel.metadata.num_warps, kernel.metadata.shared
+    if target.is_amd:
+        assembly, binary = kernel.asm["amdgcn"], kernel.asm["hsaco"]
+        registers, spilled, programs = _amd(assembly, warps)
+        loads, stores = _amd_accesses(assembly)
     else:
-        assembly = kernel.asm["amdgcn"]
-        registers, spilled = _amd(assembly)
-        stores = [_AMD_WORDS.get(kind) or int(kind[1:]) // 8 for kind in _AMD_STORE.findall(assembly)]
+        assembly, binary = kernel.asm["ptx"], kernel.asm["cubin"]
+        registers, spilled = _nvidia(binary)
+        programs = _nvidia_programs(registers, warps)
+        shared_memory += KIB
+        loads, stores = _nvidia_accesses(assembly)
+    programs = min(programs, target.warps // warps, target.programs, target.all_shared_memory // max(shared_memory, 1))
     found = Counter(plain or f"v_{amd}" for plain, amd in _TENSOR_CORE.findall(assembly))
     return Resources(
         registers=registers,
         spilled=spilled,
         shared_memory=kernel.metadata.shared,
+        programs=programs,
+        code=_code_bytes(binary),
         tensor_core=dict(found),
         dots=len(re.findall(r"\btt\.dot ", kernel.asm["ttir"])),
         scalar_dots=_scalar_dots(kernel.asm["ttgir"]),
         widest_store=max(stores, default=0),
+        wide_loads=_wide(loads),
+        wide_stores=_wide(stores),
     )
+
+
+def _nvidia_accesses(assembly: str) -> tuple[list[int], list[int]]:
+    """Bytes a thread of each load and each store of global memory; a bulk copy counts as one wide load."""
+    loads = [int(size, 0) for size in _NVIDIA_COPY.findall(assembly)] + [_WIDE] * len(_NVIDIA_BULK.findall(assembly))
+    stores = []
+    for kind, vector, bits in _NVIDIA_ACCESS.findall(assembly):
+        (loads if kind == "ld" else stores).append(int(vector or 1) * int(bits) // 8)
+    return loads, stores
+
+
+def _amd_accesses(assembly: str) -> tuple[list[int], list[int]]:
+    loads, stores = [], []
+    for kind, width in _AMD_ACCESS.findall(assembly):
+        (loads if kind == "load" else stores).append(_AMD_BYTES.get(width) or int(width[1:]) // 8)
+    return loads, stores
+
+
+def _wide(accesses: list[int]) -> float | None:
+    return sum(n for n in accesses if n >= _WIDE) / sum(accesses) if accesses else None
 
 
 def _scalar_dots(ttgir: str) -> int:
@@ -68,19 +114,37 @@ def _scalar_dots(ttgir: str) -> int:
     )
 
 
-def _nvidia(kernel: CompiledKernel) -> tuple[int, int]:
+def _nvidia(cubin: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file)
     registers = _number(r"REG:(\d+)", usage)
     # Triton's kernels keep nothing else on the stack; a cubin does not say how often it is read.
     return registers, _number(r"STACK:(\d+)", usage)
 
 
-def _amd(assembly: str) -> tuple[int, int]:
+def _nvidia_programs(registers: int, warps: int) -> int:
+    # A warp's registers come in units of 256, from its quarter of the multiprocessor's 65,536.
+    of_warp = -(-32 * registers // 256) * 256
+    return 4 * (16384 // of_warp) // warps
+
+
+def _amd(assembly: str, warps: int) -> tuple[int, int, int]:
     registers = _number(r"; NumVgprs: (\d+)", assembly) + _number(r"; NumAgprs: (\d+)", assembly, default=0)
-    return registers, _number(r"; ScratchSize: (\d+)", assembly)
+    # Waves a SIMD unit; a compute unit (RDNA: workgroup processor) has four.
+    programs = 4 * _number(r"; Occupancy: (\d+)", assembly) // warps
+    return registers, _number(r"; ScratchSize: (\d+)", assembly), programs
+
+
+def _code_bytes(binary: bytes) -> int:
+    """Of the executable sections of a 64-bit ELF file."""
+    table, entry_size, entries = struct.unpack_from("<Q10xHH", binary, 0x28)
+    total = 0
+    for i in range(entries):
+        kind, flags, size = struct.unpack_from("<4xIQ16xQ", binary, table + i * entry_size)
+        total += size if kind == _PROGBITS and flags & _EXECUTABLE else 0
+    return total
 
 
 def _number(pattern: str, text: str, default: int | None = None) -> int:

@@ -4,9 +4,11 @@
         model(images)               # tensors on the CPU, the Triton backend forced
 
 Within, `kernel[grid](…)` does on CPU tensors what it does on a GPU's, down to the cubin or hsaco, except that
-nothing runs: outputs keep whatever memory they were given. Needs a process without TRITON_INTERPRET.
+nothing runs: outputs keep whatever memory they were given. With `compiling=False` it stops before the compiler, which
+`compile_launch` then calls, in another process if need be. Needs a process without TRITON_INTERPRET.
 """
 
+import importlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -26,21 +28,25 @@ _MAX_THREADS = 1024
 
 @dataclass
 class Launch:
-    """One `kernel[grid](…)`: what it was called with, and what was compiled for it; or why it was not."""
+    """One `kernel[grid](…)`: what it was called with, and what was compiled for it; or why it was not.
+
+    function: the kernel, as Triton finds it again; specialization: what Triton compiles it by, as JSON.
+    """
 
     kernel: str
     target: Target
     grid: tuple[int, ...] = ()
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     constexprs: dict[str, object] = field(default_factory=dict)
-    signature: dict[str, str] = field(default_factory=dict)
+    function: str = ""
+    specialization: str = ""
     compiled: CompiledKernel | None = None
     error: Exception | None = None
 
     @property
-    def key(self) -> str:
+    def key(self) -> tuple[str, str]:
         """Equal for launches of one binary."""
-        return self.compiled.hash if self.compiled else f"{self.kernel}: {self.error}"
+        return self.function, self.specialization
 
 
 class _Utilities:
@@ -69,10 +75,10 @@ class _Utilities:
 class _Driver:
     """The interface of `triton.backends.driver.DriverBase` that compiling and launching use."""
 
-    def __init__(self, target: Target, launches: list[Launch]) -> None:
+    def __init__(self, target: Target) -> None:
         self.target = target
         self.utils = _Utilities(target)
-        self.launcher_cls = lambda source, metadata: _launcher(target, launches, source)
+        self.launcher_cls = lambda source, metadata: lambda *arguments: None
 
     @staticmethod
     def is_active() -> bool:
@@ -94,35 +100,41 @@ class _Driver:
         return torch.device("cpu")
 
 
-def _launcher(target: Target, launches: list[Launch], source):
-    function = source.fn
-    names = function.arg_names
-    compiled = next(k for k in function.device_caches[_DEVICE][0].values() if k.src is source)
-    constexprs = {names[path[0]]: value for path, value in source.constants.items()}
-
-    def launch(grid_x, grid_y, grid_z, stream, binary, packed, metadata, enter_hook, exit_hook, *args):
-        tensors = {
-            name: (tuple(argument.shape), argument.dtype)
-            for name, argument in zip(names, args, strict=True)
-            if isinstance(argument, torch.Tensor)
-        }
-        grid = (grid_x, grid_y, grid_z)
-        launches.append(Launch(function.__name__, target, grid, tensors, constexprs, source.signature, compiled))
-
-    return launch
-
-
-def _run_or_record_error(target: Target, launches: list[Launch]):
+def _run_and_record(target: Target, launches: list[Launch], compiling: bool):
     stock = jit.JITFunction.run
+    specialized: dict[tuple[str, str], str] = {}
 
     def run(self, *args, grid, warmup, **kwargs):
+        function = f"{self.module}:{self.fn.__qualname__}"
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launch = Launch(
+            self.__name__,
+            target,
+            grid=(*(grid(given) if callable(grid) else grid), 1, 1)[:3],
+            tensors={n: (tuple(a.shape), a.dtype) for n, a in given.items() if isinstance(a, torch.Tensor)},
+            constexprs={name: given[name] for p in self.params if p.is_constexpr and (name := p.name) in given},
+            function=function,
+        )
+
+        def before_compiling(*, compile, **_) -> bool:
+            launch.specialization = compile["specialization_data"]
+            return not compiling
+
         try:
             # Where ptxas refuses a kernel, Triton prints all of its PTX.
-            with redirect_stdout(io.StringIO()):
-                return stock(self, *args, grid=grid, warmup=warmup, **kwargs)
+            with (
+                mock.patch.object(triton.knobs.runtime, "jit_cache_hook", before_compiling),
+                redirect_stdout(io.StringIO()),
+            ):
+                launch.compiled = stock(self, *args, grid=grid, warmup=warmup, **kwargs)
         except Exception as error:  # whatever the compiler raises, the other kernels are still wanted
-            launches.append(Launch(self.__name__, target, error=error))
-            return None
+            launch.error = error
+        if launch.compiled is not None:
+            # A kernel that is in Triton's cache is not specialized again.
+            known = (function, launch.compiled.hash)
+            launch.specialization = specialized.setdefault(known, launch.specialization)
+        launches.append(launch)
+        return launch.compiled
 
     return run
 
@@ -137,24 +149,35 @@ def _forget_compiled_kernels() -> None:
 
 
 @contextmanager
-def recording(target: Target) -> Iterator[list[Launch]]:
+def recording(target: Target, compiling: bool = True) -> Iterator[list[Launch]]:
     """Makes `target` the current device within the block; the list fills with its launches, in order.
 
     A kernel that does not compile is recorded with its error, and one that asks for more shared memory than
     the target has is recorded all the same.
     """
+    launches: list[Launch] = []
+    with _device(target), mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)):
+        yield launches
+
+
+def compile_launch(target: Target, function: str, specialization: str) -> CompiledKernel:
+    """What `Launch.function` and `Launch.specialization`, recorded for `target`, compile to."""
+    module, _ = function.split(":")
+    importlib.import_module(module)
+    with _device(target), redirect_stdout(io.StringIO()):
+        return jit._triton_jit_function_registry[function].preload(specialization)
+
+
+@contextmanager
+def _device(target: Target) -> Iterator[None]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
-    launches: list[Launch] = []
     previous = driver._active
     _forget_compiled_kernels()
-    driver.set_active(_Driver(target, launches))
+    driver.set_active(_Driver(target))
     try:
-        with (
-            mock.patch.object(triton.compiler.compiler, "max_shared_mem", lambda device: 2**31),
-            mock.patch.object(jit.JITFunction, "run", _run_or_record_error(target, launches)),
-        ):
-            yield launches
+        with mock.patch.object(triton.compiler.compiler, "max_shared_mem", lambda device: 2**31):
+            yield
     finally:
         _forget_compiled_kernels()
         driver._active = previous

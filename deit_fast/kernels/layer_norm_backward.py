@@ -115,7 +115,7 @@ def _store(dx_rows, residual_grad_rows, x, g, total, projection, rstd, is_kept, 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def column_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -126,9 +126,9 @@ def column_sums_kernel(
     sums_ptr,
     rows,
     tokens,
+    width,
     grad_stride,
     x_stride,
-    WIDTH: tl.constexpr,
     PACKED_GRAD: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -136,13 +136,13 @@ def column_sums_kernel(
 ):
     """Of one block of columns over SPLIT_ROWS rows: Σ s grad, and with `x_ptr` Σ s grad x̂ after it.
 
-    sums: [splits, WIDTH], or [splits, 2, WIDTH] with `x_ptr`; s is drop path's factor of the row's sample.
+    sums: [splits, width], or [splits, 2, width] with `x_ptr`; s is drop path's factor of the row's sample.
     With `kept_ptr`, rows are those of kept samples; grad is full unless PACKED_GRAD.
     """
-    column_tiles: tl.constexpr = (WIDTH + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    column_tiles = tl.cdiv(width, COLUMN_BLOCK)
     split = tl.program_id(0) // column_tiles
     column = (tl.program_id(0) % column_tiles) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    column_mask = column < WIDTH
+    column_mask = column < width
     if kept_ptr is not None:
         rows = tl.load(kept_ptr) * tokens
         if PACKED_GRAD:
@@ -152,33 +152,33 @@ def column_sums_kernel(
         tokens, column, column_mask, grad_stride, x_stride, ROW_BLOCK, COLUMN_BLOCK,
     )  # fmt: skip
     if x_ptr is not None:
-        sums_ptr += split.to(tl.int64) * 2 * WIDTH
-        tl.store(sums_ptr + WIDTH + column, projection, mask=column_mask)
+        sums_ptr += split.to(tl.int64) * 2 * width
+        tl.store(sums_ptr + width + column, projection, mask=column_mask)
     else:
-        sums_ptr += split.to(tl.int64) * WIDTH
+        sums_ptr += split.to(tl.int64) * width
     tl.store(sums_ptr + column, total, mask=column_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(
     sums_ptr,
     scale_ptr,
     first_ptr,
     second_ptr,
     splits,
-    WIDTH: tl.constexpr,
+    width,
     SPLIT_BLOCK: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
 ):
     """Σ over splits of `sums`: `first`, times `scale` where there is one, and with `second_ptr` what lies after it."""
     column = tl.program_id(0) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    column_mask = column < WIDTH
+    column_mask = column < width
     if second_ptr is not None:
-        second = _sum(sums_ptr + WIDTH, splits, 2 * WIDTH, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
+        second = _sum(sums_ptr + width, splits, 2 * width, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
         tl.store(second_ptr + column, second.to(second_ptr.dtype.element_ty), mask=column_mask)
-        first = _sum(sums_ptr, splits, 2 * WIDTH, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
+        first = _sum(sums_ptr, splits, 2 * width, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
     else:
-        first = _sum(sums_ptr, splits, WIDTH, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
+        first = _sum(sums_ptr, splits, width, column, column_mask, SPLIT_BLOCK, COLUMN_BLOCK)
     if scale_ptr is not None:
         first *= tl.load(scale_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
     tl.store(first_ptr + column, first.to(first_ptr.dtype.element_ty), mask=column_mask)
@@ -321,9 +321,9 @@ def _column_sums(
         sums,
         rows,
         tokens,
+        width,
         grad.stride(0),
         0 if x is None else x.stride(0),
-        WIDTH=width,
         PACKED_GRAD=packed_grad,
         SPLIT_ROWS=tile.depth,
         ROW_BLOCK=tile.rows,
@@ -342,7 +342,7 @@ def _column_sums(
         first,
         second,
         splits,
-        WIDTH=width,
+        width,
         SPLIT_BLOCK=tile.rows,
         COLUMN_BLOCK=tile.columns,
         num_warps=tile.num_warps,

@@ -12,7 +12,7 @@ from deit_fast.kernels.layout import dense
 _GROUP = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "grid_height", "grid_width"])
 def patch_embed_kernel(
     images_ptr,
     weight_ptr,
@@ -32,10 +32,10 @@ def patch_embed_kernel(
     image_channel,
     image_row,
     image_column,
+    width,
     CHANNELS: tl.constexpr,
     PATCH_HEIGHT: tl.constexpr,
     PATCH_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr,
     PREFIX: tl.constexpr,
     PREFIX_POSITIONS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -48,13 +48,13 @@ def patch_embed_kernel(
 
     PREFIX counts CLS and distillation rows; PREFIX_POSITIONS says whether they have position embeddings.
     """
-    column_tiles: tl.constexpr = (WIDTH + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    column_tiles = tl.cdiv(width, COLUMN_BLOCK)
     patches = grid_height * grid_width
     row_tiles = tl.cdiv(batch * patches, ROW_BLOCK)
     if tl.program_id(0) >= row_tiles * column_tiles:
         _write_prefix(
             tl.program_id(0) - row_tiles * column_tiles, pos_embed_ptr, cls_token_ptr, dist_token_ptr, tokens_ptr,
-            batch, patches, WIDTH, PREFIX, PREFIX_POSITIONS, ROW_BLOCK, COLUMN_BLOCK,
+            batch, patches, width, PREFIX, PREFIX_POSITIONS, ROW_BLOCK, COLUMN_BLOCK,
         )  # fmt: skip
     else:
         DEPTH: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
@@ -67,7 +67,7 @@ def patch_embed_kernel(
         left = patch % grid_width * PATCH_WIDTH
         corners = images_ptr + sample * image_batch + top * image_row + left * image_column
         column = tile_n * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-        column_mask = column < WIDTH
+        column_mask = column < width
 
         product = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
         for start in range(0, DEPTH, DEPTH_BLOCK):
@@ -102,11 +102,11 @@ def patch_embed_kernel(
             position = patch
             if PREFIX_POSITIONS:
                 position = patch + PREFIX
-            pos_embed = pos_embed_ptr + position[:, None] * WIDTH + column[None, :]
+            pos_embed = pos_embed_ptr + position[:, None] * width + column[None, :]
             product += tl.load(pos_embed, mask=tile_mask, other=0.0).to(tl.float32)
         token = sample * (patches + PREFIX) + PREFIX + patch
         tl.store(
-            tokens_ptr + token[:, None] * WIDTH + column[None, :],
+            tokens_ptr + token[:, None] * width + column[None, :],
             product.to(tokens_ptr.dtype.element_ty),
             mask=tile_mask,
         )
@@ -114,22 +114,22 @@ def patch_embed_kernel(
 
 @triton.jit
 def _write_prefix(
-    tile, pos_embed_ptr, cls_token_ptr, dist_token_ptr, tokens_ptr, batch, patches,
-    WIDTH: tl.constexpr, PREFIX: tl.constexpr, PREFIX_POSITIONS: tl.constexpr,
+    tile, pos_embed_ptr, cls_token_ptr, dist_token_ptr, tokens_ptr, batch, patches, width,
+    PREFIX: tl.constexpr, PREFIX_POSITIONS: tl.constexpr,
     ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the CLS (and distillation) rows of ROW_BLOCK samples; `dist_token_ptr` may be absent."""
-    column_tiles: tl.constexpr = (WIDTH + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    column_tiles = tl.cdiv(width, COLUMN_BLOCK)
     column = tile % column_tiles * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    column_mask = column < WIDTH
+    column_mask = column < width
     sample = (tile // column_tiles).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     mask = (sample < batch)[:, None] & column_mask[None, :]
     for i in tl.static_range(PREFIX):
         token_ptr = cls_token_ptr if i == 0 else dist_token_ptr
         token = tl.load(token_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
         if PREFIX_POSITIONS:
-            token += tl.load(pos_embed_ptr + i * WIDTH + column, mask=column_mask, other=0.0).to(tl.float32)
-        rows = tokens_ptr + (sample * (patches + PREFIX) + i)[:, None] * WIDTH + column[None, :]
+            token += tl.load(pos_embed_ptr + i * width + column, mask=column_mask, other=0.0).to(tl.float32)
+        rows = tokens_ptr + (sample * (patches + PREFIX) + i)[:, None] * width + column[None, :]
         value = tl.broadcast_to(token[None, :], (ROW_BLOCK, COLUMN_BLOCK))
         tl.store(rows, value.to(tokens_ptr.dtype.element_ty), mask=mask)
 
@@ -184,10 +184,10 @@ def patch_embed(
         grid_height,
         grid_width,
         *images.stride(),
+        width,
         CHANNELS=channels,
         PATCH_HEIGHT=patch_height,
         PATCH_WIDTH=patch_width,
-        WIDTH=width,
         PREFIX=prefix,
         PREFIX_POSITIONS=pos_embed is not None and prefix > 0 and pos_embed.shape[1] == prefix + patches,
         ROW_BLOCK=tile.rows,

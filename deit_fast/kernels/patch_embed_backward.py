@@ -39,7 +39,7 @@ def _pixel_offset(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_split", "patches", "grid_width"])
 def weight_gradient_kernel(
     grad_ptr,
     images_ptr,
@@ -57,11 +57,11 @@ def weight_gradient_kernel(
     image_channel,
     image_row,
     image_column,
+    width,
     DTYPE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PATCH_HEIGHT: tl.constexpr,
     PATCH_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr,
     PREFIX: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
@@ -71,12 +71,12 @@ def weight_gradient_kernel(
     """One tile [WIDTH_BLOCK, DEPTH_BLOCK] of gradᵀ @ patches, over one split of the patch rows."""
     DEPTH: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
     depth_tiles: tl.constexpr = (DEPTH + DEPTH_BLOCK - 1) // DEPTH_BLOCK
-    tiles: tl.constexpr = (WIDTH + WIDTH_BLOCK - 1) // WIDTH_BLOCK * depth_tiles
+    tiles = tl.cdiv(width, WIDTH_BLOCK) * depth_tiles
     # Programs of one split are neighbours: they read the same rows, from L2 after the first.
     split = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     column = tile // depth_tiles * WIDTH_BLOCK + tl.arange(0, WIDTH_BLOCK)
-    column_mask = column < WIDTH
+    column_mask = column < width
     k = tile % depth_tiles * DEPTH_BLOCK + tl.arange(0, DEPTH_BLOCK)
     k_mask = k < DEPTH
     pixel = _pixel_offset(k, image_channel, image_row, image_column, PATCH_HEIGHT, PATCH_WIDTH)
@@ -115,7 +115,7 @@ def weight_gradient_kernel(
         )
         product = tl.dot(grad.to(DTYPE), pixels.to(DTYPE), product, input_precision=PRECISION)
 
-    partial = partials_ptr + split.to(tl.int64) * WIDTH * DEPTH
+    partial = partials_ptr + split.to(tl.int64) * width * DEPTH
     tl.store(
         partial + column[:, None] * DEPTH + k[None, :],
         product.to(partials_ptr.dtype.element_ty),
@@ -123,7 +123,7 @@ def weight_gradient_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "patches", "grid_width"])
 def image_gradient_kernel(
     grad_ptr,
     weight_ptr,
@@ -138,10 +138,10 @@ def image_gradient_kernel(
     image_channel,
     image_row,
     image_column,
+    width,
     CHANNELS: tl.constexpr,
     PATCH_HEIGHT: tl.constexpr,
     PATCH_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr,
     PREFIX: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
@@ -162,9 +162,9 @@ def image_gradient_kernel(
     grad_row = sample.to(tl.int64) * grad_batch + (patch + PREFIX).to(tl.int64) * grad_token
 
     product = tl.zeros([ROW_BLOCK, DEPTH_BLOCK], dtype=tl.float32)
-    for start in range(0, WIDTH, WIDTH_BLOCK):
+    for start in range(0, width, WIDTH_BLOCK):
         column = start + tl.arange(0, WIDTH_BLOCK)
-        column_mask = column < WIDTH
+        column_mask = column < width
         grad = tl.load(
             grad_ptr + grad_row[:, None] + column[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0
         )
@@ -185,7 +185,7 @@ def image_gradient_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "batch", "patches"])
 def token_gradients_kernel(
     grad_ptr,
     mask_ptr,
@@ -199,7 +199,7 @@ def token_gradients_kernel(
     patches,
     grad_batch,
     grad_token,
-    WIDTH: tl.constexpr,
+    width,
     PREFIX: tl.constexpr,
     PREFIX_POSITIONS: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
@@ -209,11 +209,11 @@ def token_gradients_kernel(
 
     A prefix row's is its token's gradient; a patch row's goes, by its mask, into the partials of bias or mask token.
     """
-    column_tiles: tl.constexpr = (WIDTH + COLUMN_BLOCK - 1) // COLUMN_BLOCK
+    column_tiles = tl.cdiv(width, COLUMN_BLOCK)
     token = first + tl.program_id(0) // column_tiles
     patch = token - PREFIX
     column = tl.program_id(0) % column_tiles * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    column_mask = column < WIDTH
+    column_mask = column < width
     visible = tl.zeros([COLUMN_BLOCK, BATCH_BLOCK], dtype=tl.float32)
     masked = tl.zeros([COLUMN_BLOCK, BATCH_BLOCK], dtype=tl.float32)
     for start in range(0, batch, BATCH_BLOCK):
@@ -236,9 +236,9 @@ def token_gradients_kernel(
         of_masked = tl.sum(masked, axis=1)
         total += of_masked
         if mask_token_partials_ptr is not None:
-            tl.store(mask_token_partials_ptr + patch * WIDTH + column, of_masked, mask=column_mask & (patch >= 0))
+            tl.store(mask_token_partials_ptr + patch * width + column, of_masked, mask=column_mask & (patch >= 0))
     if bias_partials_ptr is not None:
-        tl.store(bias_partials_ptr + patch * WIDTH + column, of_visible, mask=column_mask & (patch >= 0))
+        tl.store(bias_partials_ptr + patch * width + column, of_visible, mask=column_mask & (patch >= 0))
     if first_token_ptr is not None:
         tl.store(first_token_ptr + column, total.to(first_token_ptr.dtype.element_ty), mask=column_mask & (token == 0))
     if second_token_ptr is not None:
@@ -250,7 +250,7 @@ def token_gradients_kernel(
         if PREFIX_POSITIONS:
             position = token
         tl.store(
-            pos_embed_ptr + position * WIDTH + column,
+            pos_embed_ptr + position * width + column,
             total.to(pos_embed_ptr.dtype.element_ty),
             mask=column_mask & (position >= 0),
         )
@@ -350,11 +350,11 @@ def _weight_gradient(
         images.shape[3] // patch_width,
         *grad.stride()[:2],
         *images.stride(),
+        width,
         DTYPE=_TRITON_DTYPE[of_weight.dtype],
         CHANNELS=channels,
         PATCH_HEIGHT=patch_height,
         PATCH_WIDTH=patch_width,
-        WIDTH=width,
         PREFIX=prefix,
         WIDTH_BLOCK=tile.rows,
         DEPTH_BLOCK=tile.columns,
@@ -387,10 +387,10 @@ def _image_gradient(grad: Tensor, weight: Tensor, mask: Tensor | None, prefix: i
         of_images.shape[3] // patch_width,
         *grad.stride()[:2],
         *of_images.stride(),
+        width,
         CHANNELS=channels,
         PATCH_HEIGHT=patch_height,
         PATCH_WIDTH=patch_width,
-        WIDTH=width,
         PREFIX=prefix,
         ROW_BLOCK=tile.rows,
         DEPTH_BLOCK=tile.columns,
@@ -436,7 +436,7 @@ def _token_gradients(
         batch,
         patches,
         *grad.stride()[:2],
-        WIDTH=width,
+        width,
         PREFIX=prefix,
         PREFIX_POSITIONS=prefix_positions,
         BATCH_BLOCK=_LANES,

@@ -46,7 +46,7 @@ def describe(launch: Launch) -> dict:
         "tensors": {name: [list(shape), str(dtype)] for name, (shape, dtype) in launch.tensors.items()},
         "constexprs": launch.constexprs,
         "binary": next(kind for kind in ("cubin", "hsaco") if kind in launch.compiled.asm),
-        **vars(resources(launch.compiled)),
+        **vars(resources(launch.compiled, launch.target)),
     }
 
 
