@@ -22,13 +22,13 @@ def explanations(launch: Launch) -> dict[str, Explanation] | None:
 
 
 def _linear(a) -> dict[str, Explanation]:
-    rows, columns = cdiv(a.rows, a.ROW_BLOCK), cdiv(a.COLUMNS, a.COLUMN_BLOCK)
+    rows, columns = cdiv(a.rows, a.ROW_BLOCK), cdiv(a.out_features, a.COLUMN_BLOCK)
     if "k_weight" in a.tensors:
         columns *= 3
     of_x = (columns, "column tiles")
     if a.PROLOGUE == "layer_norm":
         # A row's statistics are of differences from its first element, which is loaded first.
-        of_x = (columns * (2 + 1 / a.DEPTH), "column tiles, for the statistics and for the product")
+        of_x = (columns * (2 + 1 / a.in_features), "column tiles, for the statistics and for the product")
     weights = ("weight", "k_weight", "v_weight", "bias", "k_bias", "v_bias")
     return (
         {"x": of_x}
@@ -51,7 +51,7 @@ def _key_gradient(a) -> dict[str, Explanation]:
 
 
 def _input_gradient(a) -> dict[str, Explanation]:
-    columns = (cdiv(a.COLUMNS, a.COLUMN_BLOCK), "column tiles")
+    columns = (cdiv(a.in_features, a.COLUMN_BLOCK), "column tiles")
     rows = (cdiv(a.rows, a.ROW_BLOCK), "row tiles")
     return dict.fromkeys(("grad", "k_grad", "v_grad"), columns) | dict.fromkeys(
         ("weight", "k_weight", "v_weight"), rows
@@ -59,7 +59,7 @@ def _input_gradient(a) -> dict[str, Explanation]:
 
 
 def _weight_gradient(a) -> dict[str, Explanation]:
-    columns, rows = cdiv(a.IN, a.IN_BLOCK), a.PROJECTIONS * cdiv(a.OUT, a.OUT_BLOCK)
+    columns, rows = cdiv(a.in_features, a.IN_BLOCK), a.PROJECTIONS * cdiv(a.out_features, a.OUT_BLOCK)
     of_grad = (columns, "the weight's column tiles")
     if "sum" in a.tensors:
         of_grad = (columns + 1, "the weight's column tiles, and once for the sum")
@@ -72,7 +72,7 @@ def _weight_gradient(a) -> dict[str, Explanation]:
 
 def _finish_layer_norm_linear(a) -> dict[str, Explanation]:
     norm = dict.fromkeys(("norm_weight", "norm_bias"), (a.PROJECTIONS, "projections"))
-    return norm | {"sum": (cdiv(a.IN, a.IN_BLOCK), "the weight's column tiles")}
+    return norm | {"sum": (cdiv(a.in_features, a.IN_BLOCK), "the weight's column tiles")}
 
 
 def _layer_norm_backward(a) -> dict[str, Explanation]:

@@ -19,11 +19,23 @@ def test_any_width_is_covered_by_powers_of_two(width):
         assert part == 0 or (part >= 16 and part & (part - 1) == 0)
 
 
-@pytest.mark.parametrize(("tokens", "limit"), [(197, 1.25), (198, 1.25), (577, 1.10), (578, 1.10)])
-def test_attention_computes_few_scores_that_no_token_asked_for(tokens, limit):
-    tile = launch.attention(64, 2, "sm_90")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200")
 
-    def covered(block):
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize(("tokens", "limit"), [(197, 1.25), (198, 1.25), (577, 1.10), (578, 1.10)])
+def test_attention_computes_few_scores_that_no_token_asked_for(tokens, limit, head_dim, itemsize, arch):
+    def with_tail(block):
         return tokens // block * block + launch.tail_block(tokens, block)
 
-    assert covered(tile.queries) * covered(tile.keys) <= limit * tokens * tokens
+    def whole_blocks(block):
+        return -(-tokens // block) * block
+
+    forward = launch.attention(head_dim, itemsize, arch)
+    of_queries, of_keys = launch.attention_backward(head_dim, itemsize, arch)
+    assert with_tail(forward.queries) * with_tail(forward.keys) <= limit * tokens * tokens
+    # In backward a kernel's own rows have the tail; those it walks over are in small blocks.
+    assert with_tail(of_queries.queries) * whole_blocks(of_queries.keys) <= limit * tokens * tokens
+    assert whole_blocks(of_keys.queries) * with_tail(of_keys.keys) <= limit * tokens * tokens
