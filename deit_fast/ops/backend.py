@@ -58,7 +58,7 @@ def gives_up(op: str, error: Exception) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
         return False
-    reason = _in_a_line(error)
+    reason = in_a_line(error)
     warnings.warn(
         f"deit_fast.{op}: its kernels failed ({reason}); the stock PyTorch operators answer in this process. "
         f"Please report this with the output of: deit-fast check",
@@ -68,7 +68,7 @@ def gives_up(op: str, error: Exception) -> bool:
     return True
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """The class and the message; of many lines, as compilers write, the first and the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join((type(error).__name__, " … ".join(dict.fromkeys(lines[:1] + lines[-1:]))))

@@ -6,16 +6,14 @@ from torch import Tensor
 
 from deit_fast.kernels import patch_embed as kernels
 from deit_fast.ops import checks
-from deit_fast.ops.patch_embed_backward import patch_embed_backward
+from deit_fast.ops.patch_embed_backward import patch_embed_backward, stock_pixels
 from deit_fast.ops.product_dtype import as_dtype, product_dtype
 from deit_fast.ops.registration import cast, distribute, register
 
 
 def _stock(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std):
     dtype = product_dtype(weight)
-    if images.dtype is torch.uint8:
-        mean, std = (t.float().view(1, -1, 1, 1) for t in (mean, std))
-        images = (images.float() / 255 - mean) / std
+    images = stock_pixels(images, mean, std, weight)
     bias = None if bias is None else as_dtype(bias, dtype)
     tokens = F.conv2d(as_dtype(images, dtype), as_dtype(weight, dtype), bias, stride=weight.shape[2:])
     tokens = as_dtype(tokens, weight.dtype).flatten(2).transpose(1, 2)

@@ -11,6 +11,15 @@ from deit_fast.ops.registration import register_backward
 GRADIENTS = ("images", "weight", "bias", "pos_embed", "cls_token", "dist_token", "mask_token")
 
 
+def stock_pixels(images: Tensor, mean: Tensor | None, std: Tensor | None, weight: Tensor) -> Tensor:
+    """uint8 images normalised, in float32 at least; others as they are."""
+    if images.dtype is not torch.uint8:
+        return images
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    mean, std = (t.to(dtype).view(-1, 1, 1) for t in (mean, std))
+    return (images.to(dtype) / 255 - mean) / std
+
+
 def _stock(
     grad: Tensor,
     images: Tensor,
@@ -46,9 +55,7 @@ def _stock(
         gradients["bias"] = of_patches.sum((0, 1), dtype=wide)
     if need_images or need_weight:
         dtype, patch = product_dtype(weight), weight.shape[2:]
-        pixels = images
-        if images.dtype is torch.uint8:
-            pixels = (images.float() / 255 - mean.float().view(-1, 1, 1)) / std.float().view(-1, 1, 1)
+        pixels = stock_pixels(images, mean, std, weight)
         grid = [images.shape[2] // patch[0], images.shape[3] // patch[1]]
         of_grid = as_dtype(of_patches, dtype).transpose(1, 2).unflatten(2, grid)
         of_pixels, of_weight, _ = torch.ops.aten.convolution_backward(

@@ -1,55 +1,11 @@
-"""The rule every kernel's result is held to, and the one table of its numbers.
-
-    error(ours) ≤ 2 × error(the stock PyTorch operator, same dtype, same input), against float64
-
-The error is the relative L2 norm, which finds a small bias in all elements and hardly moves with the seed. The
-largest absolute error is held to a wider factor, to find one wrong element among many. Either may instead meet
-its floor, since stock can be exact by luck (one product of powers of two) where a right kernel rounds once.
-"""
-
-from dataclasses import dataclass
+"""The rule every kernel's result is held to (`deit_fast/cli/accuracy.py` has it and its numbers), as an assertion."""
 
 import torch
 from torch import Tensor
 
-# Different summation orders of one algorithm differ by up to this much; a lost digit is far more.
-STOCK_FACTOR = 2.0
-# The largest of a few hundred roundings is an extreme value: sums of the same 27 float32 numbers in two orders, by
-# 192 columns, had largest errors up to 2.8 times apart in 2000 draws, where their norms were up to 1.4 apart.
-LARGEST_FACTOR = 4.0
-# Largest absolute error: four units in the last place of the output's largest element. Small elements come
-# out of cancellation and inherit the rounding of the large terms, so their own unit says nothing.
-FLOOR_ULPS = 4.0
-# Relative L2 norm, in units of eps: half a unit each is the most that correctly rounded elements can have.
-FLOOR_EPS = 0.5
-# Below this many elements the norm is the largest error once more, and only that counts.
-FEW = 16
+from deit_fast.cli.accuracy import allowed_errors, errors, unit_in_last_place, within
 
-
-@dataclass(frozen=True)
-class Errors:
-    """Errors against the float64 reference: largest absolute, and relative in the L2 norm."""
-
-    largest: float
-    relative: float
-
-
-def errors(result: Tensor, exact: Tensor) -> Errors:
-    """`result` and `exact` have one shape; only elements finite in both count."""
-    finite = result.isfinite() & exact.isfinite()
-    exact = exact[finite].double()
-    difference = result[finite].double() - exact
-    if not difference.numel():
-        return Errors(0.0, 0.0)
-    scale = exact.norm().item() or 1.0
-    return Errors(difference.abs().max().item(), difference.norm().item() / scale)
-
-
-def unit_in_last_place(magnitude: float, dtype: torch.dtype) -> float:
-    """Spacing of `dtype` at `magnitude`; of its subnormals at zero."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(torch.tensor(max(magnitude, info.tiny), dtype=torch.float64)).exponent.item()
-    return info.eps * 2.0 ** (exponent - 1)
+__all__ = ["assert_as_accurate_as_stock", "errors", "unit_in_last_place"]
 
 
 def assert_as_accurate_as_stock(
@@ -71,14 +27,10 @@ def assert_as_accurate_as_stock(
     _assert_same_specials(ours, stock, name)
 
     ours_is, stock_is = errors(ours, exact), errors(stock, exact)
-    magnitude = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
-    allowed = Errors(
-        max(LARGEST_FACTOR * stock_is.largest, FLOOR_ULPS * unit_in_last_place(magnitude, dtype)),
-        max(STOCK_FACTOR * stock_is.relative, FLOOR_EPS * torch.finfo(dtype).eps),
-    )
-    few = exact.numel() < FEW
-    if ours_is.largest <= allowed.largest and (few or ours_is.relative <= allowed.relative):
+    allowed = allowed_errors(stock_is, exact, dtype)
+    if within(ours_is, allowed, exact.numel()):
         return
+    magnitude = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
     worst = _index((ours.double() - exact).abs().nan_to_num(nan=0.0, posinf=0.0).argmax().item(), exact.shape)
     raise AssertionError(
         f"{name} {tuple(exact.shape)} {dtype} is less accurate than the stock operator\n"
