@@ -36,6 +36,8 @@ from bench.standin_driver import Launch, compile_launch
 from bench.targets import TARGETS
 
 WORKERS = 2
+# Fresh processes: whatever the product remembers of its device is forgotten with them.
+SPAWN = multiprocessing.get_context("spawn")
 # Of one process, which would else keep the memory of all it compiled.
 COMPILED_BY_ONE = 400
 
@@ -225,12 +227,10 @@ def main() -> None:
     before = _earlier(arguments.against) if arguments.against else {}
 
     rows, start = [], time.perf_counter()
-    # Fresh processes: whatever the product remembers of its device is forgotten with them.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(WORKERS, mp_context=SPAWN, max_tasks_per_child=1) as pool:
         found = pool.map(launches_on, targets, *([each] * len(targets) for each in what))
         waiting = [row for of_target in found for row in of_target.values()]
-    with ProcessPoolExecutor(WORKERS, mp_context=spawn, max_tasks_per_child=COMPILED_BY_ONE) as pool:
+    with ProcessPoolExecutor(WORKERS, mp_context=SPAWN, max_tasks_per_child=COMPILED_BY_ONE) as pool:
         for row in pool.map(compiled, waiting):
             rows.append(row)
             if len(rows) % 100 == 0:
