@@ -3,12 +3,14 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+EVERY ?= 1
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+SANITIZER := $(VENV)/.sanitizer
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format kernels traffic clean
+.PHONY: help demo test lint format kernels sanitize traffic clean
 
 help:
 	@echo "make demo      stock and swapped DeiT on two real photographs"
@@ -16,6 +18,7 @@ help:
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make format    ruff: mend what can be mended"
 	@echo "make kernels   compile every launch ahead of time: registers, spills, shared memory"
+	@echo "make sanitize  every operator's launches executed with bounds and races checked, compiler passes compared"
 	@echo "make traffic   count operator calls and bytes of stock and swapped models"
 	@echo "make clean     remove build outputs and caches (keeps $(VENV))"
 
@@ -42,6 +45,16 @@ format: $(STAMP)
 
 kernels: $(STAMP)
 	$(RUN) -m bench.kernels
+
+# Its metadata asks for Python 3.12; it runs on 3.11 as well.
+$(SANITIZER): $(STAMP)
+	$(RUN) -m pip install --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+# EVERY=N runs every Nth case; one that divides by 2 or 3 would leave out dtypes and targets. Without tests/conftest.py,
+# which chooses Triton's interpreter.
+sanitize: $(SANITIZER)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal --confcutdir=tests/sanitize tests/sanitize --every $(EVERY)
 
 traffic: $(STAMP)
 	$(RUN) -m bench.traffic

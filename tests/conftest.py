@@ -13,6 +13,9 @@ import torch
 
 from tests.support import bf16_interpreter, quick_interpreter
 
+# `make sanitize`: not in the interpreter.
+collect_ignore = ["sanitize"]
+
 torch.set_num_threads(1)
 bf16_interpreter.install()
 quick_interpreter.install()
