@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support import bf16_interpreter, quick_interpreter
+from tests.support import bf16_interpreter, older_interpreter, quick_interpreter
 
 # `make sanitize`: not in the interpreter.
 collect_ignore = ["sanitize"]
 
 torch.set_num_threads(1)
+older_interpreter.install()
 bf16_interpreter.install()
 quick_interpreter.install()
 

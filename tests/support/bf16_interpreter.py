@@ -94,7 +94,7 @@ def _cumulative(stock):
 
 def install() -> None:
     """Patches the interpreter of this process; a second call changes nothing."""
-    if hasattr(InterpreterBuilder, "get_bf16"):
+    if InterpreterBuilder.cast_impl is _cast_impl:
         return
     InterpreterBuilder.get_bf16 = _get_bf16
     InterpreterBuilder.cast_impl = _cast_impl
