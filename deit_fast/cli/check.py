@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +77,24 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--device {device} cannot be checked: the kernels are for cuda (NVIDIA and AMD), or cpu")
     if device.type == "cuda" and interpreted():
         raise UserError("TRITON_INTERPRET is set, so nothing would run on the GPU: unset it, or take --device cpu")
+    if device.type == "cpu" and _interpreter_is_broken():
+        raise UserError(
+            "Triton 3.6's interpreter needs numpy before 2.4: install either a newer Triton or an older numpy"
+        )
     if device.type == "cpu" and not interpreted():
         return run_interpreted(args)
     # On a GPU stock convolutions use TF32 unless told otherwise.
     torch.backends.cudnn.allow_tf32 = False
     chosen = args.op or OPS
     return print_json(device, chosen) if args.json else print_tables(device, chosen)
+
+
+def _interpreter_is_broken() -> bool:
+    """Whether a tensor as a loop bound would be an error in it."""
+    triton_version, numpy_version = (
+        tuple(map(int, version(package).split(".")[:2])) for package in ("triton", "numpy")
+    )
+    return triton_version < (3, 7) and numpy_version >= (2, 4)
 
 
 def run_interpreted(args: argparse.Namespace) -> int:

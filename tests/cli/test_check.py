@@ -324,6 +324,19 @@ def test_a_gpu_and_the_interpreter_exclude_each_other(capsys, monkeypatch):
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "works"),
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.7.1", "2.4.6", True), ("3.10.0+git1", "2.10.1", True)],
+)
+def test_an_interpreter_that_cannot_run_with_this_numpy_is_no_kernels_fault(
+    capsys, monkeypatch, triton_version, numpy_version, works
+):
+    monkeypatch.setattr(check, "version", {"triton": triton_version, "numpy": numpy_version}.get)
+    monkeypatch.setattr(check, "print_tables", lambda *_: 0)
+    assert main(["check"]) == (0 if works else 2)
+    assert ("Triton 3.6's interpreter needs numpy before 2.4" in capsys.readouterr().err) is not works
+
+
 def test_a_missing_rich_is_named_with_its_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main(["check"]) == 2
