@@ -48,8 +48,9 @@ def recorded(
         recording(target, compiling=False) as launches,
         warnings.catch_warnings(),
     ):
-        # A fallback to the stock operators would hide a kernel from the table.
+        # A fallback to the stock operators would hide a kernel from the table, but for rows that are too long.
         warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
+        warnings.filterwarnings("ignore", message="deit_fast.*do not fit on chip")
         for model, precision, run in _runs(models, suites, precisions, batch):
             launches.clear()
             run()

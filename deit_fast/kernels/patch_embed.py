@@ -76,8 +76,8 @@ def patch_embed_kernel(
             channel = k // (PATCH_HEIGHT * PATCH_WIDTH)
             offset = (
                 channel.to(tl.int64) * image_channel
-                + (k // PATCH_WIDTH % PATCH_HEIGHT) * image_row
-                + (k % PATCH_WIDTH) * image_column
+                + (k // PATCH_WIDTH % PATCH_HEIGHT).to(tl.int64) * image_row
+                + (k % PATCH_WIDTH).to(tl.int64) * image_column
             )
             pixels = tl.load(corners[:, None] + offset[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0)
             if mean_ptr is not None:
@@ -160,7 +160,8 @@ def patch_embed(
     if tokens.numel() == 0:
         return tokens
     arch = launch.architecture(images)
-    tile = launch.gemm(width, channels * patch_height * patch_width, weight.element_size(), arch, "none")
+    depth = channels * patch_height * patch_width
+    tile = launch.patch_embed(width, patch_width, depth, weight.element_size(), arch)
     column_tiles = triton.cdiv(width, tile.columns)
     programs = triton.cdiv(batch * patches, tile.rows) * column_tiles
     if prefix:

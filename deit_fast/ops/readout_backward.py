@@ -143,7 +143,8 @@ readout_attention_backward = register_backward(
     stock=_implementation(_stock_layer_norm_linear_backward, _stock_readout_backward),
     triton=_implementation(_triton_layer_norm_linear_backward, kernels.readout_backward),
     unsupported=lambda grad, residual_grad, x, norm_weight, norm_bias, eps, weights, *_: (
-        unsupported(x.shape[-1]) or checks.kernel_dtypes(grad, residual_grad, x, norm_weight, norm_bias, *weights)
+        unsupported(x.shape[-1], weights[0].dtype)
+        or checks.kernel_dtypes(grad, residual_grad, x, norm_weight, norm_bias, *weights)
     ),
     fake=_fake,
 )
