@@ -108,13 +108,20 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
     """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads."""
     if itemsize == 4:
         if arch in _MMA_SYNC:
-            return Tile(64, 32, 32, 4, 2)
+            return Tile(64, 32, 32, 8, 2)
         return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
     if arch in _SMALL_SHARED_MEMORY:
         return Tile(128, 64, 64 if prologue == "layer_norm" or not is_amd(arch) else 32, 8, 2)
     if prologue in ("gelu", "gelu_tanh"):
         return Tile(128, 64, 64, 8, 3)
     return Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)
+
+
+@lru_cache(maxsize=256)
+def patch_embed(width: int, patch_width: int, depth: int, itemsize: int, arch: str) -> Tile:
+    tile = gemm(width, depth, itemsize, arch, "none")
+    # The pixels of a patch whose width is no power of two are found one by one, with an address for each.
+    return tile if patch_width % 16 == 0 else tile._replace(columns=min(64, tile.columns), depth=32, num_stages=2)
 
 
 @lru_cache(maxsize=256)
@@ -125,6 +132,22 @@ def mlp(width: int, arch: str) -> Tile:
     if is_amd(arch):
         return Tile(32, 32, width, 4, 1)
     return Tile(64, 16 if arch == "sm_100" else 32, width, 8, 1)
+
+
+@lru_cache(maxsize=64)
+def layer_norm_attention(arch: str) -> Tile | None:
+    """LayerNorm, QKV and attention in one kernel: `rows` are tokens, `depth` is of the width.
+
+    None where two launches do better: registers would spill, or shared memory has room for one program alone.
+    """
+    if arch not in ("sm_80", "sm_90", "sm_100"):
+        return None
+    return Tile(64, 64, 32, 4, 1 if arch in _MMA_SYNC else 2)
+
+
+def fills_device(programs: int, tensor: torch.Tensor) -> bool:
+    """Whether every multiprocessor gets one of as many programs."""
+    return interpreted() or programs >= multiprocessors(tensor)
 
 
 @lru_cache(maxsize=256)
@@ -190,6 +213,8 @@ def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> T
     if arch in _SMALL_SHARED_MEMORY:
         return Tile(128, 64, 64, 8, 2) if is_amd(arch) else Tile(128, 64, 32, 8, 3)
     # GELU's derivative beside a wider tile takes all registers, and with them the multiprocessor's second program.
+    if activation != "none" and arch in _MMA_SYNC:
+        return Tile(128, 64, 32, 8, 4)
     return Tile(128, 128 if columns % 128 == 0 and activation == "none" else 64, 64, 8, 3)
 
 
@@ -204,8 +229,10 @@ def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: st
         rows = max(64, min(256, triton.next_power_of_2(out_features)))
         return Tile(rows, 64, 32, 8 if rows > 64 else 4, stages)
     rows, columns = (128 if n % 128 == 0 else 64 for n in (out_features, in_features))
-    depth = 32 if rows * columns == 64 * 64 or (rows * columns == 128 * 128 and stages == 2) else 64
-    return Tile(rows, columns, depth, 4 if rows * columns == 64 * 64 else 8, stages)
+    if rows * columns == 64 * 64:
+        return Tile(rows, columns, 32, 4, 2)
+    depth = 32 if rows * columns == 128 * 128 and stages == 2 else 64
+    return Tile(rows, columns, depth, 8, stages)
 
 
 class ReadoutTile(NamedTuple):
