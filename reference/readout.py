@@ -55,9 +55,9 @@ def readout_attention(
     x: [B, N, D]; norm_weight, norm_bias: [D] or None; weights: [D, D]; biases: [D] or None; result: [B, R, D], heads
     side by side.
     """
-    batch, _, width = x.shape
+    width = x.shape[-1]
     q = layer_norm_linear(x[:, :readout_rows], norm_weight, norm_bias, eps, q_weight, q_bias)
-    q = q.reshape(batch, readout_rows, num_heads, -1)
+    q = q.unflatten(-1, (num_heads, -1))
     k_by_head, v_by_head = (weight.reshape(num_heads, -1, width) for weight in (k_weight, v_weight))
     absorbed = scale * torch.einsum("brhe,hed->brhd", q, k_by_head)
     summed, _ = readout(x, absorbed, norm_weight, eps)

@@ -34,8 +34,8 @@ def _pixel_offset(
     channel = k // (PATCH_HEIGHT * PATCH_WIDTH)
     return (
         channel.to(tl.int64) * image_channel
-        + (k // PATCH_WIDTH % PATCH_HEIGHT) * image_row
-        + (k % PATCH_WIDTH) * image_column
+        + (k // PATCH_WIDTH % PATCH_HEIGHT).to(tl.int64) * image_row
+        + (k % PATCH_WIDTH).to(tl.int64) * image_column
     )
 
 
@@ -210,7 +210,7 @@ def token_gradients_kernel(
     A prefix row's is its token's gradient; a patch row's goes, by its mask, into the partials of bias or mask token.
     """
     column_tiles = tl.cdiv(width, COLUMN_BLOCK)
-    token = first + tl.program_id(0) // column_tiles
+    token = (first + tl.program_id(0) // column_tiles).to(tl.int64)
     patch = token - PREFIX
     column = tl.program_id(0) % column_tiles * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < width
@@ -219,7 +219,7 @@ def token_gradients_kernel(
     for start in range(0, batch, BATCH_BLOCK):
         sample = start + tl.arange(0, BATCH_BLOCK)
         sample_mask = sample < batch
-        grad_row = sample.to(tl.int64) * grad_batch + token.to(tl.int64) * grad_token
+        grad_row = sample.to(tl.int64) * grad_batch + token * grad_token
         grad = tl.load(
             grad_ptr + column[:, None] + grad_row[None, :], mask=column_mask[:, None] & sample_mask[None, :], other=0.0
         ).to(tl.float32)
