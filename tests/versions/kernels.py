@@ -1,0 +1,40 @@
+"""Every operator's kernels under one release of Triton: computed in the interpreter, and compiled ahead of time.
+
+`make versions` runs this with the oldest and the newest release supported. Its name keeps it out of `make test`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+
+from deit_fast.cli import check
+from deit_fast.cli.check_cases import OPS
+
+
+def test_the_release_is_the_one_asked_for():
+    assert triton.__version__ == os.environ["TRITON_VERSION"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_in_the_interpreter_every_result_is_as_accurate_as_stocks(op, monkeypatch):
+    monkeypatch.setattr(check, "INTERPRETER_DTYPES", check.DTYPES)  # `tests.support` makes bfloat16 right
+    lines = [line for _, group in check.check(torch.device("cpu"), (op,)) for line in group]
+    assert {line.dtype for line in lines} == {"float32", "float16", "bfloat16"}
+    failed = [line.traceback or str(line) for line in lines if line.failure]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_kernel_compiles(target):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.versions.compiled_kernels", target]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) > 20
+    assert not {kernel: error for kernel, error in errors.items() if error}
