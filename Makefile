@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+MINUTES ?= 20
 EVERY ?= 1
 
 VENV := .venv
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 SANITIZER := $(VENV)/.sanitizer
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format kernels sanitize traffic clean
+.PHONY: help demo test lint format kernels fuzz sanitize traffic clean
 
 help:
 	@echo "make demo      stock and swapped DeiT on two real photographs"
@@ -18,6 +19,7 @@ help:
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make format    ruff: mend what can be mended"
 	@echo "make kernels   compile every launch ahead of time: registers, spills, shared memory"
+	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
 	@echo "make sanitize  every operator's launches executed with bounds and races checked, compiler passes compared"
 	@echo "make traffic   count operator calls and bytes of stock and swapped models"
 	@echo "make clean     remove build outputs and caches (keeps $(VENV))"
@@ -45,6 +47,9 @@ format: $(STAMP)
 
 kernels: $(STAMP)
 	$(RUN) -m bench.kernels
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --minutes $(MINUTES) --workers $(WORKERS)
 
 # Its metadata asks for Python 3.12; it runs on 3.11 as well.
 $(SANITIZER): $(STAMP)
