@@ -5,13 +5,15 @@ PYTHON ?= python3
 WORKERS ?= 2
 MINUTES ?= 20
 EVERY ?= 1
+# The oldest and the newest that are supported.
+TRITONS ?= 3.6.0 3.9.0
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 SANITIZER := $(VENV)/.sanitizer
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format kernels fuzz sanitize traffic clean
+.PHONY: help demo test lint format kernels versions fuzz sanitize traffic clean
 
 help:
 	@echo "make demo      stock and swapped DeiT on two real photographs"
@@ -19,6 +21,7 @@ help:
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make format    ruff: mend what can be mended"
 	@echo "make kernels   compile every launch ahead of time: registers, spills, shared memory"
+	@echo "make versions  the kernels with the oldest and the newest Triton that are supported"
 	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
 	@echo "make sanitize  every operator's launches executed with bounds and races checked, compiler passes compared"
 	@echo "make traffic   count operator calls and bytes of stock and swapped models"
@@ -47,6 +50,19 @@ format: $(STAMP)
 
 kernels: $(STAMP)
 	$(RUN) -m bench.kernels
+
+# Each beside the pinned PyTorch, in a folder of its own that is kept.
+build/triton-%: | $(STAMP)
+	rm -rf $@.part
+	$(RUN) -m pip install --no-deps --target $@.part triton==$*
+	mv $@.part $@
+
+.SECONDARY: $(TRITONS:%=build/triton-%)
+
+versions: $(TRITONS:%=versions-%)
+
+versions-%: build/triton-%
+	TRITON_VERSION=$* PYTHONPATH=$(CURDIR)/$< OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal tests/versions/kernels.py
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --minutes $(MINUTES) --workers $(WORKERS)
