@@ -225,7 +225,7 @@ def token_gradients_kernel(
         ).to(tl.float32)
         if mask_ptr is not None:
             mask_row = mask_ptr + sample.to(tl.int64) * patches + patch
-            is_masked = tl.load(mask_row, mask=sample_mask & (patch >= 0), other=0) != 0
+            is_masked = tl.load(mask_row, mask=sample < tl.where(patch >= 0, batch, 0), other=0) != 0
             masked += tl.where(is_masked[None, :], grad, 0.0)
             grad = tl.where(is_masked[None, :], 0.0, grad)
         visible += grad
@@ -235,25 +235,22 @@ def token_gradients_kernel(
     if mask_ptr is not None:
         of_masked = tl.sum(masked, axis=1)
         total += of_masked
-        if mask_token_partials_ptr is not None:
-            tl.store(mask_token_partials_ptr + patch * width + column, of_masked, mask=column_mask & (patch >= 0))
-    if bias_partials_ptr is not None:
-        tl.store(bias_partials_ptr + patch * width + column, of_visible, mask=column_mask & (patch >= 0))
-    if first_token_ptr is not None:
-        tl.store(first_token_ptr + column, total.to(first_token_ptr.dtype.element_ty), mask=column_mask & (token == 0))
-    if second_token_ptr is not None:
-        tl.store(
-            second_token_ptr + column, total.to(second_token_ptr.dtype.element_ty), mask=column_mask & (token == 1)
-        )
+        if mask_token_partials_ptr is not None and patch >= 0:
+            tl.store(mask_token_partials_ptr + patch * width + column, of_masked, mask=column_mask)
+    if bias_partials_ptr is not None and patch >= 0:
+        tl.store(bias_partials_ptr + patch * width + column, of_visible, mask=column_mask)
+    if first_token_ptr is not None and token == 0:
+        tl.store(first_token_ptr + column, total.to(first_token_ptr.dtype.element_ty), mask=column_mask)
+    if second_token_ptr is not None and token == 1:
+        tl.store(second_token_ptr + column, total.to(second_token_ptr.dtype.element_ty), mask=column_mask)
     if pos_embed_ptr is not None:
         position = patch
         if PREFIX_POSITIONS:
             position = token
-        tl.store(
-            pos_embed_ptr + position * width + column,
-            total.to(pos_embed_ptr.dtype.element_ty),
-            mask=column_mask & (position >= 0),
-        )
+        if position >= 0:
+            tl.store(
+                pos_embed_ptr + position * width + column, total.to(pos_embed_ptr.dtype.element_ty), mask=column_mask
+            )
 
 
 @triton.jit
