@@ -148,7 +148,10 @@ class Counts:
 
     @property
     def not_written_once(self) -> list[str]:
-        """What kernels wrote, but some of its elements never or more than once."""
+        """What kernels wrote, but some of its elements never or more than once.
+
+        Where a launch loads what it stored, to store there again, that was scratch and the last time counts.
+        """
         return [
             f"{who}: elements written {counts.min()} to {counts.max()} times"
             for _, who, counts in self._written.values()
@@ -228,7 +231,8 @@ class Counts:
             memory.end_launch()
             if memory.stores.any():
                 unwritten = memory.storage, launch.kernel, np.zeros(memory.length, np.int32)
-                self._written.setdefault(memory.start, unwritten)[2][:] += memory.stores
+                scratch = np.minimum(memory.loads, np.maximum(memory.stores - 1, 0))
+                self._written.setdefault(memory.start, unwritten)[2][:] += memory.stores - scratch
 
     def count(self, pointers: np.ndarray, mask: np.ndarray, kind: str) -> None:
         addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)

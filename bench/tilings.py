@@ -17,7 +17,8 @@ def explanations(launch: Launch) -> dict[str, Explanation] | None:
     if launch.kernel not in _KERNELS:
         return None
     names = [access.name for access in launch.accesses]
-    exceptions = _KERNELS[launch.kernel](SimpleNamespace(**launch.arguments, tensors=names))
+    shapes = {access.name: access.shape for access in launch.accesses}
+    exceptions = _KERNELS[launch.kernel](SimpleNamespace(**launch.arguments, tensors=names, shapes=shapes))
     return {name: exceptions.get(name, ONCE) for name in names}
 
 
@@ -39,6 +40,18 @@ def _linear(a) -> dict[str, Explanation]:
 
 def _attention(a) -> dict[str, Explanation]:
     return dict.fromkeys(("k", "v"), (cdiv(a.queries, a.QUERY_BLOCK), "query blocks"))
+
+
+def _layer_norm_attention(a) -> dict[str, Explanation]:
+    batch = a.shapes["x"][0]
+    tiles = batch * (a.BLOCKS + (a.TAIL > 0))
+    parameters = (f"{part}_{kind}" for part in "qkv" for kind in ("weight", "bias"))
+    return (
+        # A row's statistics are of differences from its first element, which is loaded first.
+        {"x": (a.heads * (1 + 3 + 1 / a.WIDTH), "heads, for the statistics and for three products")}
+        | dict.fromkeys(parameters, (tiles, "row tiles"))
+        | dict.fromkeys(("norm_weight", "norm_bias"), (3 * a.heads * tiles, "row tiles × heads × products"))
+    )
 
 
 def _mlp(a) -> dict[str, Explanation]:
@@ -82,6 +95,7 @@ def _layer_norm_backward(a) -> dict[str, Explanation]:
 _KERNELS: dict[str, Callable[[SimpleNamespace], dict[str, Explanation]]] = {
     "linear_kernel": _linear,
     "attention_kernel": _attention,
+    "layer_norm_attention_kernel": _layer_norm_attention,
     "mlp_kernel": _mlp,
     "query_gradient_kernel": _attention,
     "key_gradient_kernel": _key_gradient,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
+from deit_fast.kernels.device import online_softmax
 from deit_fast.kernels.layout import unit_stride
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -154,14 +155,7 @@ def _attend_keys(
     if MASKED:
         scores = tl.where(key_mask[None, :], scores, float("-inf"))
 
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-    # A row that has seen only -inf keeps 0 as its reference, or -inf - -inf would make it NaN too early.
-    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    # The scale enters here, in the exponent's multiply-add; with log2(e), since the hardware has exp2.
-    scale_log2 = scale * 1.4426950408889634
-    weights = tl.exp2(scores * scale_log2 - (reference * scale_log2)[:, None])
-    decay = tl.exp2((maximum - reference) * scale_log2)
-    denominator = denominator * decay + tl.sum(weights, axis=1)
+    weights, decay, maximum, denominator = online_softmax(scores, maximum, denominator, scale)
     weights = weights.to(v_head.dtype)
     out_head = tl.dot(weights, v_head, out_head * decay[:, None], input_precision=PRECISION)
     if TAIL > 0:
@@ -171,7 +165,7 @@ def _attend_keys(
             other=0.0,
         )
         out_tail = tl.dot(weights, v_tail, out_tail * decay[:, None], input_precision=PRECISION)
-    return new_maximum, denominator, out_head, out_tail
+    return maximum, denominator, out_head, out_tail
 
 
 def unsupported(head_dim: int, scale: float) -> str | None:

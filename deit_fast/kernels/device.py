@@ -74,6 +74,22 @@ def tile_statistics(head, tail, head_mask, tail_mask, eps, WIDTH: tl.constexpr, 
 
 
 @triton.jit
+def online_softmax(scores, maximum, denominator, scale):
+    """A tile of scores folded into the rows' running maximum and denominator (Milakov & Gimelshein 2018).
+
+    Returns the tile's weights, by what factor earlier sums decay, and the new maximum and denominator.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    # A row that has seen only -inf keeps 0 as its reference, or -inf - -inf would make it NaN too early.
+    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    # The scale enters here, in the exponent's multiply-add; with log2(e), since the hardware has exp2.
+    scale_log2 = scale * 1.4426950408889634
+    weights = tl.exp2(scores * scale_log2 - (reference * scale_log2)[:, None])
+    decay = tl.exp2((maximum - reference) * scale_log2)
+    return weights, decay, new_maximum, denominator * decay + tl.sum(weights, axis=1)
+
+
+@triton.jit
 def sum_rows(
     grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, kept_ptr, first, rows, count, tokens, column,
     column_mask, grad_stride, x_stride, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,

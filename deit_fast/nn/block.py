@@ -12,8 +12,8 @@ from deit_fast.nn.residual import DropPath, LayerScale
 class Block(nn.Module):
     """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`, LayerScale and drop path on each branch.
 
-    Computed whole, in five operator calls (four at narrow widths), when all parts are what the kernels compute;
-    part by part when one is not (a hook on an inner module, active dropout, an attention mask).
+    Computed whole, in five operator calls, when all parts are what the kernels compute (fewer at narrow widths without
+    gradients); part by part when one is not (a hook on an inner module, active dropout, an attention mask).
 
     memory: what is kept for backward. "balanced" keeps the block's input, qkv, the attention output, the input of
     the MLP half and its pre-activation; "low" computes the pre-activation again. Neither changes a value.

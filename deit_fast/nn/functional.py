@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from deit_fast import ops
+from deit_fast.kernels import layer_norm_attention as attention_kernels
 from deit_fast.kernels import mlp as mlp_kernels
 from deit_fast.nn import parts
 
@@ -74,6 +75,11 @@ def _attend(qkv: Tensor, attn: Module, kept: Tensor | None) -> Tensor:
     heads = attn.num_heads
     out, _ = ops.attention(qkv.view(batch, tokens, 3, heads, width // (3 * heads)), attn.scale, kept)
     return out
+
+
+def attends_in_one(x: Tensor, width: int, heads: int) -> bool:
+    """Whether LayerNorm, QKV and attention are one operator: without gradients, which want q, k and v kept."""
+    return not torch.is_grad_enabled() and attention_kernels.fits(x.shape[-1], width // heads, x.shape[1])
 
 
 # MLP --------------------------------------------------------------------------------------------------------------
@@ -238,15 +244,23 @@ def block_unfusable(block: Module) -> str | None:
 
 
 def block_forward(block: Module, x: Tensor) -> Tensor:
-    """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operator calls, or four at narrow widths."""
+    """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operator calls.
+
+    Without gradients in four at widths whose attention is one operator, in three where the MLP is too.
+    """
     modules = block._modules
     norm, attn = modules["norm1"], modules["attn"]
     qkv, proj = attn._modules["qkv"], attn._modules["proj"]
     gamma = _gamma(modules.get("ls1"))
     first, second = _drawn(block)
     scale, kept, capacity = first or draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
-    packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
-    out = _attend(packed, attn, kept)
+    if kept is None and attends_in_one(x, qkv.weight.shape[0] // 3, attn.num_heads):
+        out = ops.layer_norm_attention(
+            x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, attn.num_heads, attn.scale
+        )
+    else:
+        packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
+        out = _attend(packed, attn, kept)
     x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     norm, mlp = modules["norm2"], modules["mlp"]

@@ -9,7 +9,7 @@ from deit_fast.ops.attention_backward import attention_backward, attention_qkv_b
 from deit_fast.ops.registration import cast, register
 
 
-def _stock_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def stock_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
@@ -35,7 +35,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
 
 
 def _stock_attention(qkv: Tensor, scale: float, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    outputs = _stock_attention_qkv(*drop_path.filled(qkv, kept).unbind(2), scale)
+    outputs = stock_attention_qkv(*drop_path.filled(qkv, kept).unbind(2), scale)
     return tuple(drop_path.with_room(t, qkv.shape[0]) for t in outputs)
 
 
@@ -109,7 +109,7 @@ _attention_qkv = register(
     "attention_qkv",
     "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
     check=_check_attention_qkv,
-    stock=_stock_attention_qkv,
+    stock=stock_attention_qkv,
     triton=kernels.attention_qkv,
     unsupported=lambda q, k, v, scale: kernels.unsupported(q.shape[-1], scale) or checks.kernel_dtypes(q),
     fake=_fake,

@@ -227,7 +227,7 @@ def layer_norm_linear(
 # layer_norm_qkv ---------------------------------------------------------------------------------------------------
 
 
-def _stock_layer_norm_qkv(x, norm_weight, norm_bias, eps, *projections):
+def stock_layer_norm_qkv(x, norm_weight, norm_bias, eps, *projections):
     normalised = as_dtype(stock_layer_norm(x, norm_weight, norm_bias, eps), product_dtype(projections[0]))
     return tuple(stock_linear(normalised, projections[i], projections[i + 1]) for i in (0, 2, 4))
 
@@ -270,7 +270,7 @@ _layer_norm_qkv = register(
     "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor q_weight, Tensor? q_bias, "
     "Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias) -> (Tensor, Tensor, Tensor)",
     check=_check_layer_norm_qkv,
-    stock=_stock_layer_norm_qkv,
+    stock=stock_layer_norm_qkv,
     triton=kernels.layer_norm_qkv,
     unsupported=lambda x, norm_weight, norm_bias, eps, *projections: checks.kernel_dtypes(
         x, norm_weight, norm_bias, *projections

@@ -22,6 +22,7 @@ from deit_fast import ops
 from deit_fast.nn import parts
 from deit_fast.nn.functional import (
     NO_DROP_PATH,
+    attends_in_one,
     memory_of,
     mlp_linears,
     mlp_residual,
@@ -187,11 +188,14 @@ def _layer_forward(layer: Module, x: Tensor) -> Tensor:
     norm, attention = modules["layernorm_before"], modules["attention"]
     projections = attention._modules
     q, k, v = projections["q_proj"], projections["k_proj"], projections["v_proj"]
-    queries, keys, values = ops.layer_norm_qkv(
-        x, norm.weight, norm.bias, norm.eps, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias
-    )
+    of_rows = (x, norm.weight, norm.bias, norm.eps, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
+    heads = attention.num_attention_heads
+    if attends_in_one(x, q.weight.shape[0], heads):
+        out = ops.layer_norm_attention_qkv(*of_rows, heads, attention.scaling)
+    else:
+        out = _attend(attention, *ops.layer_norm_qkv(*of_rows))
     out_proj = projections["o_proj"]
-    x = ops.linear_residual(_attend(attention, queries, keys, values), out_proj.weight, out_proj.bias, x)
+    x = ops.linear_residual(out, out_proj.weight, out_proj.bias, x)
 
     return _mlp_residual(layer, x)
 

@@ -17,8 +17,9 @@ HEAD_DIM = 64
 @pytest.mark.parametrize(
     ("width", "tokens", "training", "precision", "launches"),
     [
-        (192, 70, False, "bf16", 4),
+        (192, 70, False, "bf16", 3),
         (256, 70, False, "autocast-bf16", 5),
+        (448, 70, False, "bf16", 5),
         (64, 198, True, "bf16", 21),
         (192, 70, True, "autocast-bf16", 21),
     ],
@@ -30,9 +31,16 @@ def test_a_block_moves_what_is_promised_and_its_tilings_explain(width, tokens, t
 
 
 def test_inference_moves_its_boundary_bytes_once():
-    counts = count_block(64, 1, 70, 1, training=False)
+    counts = count_block(448, 7, 20, 1, training=False)
     block = summed(counts.calls, "tokens")
     assert block.total == block.once == block.boundary
+
+
+def test_queries_that_wait_in_the_outputs_place_are_moved_once_more():
+    counts = count_block(64, 1, 70, 1, training=False)
+    block = summed(counts.calls, "tokens")
+    assert block.once == block.boundary
+    assert block.total - block.once == 64 * 64 * 2, "64 of the 70 tokens wait, the others attend at once"
 
 
 def test_launches_that_are_not_run_count_the_same_distinct_bytes():
@@ -58,8 +66,8 @@ def test_separate_projections_are_explained(triton_backend):
 def test_the_report_is_printed_and_finds_nothing_wrong(capsys):
     assert not report("tiny", 1, training=False, precision="bf16")
     printed = capsys.readouterr().out
-    assert "| attention_kernel | q | 1×198×3×64 bfloat16 | 76032 | 76032 | 1.00 | 1.00: once |" in printed
-    assert "promised: 26" in printed
+    assert "| linear_kernel | x | 198×192 bfloat16 | 76032 |" in printed
+    assert "promised: 16" in printed
 
 
 # The counter itself -------------------------------------------------------------------------------------------------
@@ -71,6 +79,13 @@ def copy_kernel(x_ptr, y_ptr, length, offset, REPEAT: tl.constexpr, BLOCK: tl.co
     for _ in range(REPEAT):
         x = tl.load(x_ptr + i, mask=i < length)
         tl.store(y_ptr + offset + i, x, mask=i < length)
+
+
+@triton.jit
+def parking_kernel(y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, 1.0)
+    tl.store(y_ptr + i, tl.load(y_ptr + i) + 1.0)
 
 
 @triton.jit
@@ -103,6 +118,16 @@ def test_an_element_loaded_again_counts_again():
 def test_an_element_never_written_or_written_twice_is_found():
     assert "written 0 to 1 times" in copy(torch.zeros(10), torch.zeros(10), 9)[1][0]
     assert "written 2 to 2 times" in copy(torch.zeros(10), torch.zeros(10), 10, repeat=2)[1][0]
+
+
+def test_what_a_launch_parks_in_its_outputs_place_is_no_second_writing():
+    y = torch.zeros(16)
+    with counting(tokens=7) as counts:
+        parking_kernel[(1,)](y, BLOCK=16)
+    (access,) = counts.calls[0].launches[0].accesses
+    assert access.stored == 2 * access.loaded == 128
+    assert explained(access, (1, "once"))
+    assert counts.not_written_once == []
 
 
 def test_slices_of_one_tensor_are_told_apart():

@@ -177,6 +177,20 @@ def attention_qkv(t: Arguments):
     return ops.attention_qkv(q, k, v, t.head_dim**-0.5)
 
 
+def layer_norm_attention(t: Arguments):
+    x, inner = t.leaf(t.batch, t.tokens, t.width), t.heads * t.head_dim
+    norm = t.leaf(t.width), t.leaf(t.width)
+    projection = t.weight(3 * inner, t.width), t.leaf(3 * inner)
+    return ops.layer_norm_attention(x, *norm, EPS, *projection, t.heads, t.head_dim**-0.5)
+
+
+def layer_norm_attention_qkv(t: Arguments):
+    x, inner = t.leaf(t.batch, t.tokens, t.width), t.heads * t.head_dim
+    norm = t.leaf(t.width), t.leaf(t.width)
+    projections = [make(*shape) for make, shape in 3 * ((t.weight, (inner, t.width)), (t.leaf, (inner,)))]
+    return ops.layer_norm_attention_qkv(x, *norm, EPS, *projections, t.heads, t.head_dim**-0.5)
+
+
 def patch_embed(t: Arguments):
     rows = 5 if t.tokens % 5 == 0 else 1
     images = t.leaf(t.batch, 3, rows * PATCH, t.tokens // rows * PATCH)
@@ -266,6 +280,8 @@ OPERATORS = (
     mlp,
     attention,
     attention_qkv,
+    layer_norm_attention,
+    layer_norm_attention_qkv,
     patch_embed,
     patch_embed_bytes,
     readout_attention,

@@ -28,6 +28,7 @@ LAUNCHED_BY = {
     "attention_backward.query_gradient_kernel": cases.attention,
     "drop_path.keep_samples_kernel": cases.keep_samples,
     "layer_norm.layer_norm_kernel": cases.layer_norm,
+    "layer_norm_attention.layer_norm_attention_kernel": cases.layer_norm_attention,
     "layer_norm_backward.column_sums_kernel": cases.layer_norm,
     "layer_norm_backward.layer_norm_backward_kernel": cases.layer_norm,
     "layer_norm_backward.sum_splits_kernel": cases.layer_norm,

@@ -29,6 +29,8 @@ _ROOMS = {
     "linear_residual": "linear",
     "mlp": "mlp",
     "attention": "attention",
+    "layer_norm_attention": "layer_norm_attention",
+    "layer_norm_attention_qkv": "layer_norm_attention",
     "attention_qkv": "attention",
     "patch_embed": "patch_embed",
 }
@@ -38,11 +40,13 @@ _STOCK = {
     "add_layer_norm": "_stock_add",
     "linear": "_stock",
     "layer_norm_linear": "_stock_layer_norm_linear",
-    "layer_norm_qkv": "_stock_layer_norm_qkv",
+    "layer_norm_qkv": "stock_layer_norm_qkv",
     "linear_residual": "_stock_linear_residual",
     "mlp": "_stock",
     "attention": "_stock_attention",
-    "attention_qkv": "_stock_attention_qkv",
+    "layer_norm_attention": "_stock",
+    "layer_norm_attention_qkv": "_stock_qkv",
+    "attention_qkv": "stock_attention_qkv",
     "patch_embed": "_stock",
 }
 
