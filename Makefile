@@ -13,14 +13,14 @@ STAMP := $(VENV)/.installed
 SANITIZER := $(VENV)/.sanitizer
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format kernels versions fuzz sanitize traffic clean
+.PHONY: help demo test lint format kernels kernels-all versions fuzz sanitize traffic clean
 
 help:
 	@echo "make demo      stock and swapped DeiT on two real photographs"
 	@echo "make test      the whole test suite"
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make format    ruff: mend what can be mended"
-	@echo "make kernels   compile every launch ahead of time: registers, spills, shared memory"
+	@echo "make kernels   compile every launch ahead of time for ten GPUs, into bench/results"
 	@echo "make versions  the kernels with the oldest and the newest Triton that are supported"
 	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
 	@echo "make sanitize  every operator's launches executed with bounds and races checked, compiler passes compared"
@@ -49,7 +49,10 @@ format: $(STAMP)
 	$(RUN) -m ruff format .
 
 kernels: $(STAMP)
-	$(RUN) -m bench.kernels
+	$(RUN) -m bench.kernels --out bench/results
+
+kernels-all: $(STAMP)
+	$(RUN) -m bench.kernels --precisions all
 
 # Each beside the pinned PyTorch, in a folder of its own that is kept.
 build/triton-%: | $(STAMP)

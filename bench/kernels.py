@@ -1,7 +1,7 @@
 """Compiles every launch of DeiT's inference and training ahead of time and says what each takes of the GPU.
 
     python -m bench.kernels [--targets sm_80,sm_90,…] [--models tiny,small,…] [--suites inference,training]
-                            [--precisions bf16,autocast-bf16,…] [--batch 32] [--out FOLDER] [--against FILE]
+                            [--precisions bf16,autocast-bf16,…] [--batch 64] [--out FOLDER] [--against FILE]
 
 No GPU is needed and none is measured: the launches are recorded from the running models through a stand-in
 for Triton's driver, each on a few blocks plus patch embedding, last norm and heads, cast to a dtype or under
@@ -12,7 +12,7 @@ distillation loss. Launches of one binary are compiled once.
 compares with an earlier kernels.json of the same Triton.
 
 Exits with 1 if a launch does not compile, spills registers, asks for more shared memory than the target has, or has
-a dot without tensor-core instructions (float32 has none on gfx1200), or if it takes more than in --against.
+a dot without tensor-core instructions, or if it takes more than in --against.
 """
 
 import argparse
@@ -34,7 +34,10 @@ from bench.models import choices
 from bench.resources import resources
 from bench.standin_driver import Launch, compile_launch
 from bench.targets import TARGETS
+from deit_fast.kernels.launch import NO_FLOAT32_PRODUCTS
 
+# Under autocast float16's launches are bfloat16's in another type.
+DEFAULT_PRECISIONS = "bf16,autocast-bf16,fp16,fp32"
 WORKERS = 2
 # Fresh processes: whatever the product remembers of its device is forgotten with them.
 SPAWN = multiprocessing.get_context("spawn")
@@ -42,14 +45,16 @@ SPAWN = multiprocessing.get_context("spawn")
 COMPILED_BY_ONE = 400
 
 
-def launches_on(target: str, *what) -> dict[str, dict]:
-    """The rows of one target, by id, before compilation. Runs in a process of its own."""
+def launches_on(target: str, *what) -> tuple[dict[str, dict], list[str]]:
+    """The rows of one target, by id, before compilation; what the stock operators ran. In a process of its own."""
+    from deit_fast.ops import backend
+
     rows: dict[str, dict] = {}
     for model, precision, launch in recorded(TARGETS[target], *what):
         identity = hashlib.sha256("".join(launch.key).encode()).hexdigest()[:16]
         row = rows.setdefault(identity, _row(launch, precision, identity))
         row["models"] = sorted({*row["models"], model})
-    return rows
+    return rows, sorted(backend.said)
 
 
 def _row(launch: Launch, precision: str, identity: str) -> dict:
@@ -103,8 +108,7 @@ def problem(row: dict) -> str | None:
         return f"{row['spilled']} bytes of registers spilled"
     if row["shared_memory"] > target.shared_memory:
         return f"{row['shared_memory']} bytes of shared memory where {target.shared_memory} are allowed"
-    scalar_float32 = row["precision"] == "fp32" and target.name == "gfx1200"
-    if row["scalar_dots"] or (row["dots"] and not row["tensor_core"] and not scalar_float32):
+    if row["scalar_dots"] or (row["dots"] and not row["tensor_core"]):
         return "a dot without tensor-core instructions"
     return None
 
@@ -169,7 +173,14 @@ def summary(rows: list[dict]) -> str:
     )
 
 
-def page(rows: list[dict]) -> str:
+def page(rows: list[dict], left_to_stock: dict[str, list[str]]) -> str:
+    targets: dict[str, list[str]] = defaultdict(list)
+    for target, said in left_to_stock.items():
+        for message in said:
+            targets[message].append(target)
+    for name in NO_FLOAT32_PRODUCTS & left_to_stock.keys():
+        targets["float32 products, for which it has no matrix instructions"].append(name)
+    left = "".join(f"- {', '.join(names)}: {message}\n" for message, names in sorted(targets.items()))
     return (
         "# What the kernels take of each GPU\n\n"
         f"Compiled ahead of time with Triton {triton.__version__}, none of it run: `make kernels` writes this page. "
@@ -179,13 +190,14 @@ def page(rows: list[dict]) -> str:
         "instructions stand in the assembly, vectors of biases, statistics and indices included.\n\n"
         + markdown(rows)
         + "\n"
+        + (f"\nNo kernels; the stock operators run, with one warning each:\n\n{left}" if left else "")
     )
 
 
-def write(folder: Path, rows: list[dict]) -> None:
+def write(folder: Path, rows: list[dict], left_to_stock: dict[str, list[str]]) -> None:
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "kernels.json").write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    (folder / "kernels.md").write_text(page(rows))
+    (folder / "kernels.md").write_text(page(rows, left_to_stock))
 
 
 def _earlier(file: Path) -> dict[tuple[str, str], dict]:
@@ -208,8 +220,8 @@ def main() -> None:
     parser.add_argument("--targets", default="all", help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--models", default="all", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--suites", default="all", help=f"of {', '.join(SUITES)}")
-    parser.add_argument("--precisions", default="all", help=f"of {', '.join(PRECISIONS)}")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--precisions", default=DEFAULT_PRECISIONS, help=f"of {', '.join(PRECISIONS)}")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, help="folder for kernels.md and kernels.json")
     parser.add_argument("--against", type=Path, help="an earlier kernels.json")
     arguments = parser.parse_args()
@@ -228,8 +240,10 @@ def main() -> None:
 
     rows, start = [], time.perf_counter()
     with ProcessPoolExecutor(WORKERS, mp_context=SPAWN, max_tasks_per_child=1) as pool:
-        found = pool.map(launches_on, targets, *([each] * len(targets) for each in what))
-        waiting = [row for of_target in found for row in of_target.values()]
+        found = dict(
+            zip(targets, pool.map(launches_on, targets, *([each] * len(targets) for each in what)), strict=True)
+        )
+    waiting = [row for launches, _ in found.values() for row in launches.values()]
     with ProcessPoolExecutor(WORKERS, mp_context=SPAWN, max_tasks_per_child=COMPILED_BY_ONE) as pool:
         for row in pool.map(compiled, waiting):
             rows.append(row)
@@ -239,7 +253,7 @@ def main() -> None:
     rows.sort(key=lambda row: (row["kernel"], list(TARGETS).index(row["target"]), row["precision"], row["id"]))
     print(markdown(rows), summary(rows), sep="\n\n")
     if arguments.out:
-        write(arguments.out, rows)
+        write(arguments.out, rows, {target: said for target, (_, said) in found.items()})
     failed = False
     for row in rows:
         what = problem(row) or regression(row, before.get((row["target"], row["id"])))

@@ -43,7 +43,7 @@ def setting(function: str, candidate: str | None) -> Iterator[None]:
 
 def rows_with(function: str, candidate: str | None, target: str, *what) -> dict[str, dict]:
     with setting(function, candidate):
-        return launches_on(target, *what)
+        return launches_on(target, *what)[0]
 
 
 def line(candidate: str | None, rows: list[dict]) -> str:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--models", default="tiny,3-huge")
     parser.add_argument("--suites", default=",".join(SUITES))
     parser.add_argument("--precisions", default="bf16")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
     if not hasattr(launch, arguments.function):
         raise SystemExit(f"deit_fast/kernels/launch.py has no function {arguments.function!r}")

@@ -14,6 +14,8 @@ from deit_fast.kernels.device import online_softmax
 from deit_fast.kernels.layout import unit_stride
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
+# Of heads whose products are split into what TF32 multiplies: wider ones spill registers.
+_WIDEST_FLOAT32 = 64
 
 
 @triton.jit
@@ -168,12 +170,15 @@ def _attend_keys(
     return maximum, denominator, out_head, out_tail
 
 
-def unsupported(head_dim: int, scale: float) -> str | None:
+def unsupported(head_dim: int, scale: float, multiplied: Tensor) -> str | None:
+    """multiplied: a tensor of the products' dtype, on their device."""
     if scale <= 0:
         return "no kernel for a scale that is not positive"
-    if head_dim in HEAD_DIMS:
-        return None
-    return f"no kernel for heads of width {head_dim} (there are {', '.join(map(str, HEAD_DIMS))})"
+    if head_dim not in HEAD_DIMS:
+        return f"no kernel for heads of width {head_dim} (there are {', '.join(map(str, HEAD_DIMS))})"
+    if head_dim > _WIDEST_FLOAT32 and multiplied.dtype is torch.float32 and launch.splits_float32(multiplied):
+        return f"float32 heads of width {head_dim} do not fit in registers (at most {_WIDEST_FLOAT32})"
+    return None
 
 
 def attention(qkv: Tensor, scale: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from triton.runtime import driver
 _SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200"})
 # Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
 _MMA_SYNC = frozenset({"sm_80", "sm_86", "sm_89", "sm_120"})
+NO_FLOAT32_PRODUCTS = frozenset({"gfx1200"})
 # The interpreter is quickest with the largest tiles.
 _INTERPRETED_AS = "sm_90"
 
@@ -93,6 +94,18 @@ def is_amd(arch: str) -> bool:
     return arch.startswith("gfx")
 
 
+def no_products(weight: torch.Tensor) -> str | None:
+    """Why no kernel multiplies matrices of weight's dtype on its device, or None."""
+    if weight.dtype is torch.float32 and not interpreted() and architecture(weight) in NO_FLOAT32_PRODUCTS:
+        return f"{architecture(weight)} has no matrix instructions for float32"
+    return None
+
+
+def splits_float32(tensor: torch.Tensor) -> bool:
+    """Whether float32 products on this tensor's device are split into several of TF32."""
+    return not interpreted() and not is_amd(architecture(tensor)) and not torch.backends.cuda.matmul.allow_tf32
+
+
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """How float32 dots run: TF32 only where the user allowed it, else three TF32 products that restore float32.
 
@@ -108,7 +121,7 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
     """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads."""
     if itemsize == 4:
         if arch in _MMA_SYNC:
-            return Tile(64, 32, 32, 8, 2)
+            return Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)
         return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
     if arch in _SMALL_SHARED_MEMORY:
         return Tile(128, 64, 64 if prologue == "layer_norm" or not is_amd(arch) else 32, 8, 2)
@@ -155,7 +168,7 @@ def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
     if itemsize == 4:
         if arch in _MMA_SYNC:
             # Three TF32 products for one leave no registers for wider tiles.
-            return AttentionTile(64, 16, 8, 1)
+            return AttentionTile(16, 32, 4, 1)
         return AttentionTile(64, 32, 8 if arch == "sm_100" else 4, 1)
     return AttentionTile(64, 64, 4, 1 if is_amd(arch) else 2)
 
@@ -209,7 +222,7 @@ def layer_norm_backward_rows(width: int) -> tuple[int, int]:
 def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> Tile:
     """The tile for an [M, depth] × [depth, columns] product, times the derivative of `activation`."""
     if itemsize == 4:
-        return Tile(64, 64, 32, 8 if arch in _MMA_SYNC or arch == "sm_100" else 4, 2)
+        return Tile(64, 32 if arch == "sm_100" else 64, 32, 8 if arch in _MMA_SYNC or arch == "sm_100" else 4, 2)
     if arch in _SMALL_SHARED_MEMORY:
         return Tile(128, 64, 64, 8, 2) if is_amd(arch) else Tile(128, 64, 32, 8, 3)
     # GELU's derivative beside a wider tile takes all registers, and with them the multiprocessor's second program.
@@ -253,14 +266,14 @@ def _readout_chunk(width: int) -> int:
 
 @lru_cache(maxsize=256)
 def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
-    warps = 4 if width <= 192 or (is_amd(arch) and width > 384) else 8
+    warps = 4 if (width <= 192 and itemsize == 2) or (is_amd(arch) and width > 384) else 8
     return ReadoutTile(16, 32 if width <= 384 else 16, _readout_chunk(width), warps, 1)
 
 
 @lru_cache(maxsize=256)
 def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
     """The tokens are a program's."""
-    widest = 192 if itemsize == 4 else 768 if is_amd(arch) else 1024
+    widest = 0 if itemsize == 4 else 768 if is_amd(arch) else 1024
     # Wide rows in narrow tiles: less of the next tile is under way at once.
     chunk = min(64, _readout_chunk(width)) if width > 512 else _readout_chunk(width)
     return ReadoutTile(16, 32 if width <= widest else 16, chunk, 8, 1)

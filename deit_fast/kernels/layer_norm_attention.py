@@ -168,6 +168,8 @@ def _attend(
 ):  # fmt: skip
     """The queries at `rows` over all keys; the output takes their place."""
     q = tl.load(rows)
+    # Before the output takes the place of queries that other threads load.
+    tl.debug_barrier()
     maximum, denominator, out = _nothing_seen(BLOCK, HEAD_DIM)
     for block in tl.static_range(BLOCKS):
         maximum, denominator, out = _attend_keys(

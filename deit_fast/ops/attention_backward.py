@@ -63,7 +63,7 @@ attention_backward = register_backward(
     stock=_stock,
     triton=_triton,
     unsupported=lambda grad, qkv, out, log_sum_exp, scale, kept: (
-        unsupported(qkv.shape[-1], scale) or checks.kernel_dtypes(grad, qkv)
+        unsupported(qkv.shape[-1], scale, qkv) or checks.kernel_products(qkv, grad)
     ),
     fake=lambda grad, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
 )
@@ -73,6 +73,6 @@ attention_qkv_backward = register_backward(
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum_exp, float scale) -> Tensor[]",
     stock=lambda *args: [t.contiguous() for t in _stock_qkv(*args)],
     triton=_triton_qkv,
-    unsupported=lambda grad, q, *rest: unsupported(q.shape[-1], rest[-1]) or checks.kernel_dtypes(grad, q),
+    unsupported=lambda grad, q, *rest: unsupported(q.shape[-1], rest[-1], q) or checks.kernel_products(q, grad),
     fake=lambda grad, q, k, v, *_: [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)],
 )

@@ -18,7 +18,8 @@ def _from_environment() -> str | None:
 
 
 _forced: str | None = _from_environment()
-_warned: set[str] = set()
+# Fallbacks that have been warned of.
+said: set[str] = set()
 # Operators whose kernels failed in this process → why.
 failed: dict[str, str] = {}
 
@@ -46,8 +47,8 @@ def forced(backend: str | None) -> Iterator[None]:
 def warn_fallback(op: str, reason: str) -> None:
     """Says once per operator and reason that the stock operator answers instead of the kernel."""
     message = f"deit_fast.{op}: {reason}; using the stock PyTorch operators"
-    if message not in _warned:
-        _warned.add(message)
+    if message not in said:
+        said.add(message)
         warnings.warn(message, stacklevel=4)
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deit_fast.kernels import launch
+
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,3 +60,8 @@ def kernel_dtypes(*tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
             return f"no kernel for {tensor.dtype}"
     return None
+
+
+def kernel_products(weight: Tensor, *tensors: Tensor | None) -> str | None:
+    """The same for an operator that multiplies matrices of `weight`'s dtype."""
+    return launch.no_products(weight) or kernel_dtypes(weight, *tensors)

@@ -64,8 +64,8 @@ def _check_qkv(x, norm_weight, norm_bias, eps, *rest):
 def _unsupported(x, norm_weight, norm_bias, eps, *rest):
     *projections, heads, scale = rest
     width = projections[0].shape[0] // (3 if len(projections) == 2 else 1)
-    return attention_kernels.unsupported(width // heads, scale) or checks.kernel_dtypes(
-        x, norm_weight, norm_bias, *projections
+    return attention_kernels.unsupported(width // heads, scale, projections[0]) or checks.kernel_products(
+        *projections, x, norm_weight, norm_bias
     )
 
 

@@ -112,7 +112,7 @@ _linear = register(
     check=_check,
     stock=_stock,
     triton=kernels.linear,
-    unsupported=lambda x, weight, bias, *_: checks.kernel_dtypes(x, weight, bias),
+    unsupported=lambda x, weight, bias, *_: checks.kernel_products(weight, x, bias),
     fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype),
     autocast=lambda dtype, x, weight, *rest: (cast(x, dtype), cast(weight, dtype), *rest),
     save=_save,
@@ -183,8 +183,8 @@ _layer_norm_linear = register(
     check=_check_layer_norm_linear,
     stock=_stock_layer_norm_linear,
     triton=kernels.layer_norm_linear,
-    unsupported=lambda x, norm_weight, norm_bias, eps, weight, bias, *_: checks.kernel_dtypes(
-        x, norm_weight, norm_bias, weight, bias
+    unsupported=lambda x, norm_weight, norm_bias, eps, weight, bias, *_: checks.kernel_products(
+        weight, x, norm_weight, norm_bias, bias
     ),
     fake=_fake_layer_norm_linear,
     autocast=lambda dtype, x, norm_weight, norm_bias, eps, weight, *rest: (
@@ -272,8 +272,8 @@ _layer_norm_qkv = register(
     check=_check_layer_norm_qkv,
     stock=stock_layer_norm_qkv,
     triton=kernels.layer_norm_qkv,
-    unsupported=lambda x, norm_weight, norm_bias, eps, *projections: checks.kernel_dtypes(
-        x, norm_weight, norm_bias, *projections
+    unsupported=lambda x, norm_weight, norm_bias, eps, *projections: checks.kernel_products(
+        *projections, x, norm_weight, norm_bias
     ),
     fake=_fake_layer_norm_qkv,
     autocast=lambda dtype, x, norm_weight, norm_bias, eps, *projections: (
@@ -350,8 +350,8 @@ _linear_residual = register(
     check=_check_linear_residual,
     stock=_stock_linear_residual,
     triton=kernels.linear_residual,
-    unsupported=lambda x, weight, bias, residual, layer_scale, drop_path_scale, *_: checks.kernel_dtypes(
-        x, weight, bias, residual, layer_scale, drop_path_scale
+    unsupported=lambda x, weight, bias, residual, layer_scale, drop_path_scale, *_: checks.kernel_products(
+        weight, x, bias, residual, layer_scale, drop_path_scale
     ),
     fake=lambda x, weight, bias, residual, layer_scale, *_: residual.new_empty(
         residual.shape, dtype=residual_dtype(residual, weight, layer_scale)

@@ -109,8 +109,8 @@ linear_backward = register_backward(
     "str input_activation, Tensor? kept, bool[] needs) -> Tensor[]",
     stock=_stock_linear_backward,
     triton=_triton_linear_backward,
-    unsupported=lambda grad, x, weight, bias, layer_scale, drop_path_scale, *_: checks.kernel_dtypes(
-        grad, x, weight, bias, layer_scale, drop_path_scale
+    unsupported=lambda grad, x, weight, bias, layer_scale, drop_path_scale, *_: checks.kernel_products(
+        weight, grad, x, bias, layer_scale, drop_path_scale
     ),
     fake=_fake_linear_backward,
 )
@@ -203,8 +203,8 @@ layer_norm_linear_backward = register_backward(
     "Tensor?[] biases, Tensor? kept, bool[] needs) -> Tensor[]",
     stock=_stock_layer_norm_linear_backward,
     triton=_triton_layer_norm_linear_backward,
-    unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, *_: checks.kernel_dtypes(
-        x, norm_weight, norm_bias, *grads, *weights, *biases
+    unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, *_: checks.kernel_products(
+        *weights, x, norm_weight, norm_bias, *grads, *biases
     ),
     fake=_fake_layer_norm_linear_backward,
 )

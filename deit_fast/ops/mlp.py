@@ -76,8 +76,8 @@ _mlp = register(
     check=_check,
     stock=_stock,
     triton=kernels.mlp,
-    unsupported=lambda x, norm_weight, norm_bias, eps, *rest: checks.kernel_dtypes(
-        x, norm_weight, norm_bias, *rest[:-2]
+    unsupported=lambda x, norm_weight, norm_bias, eps, *rest: checks.kernel_products(
+        *rest[:-2], x, norm_weight, norm_bias
     ),
     fake=lambda x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, *_: (
         x.new_empty(x.shape, dtype=residual_dtype(x, fc2_weight, layer_scale))

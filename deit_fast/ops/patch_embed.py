@@ -97,7 +97,7 @@ def _pos_shapes(patches: int, prefix: int, width: int) -> tuple:
 def _unsupported(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std):
     if images.dtype is torch.uint8:
         images = None
-    return checks.kernel_dtypes(images, weight, bias, pos_embed, cls_token, dist_token, mask_token)
+    return checks.kernel_products(weight, images, bias, pos_embed, cls_token, dist_token, mask_token)
 
 
 def token_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:

@@ -78,6 +78,6 @@ patch_embed_backward = register_backward(
     "Tensor? dist_token, Tensor? mask_token, Tensor? mask, Tensor? mean, Tensor? std, bool[] needs) -> Tensor[]",
     stock=_stock,
     triton=kernels.patch_embed_backward,
-    unsupported=lambda grad, images, weight, *_: checks.kernel_dtypes(grad, weight),
+    unsupported=lambda grad, images, weight, *_: checks.kernel_products(weight, grad),
     fake=_fake,
 )

@@ -98,7 +98,9 @@ def _check_qkv(x, norm_weight, norm_bias, eps, *rest):
 
 
 def _unsupported(x, norm_weight, norm_bias, eps, *rest):
-    return kernels.unsupported(x.shape[-1], rest[0].dtype) or checks.kernel_dtypes(x, norm_weight, norm_bias, *rest[:-3])
+    return kernels.unsupported(x.shape[-1], rest[0].dtype) or checks.kernel_products(
+        *rest[:-3], x, norm_weight, norm_bias
+    )
 
 
 def _fake(x, weight, width, rows, heads):

@@ -144,7 +144,7 @@ readout_attention_backward = register_backward(
     triton=_implementation(_triton_layer_norm_linear_backward, kernels.readout_backward),
     unsupported=lambda grad, residual_grad, x, norm_weight, norm_bias, eps, weights, *_: (
         unsupported(x.shape[-1], weights[0].dtype)
-        or checks.kernel_dtypes(grad, residual_grad, x, norm_weight, norm_bias, *weights)
+        or checks.kernel_products(*weights, grad, residual_grad, x, norm_weight, norm_bias)
     ),
     fake=_fake,
 )

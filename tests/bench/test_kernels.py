@@ -87,12 +87,6 @@ def test_each_fault_is_a_problem(fault, said):
     assert said in problem(GOOD | fault)
 
 
-def test_float32_has_no_tensor_cores_on_gfx1200():
-    row = GOOD | {"tensor_core": {}, "target": "gfx1200", "shared_memory": 100}
-    assert problem(row | {"precision": "fp32"}) is None
-    assert "without tensor-core" in problem(row)
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"spilled": 8}, "8 bytes spilled"), ({"shared_memory": 101}, "101 bytes"), ({"programs": 3}, "3 programs")],
@@ -112,4 +106,6 @@ def test_the_page_has_a_line_for_each_kernel_and_target_with_the_worst_of_its_la
     assert lines[0] == "| k | sm_90 | 2 | 4 | 1 | 200 (255) | 0 | 100 (232448) | 1–4 | mma.sync | 50 % | – | 512 |"
     assert "does not compile" in lines[1]
     assert summary([GOOD, worse, broken]).startswith("3 launches on 2 targets, 1 kernels; 1 with a problem; 1 of which")
-    assert lines[0] in page([GOOD, worse, broken])
+    text = page([GOOD, worse, broken], {"sm_80": ["too wide"], "sm_90": ["too wide"], "gfx942": []})
+    assert lines[0] in text
+    assert "- sm_80, sm_90: too wide\n" in text

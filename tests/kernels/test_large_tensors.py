@@ -21,6 +21,7 @@ from deit_fast.kernels import (
     drop_path,
     launch,
     layer_norm,
+    layer_norm_attention,
     layer_norm_backward,
     linear,
     linear_backward,
@@ -234,6 +235,15 @@ def test_attention(with_kept):
     expected = attention.attention(last, 0.125)
     assert_same(out[-1:], expected[0])
     assert_same(log_sum_exp[-1:], expected[1])
+
+
+def test_layer_norm_attention():
+    last, weight, bias, norm = tail((1, 17, 64)), tail((192, 64), scale=0.125), tail((192,)), tail((64,))
+    arguments = (norm, norm, EPS, weight, bias, 1, 0.125)
+    with huge.last_programs(1) as names:
+        out = layer_norm_attention.layer_norm_attention(filled(samples_of(17 * 64), last), *arguments)
+    assert names == ["layer_norm_attention_kernel"]
+    assert_same(out[-1:], layer_norm_attention.layer_norm_attention(last, *arguments))
 
 
 @pytest.mark.parametrize("with_kept", [False, True])
