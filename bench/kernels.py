@@ -71,7 +71,7 @@ def _row(launch: Launch, precision: str, identity: str) -> dict:
             for name, (shape, kind) in launch.tensors.items()
         },
         "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
-        "launch": launch.key,
+        "launch": (launch.function, launch.specialization),
     }
 
 

@@ -10,6 +10,7 @@ nothing runs: outputs keep whatever memory they were given. With `compiling=Fals
 
 import importlib
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -45,8 +46,8 @@ class Launch:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Equal for launches of one binary."""
-        return self.function, self.specialization
+        """Equal for launches of one binary, wherever Triton is installed."""
+        return self.function, json.loads(self.specialization)["key"] if self.specialization else str(self.error)
 
 
 class _Utilities:
