@@ -35,9 +35,8 @@ class AttentionTile(NamedTuple):
 
 # Sums over rows: `depth` of them a program, `rows` a step; a few hundred programs at batch 32.
 COLUMN_SUMS = Tile(rows=32, columns=64, depth=256, num_warps=4, num_stages=1)
-# Whole rows and whole columns of weight-sized tensors: `depth` is all there is.
+# Whole rows of weight-sized tensors: `depth` is all there is.
 FINISH_LINEAR = Tile(rows=4, columns=256, depth=0, num_warps=4, num_stages=1)
-FINISH_LAYER_NORM_LINEAR = Tile(rows=256, columns=8, depth=0, num_warps=8, num_stages=1)
 
 
 class Cover(NamedTuple):
@@ -124,10 +123,13 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
             return Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)
         return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
     if arch in _SMALL_SHARED_MEMORY:
-        return Tile(128, 64, 64 if prologue == "layer_norm" or not is_amd(arch) else 32, 8, 2)
+        # GELU, residual and an index beside a longer reduction step take all registers.
+        return Tile(128, 64, 64 if prologue == "layer_norm" or (prologue == "none" and not is_amd(arch)) else 32, 8, 2)
     if prologue in ("gelu", "gelu_tanh"):
         return Tile(128, 64, 64, 8, 3)
-    return Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)
+    # The epilogue of a wider tile, out of sm_100's tensor memory all at once, takes more registers than there are.
+    narrow = columns % 128 or (arch == "sm_100" and prologue == "none")
+    return Tile(128, 64 if narrow else 128, 64, 8, 3)
 
 
 @lru_cache(maxsize=256)
@@ -248,6 +250,12 @@ def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: st
     return Tile(rows, columns, depth, 8, stages)
 
 
+def finish_layer_norm_linear(arch: str) -> Tile:
+    """Whole columns of weight-sized tensors: `depth` is all there is."""
+    rows, columns = (64, 16) if arch == "sm_120" else (128, 8)
+    return Tile(rows, columns, 0, 4, 1)
+
+
 class ReadoutTile(NamedTuple):
     """`queries` over `tokens` a step, rows of x as tiles `chunk` wide."""
 
@@ -273,7 +281,9 @@ def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
 @lru_cache(maxsize=256)
 def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
     """The tokens are a program's."""
-    widest = 0 if itemsize == 4 else 768 if is_amd(arch) else 1024
+    widest = 768 if is_amd(arch) else 1024
+    if itemsize == 4:
+        widest = 0 if arch in _SMALL_SHARED_MEMORY or arch == "sm_100" else 192
     # Wide rows in narrow tiles: less of the next tile is under way at once.
     chunk = min(64, _readout_chunk(width)) if width > 512 else _readout_chunk(width)
     return ReadoutTile(16, 32 if width <= widest else 16, chunk, 8, 1)
@@ -285,7 +295,7 @@ def kept_weight_gradient(tile: Tile, itemsize: int, arch: str) -> Tile:
     if is_amd(arch):
         return tile
     # A pointer for each of the float32 rows that threads hold leaves a wider tile no registers.
-    columns = min(tile.columns, 64) if itemsize == 4 and arch in _MMA_SYNC else tile.columns
+    columns = min(tile.columns, 64) if itemsize == 4 and arch != "sm_90" else tile.columns
     # The index is as many steps ahead of its row as the row is of the product.
     return tile._replace(columns=columns, num_stages=2 * tile.num_stages - 1)
 

@@ -654,7 +654,7 @@ def layer_norm_linear_parameter_gradients(
     weights = _one_stride(weights)
     absent = (None,) * (3 - projections)
     out_features, in_features = weights[0].shape
-    tile = launch.FINISH_LAYER_NORM_LINEAR
+    tile = launch.finish_layer_norm_linear(launch.architecture(x))
     launch.run(
         finish_layer_norm_linear_kernel,
         triton.cdiv(in_features, tile.columns),

@@ -19,7 +19,7 @@ from deit_fast.kernels.layout import dense, unit_stride
 
 _WIDEST = 1280
 # Split into what TF32 multiplies, wider rows fit neither in registers nor in 99 KiB of shared memory.
-_WIDEST_FLOAT32 = 512
+_WIDEST_FLOAT32 = 256
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 LOG2_E = tl.constexpr(1.4426950408889634)
