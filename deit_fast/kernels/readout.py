@@ -58,7 +58,7 @@ def readout_kernel(
     absorbed_ptr += batch * absorbed_batch
     absorbed_rows = query_rows(absorbed_ptr, query, heads, absorbed_row, absorbed_head)
     # Scores in units of log 2: exp2 takes them as they are, where a factor there would cost a rounding.
-    centred = centred_rows(absorbed_rows, norm_weight_ptr, query_mask, LOG2_E, WIDTH, CHUNK, CHUNKS, DTYPE)
+    centred = centred_rows(absorbed_rows, norm_weight_ptr, query_mask, WIDTH, CHUNK, CHUNKS, DTYPE)
     x_ptr += batch * x_batch
 
     summed = zero_rows(QUERY_BLOCK, CHUNK, CHUNKS)
@@ -115,15 +115,15 @@ def load_rows(rows, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: 
 
 @triton.jit
 def centred_rows(
-    rows, weight_ptr, row_mask, scale,
+    rows, weight_ptr, row_mask,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`w − mean(w)` with w = scale · weight · row, in DTYPE. `weight_ptr` may be None."""
+    """`w − mean(w)` with w = log2(e) · weight · row, in DTYPE. `weight_ptr` may be None."""
     tiles = load_rows(rows, row_mask, WIDTH, CHUNK, CHUNKS)
     weighted = ()
     total = tl.sum(tiles[0], axis=1) * 0.0
     for i in tl.static_range(CHUNKS):
-        tile = tiles[i] * scale
+        tile = tiles[i] * LOG2_E
         if weight_ptr is not None:
             column = i * CHUNK + tl.arange(0, CHUNK)
             tile *= tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]

@@ -87,10 +87,10 @@ def readout_backward_kernel(
             absorbed_rows = query_rows(absorbed_ptr, query, heads, absorbed_row, absorbed_head)
             dsummed_rows = query_rows(dsummed_ptr, query, heads, dsummed_row, dsummed_head)
             tile = _centred_tile(
-                absorbed_rows, norm_weight_ptr, query_mask, absorbed_means[group], LOG2_E, i, WIDTH, CHUNK, DTYPE
+                absorbed_rows, norm_weight_ptr, query_mask, absorbed_means[group], True, i, WIDTH, CHUNK, DTYPE
             )
             new_scores += (tl.dot(tile, tl.trans(normalised[i]), scores[group], input_precision=PRECISION),)
-            tile = _centred_tile(dsummed_rows, None, query_mask, dsummed_means[group], 1.0, i, WIDTH, CHUNK, DTYPE)
+            tile = _centred_tile(dsummed_rows, None, query_mask, dsummed_means[group], False, i, WIDTH, CHUNK, DTYPE)
             new_of_weights += (tl.dot(tile, tl.trans(normalised[i]), of_weights[group], input_precision=PRECISION),)
         scores, of_weights = new_scores, new_of_weights
 
@@ -120,10 +120,10 @@ def readout_backward_kernel(
             # Loaded again, from cache: kept on chip, all of their width would crowd out a second program.
             absorbed_rows = query_rows(absorbed_ptr, query, heads, absorbed_row, absorbed_head)
             dsummed_rows = query_rows(dsummed_ptr, query, heads, dsummed_row, dsummed_head)
-            tile = _centred_tile(dsummed_rows, None, query_mask, dsummed_means[group], 1.0, i, WIDTH, CHUNK, DTYPE)
+            tile = _centred_tile(dsummed_rows, None, query_mask, dsummed_means[group], False, i, WIDTH, CHUNK, DTYPE)
             gradient = tl.dot(tl.trans(weights[group]), tile, gradient, input_precision=PRECISION)
             tile = _centred_tile(
-                absorbed_rows, norm_weight_ptr, query_mask, absorbed_means[group], LOG2_E, i, WIDTH, CHUNK, DTYPE
+                absorbed_rows, norm_weight_ptr, query_mask, absorbed_means[group], True, i, WIDTH, CHUNK, DTYPE
             )
             gradient = tl.dot(tl.trans(in_log_2[group]), tile, gradient, input_precision=PRECISION)
             partial = tl.dot(of_scores[group], normalised[i], input_precision=PRECISION)
@@ -160,13 +160,16 @@ def _weighted(rows, weight_ptr, column, mask, WIDTH: tl.constexpr):
 
 @triton.jit
 def _centred_tile(
-    rows, weight_ptr, row_mask, mean, scale, i, WIDTH: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr
+    rows, weight_ptr, row_mask, mean, IN_LOG_2: tl.constexpr, i,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Tile `i` of scale · (weight · row − mean), in DTYPE."""
+    """Tile `i` of weight · row − mean in DTYPE, times log2(e) if IN_LOG_2."""
     column = i * CHUNK + tl.arange(0, CHUNK)
     mask = row_mask[:, None] & (column < WIDTH)[None, :]
     tile = _weighted(rows, weight_ptr, column, mask, WIDTH) - mean[:, None]
-    return tl.where(mask, scale * tile, 0.0).to(DTYPE)
+    if IN_LOG_2:
+        tile *= LOG2_E
+    return tl.where(mask, tile, 0.0).to(DTYPE)
 
 
 def readout_backward(

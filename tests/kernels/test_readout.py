@@ -144,6 +144,6 @@ def test_nan_in_a_query_stays_in_its_head(dtype):
 def test_rows_that_do_not_fit_are_refused():
     assert unsupported(1280) is None
     assert unsupported(1280, torch.bfloat16) is None
-    assert unsupported(384, torch.float32) is None
+    assert unsupported(192, torch.float32) is None
     assert "at most 1280" in unsupported(1281)
-    assert "at most 512" in unsupported(768, torch.float32)
+    assert "at most 256" in unsupported(384, torch.float32)

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import torch
 from ttsem import harness, mlir, sanitize
 
+from deit_fast.kernels import launch
 from deit_fast.ops import backend
 
 # The launches' settings, their tiles among them, differ between these.
@@ -40,6 +41,8 @@ def _only_triton() -> Iterator[None]:
         backend.forced("triton"),
         patch.object(backend, "gives_up", lambda op, error: False),
         patch.object(backend, "warn_fallback", refuse),
+        # Heads too wide for float32 in NVIDIA's registers run in the same kernels on AMD.
+        patch.object(launch, "splits_float32", lambda tensor: False),
     ):
         yield
 
