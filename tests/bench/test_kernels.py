@@ -58,7 +58,8 @@ def test_no_launch_has_a_problem_or_takes_more_than_committed(tmp_path):
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     for row in rows:
         kernels[row["target"]].add(row["kernel"])
-    assert kernels == {target: FORWARD | BACKWARD for target in TARGETS}
+    assert kernels["gfx942"] == FORWARD | BACKWARD
+    assert kernels["sm_90"] == FORWARD | BACKWARD | {"layer_norm_attention_kernel"}
     # A launch that the committed table lacks was not compared: run `make kernels` and commit what it writes.
     assert [row["kernel"] for row in rows if row["id"] not in known] == []
 
