@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from bench.models import summed
+from bench.models import build, summed
 from bench.standin_driver import Launch, recording
 from bench.targets import Target
 
@@ -92,8 +92,6 @@ def _build(name: str, depth: int, **options) -> nn.Module:
     import deit_fast
 
     if name.startswith("transformers-"):
-        from bench.models import build
-
         model = build("transformers", MODELS[name][0], depth)
     else:
         import timm

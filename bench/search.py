@@ -8,9 +8,7 @@ the worst of them, the shipped setting's first. Compiling shows what fits and wh
 """
 
 import argparse
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from unittest import mock
 
 from bench.kernels import SPAWN, WORKERS, compiled, launches_on, problem
@@ -31,18 +29,13 @@ def replaced(shipped, candidate: str):
     return type(shipped)(*fields)
 
 
-@contextmanager
-def setting(function: str, candidate: str | None) -> Iterator[None]:
-    shipped = getattr(launch, function)
-    if candidate is None:
-        yield
-        return
-    with mock.patch.object(launch, function, lambda *arguments: replaced(shipped(*arguments), candidate)):
-        yield
-
-
 def rows_with(function: str, candidate: str | None, target: str, *what) -> dict[str, dict]:
-    with setting(function, candidate):
+    shipped = getattr(launch, function)
+
+    def chosen(*arguments):
+        return shipped(*arguments) if candidate is None else replaced(shipped(*arguments), candidate)
+
+    with mock.patch.object(launch, function, chosen):
         return launches_on(target, *what)[0]
 
 

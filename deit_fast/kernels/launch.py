@@ -250,6 +250,7 @@ def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: st
     return Tile(rows, columns, depth, 8, stages)
 
 
+@lru_cache(maxsize=64)
 def finish_layer_norm_linear(arch: str) -> Tile:
     """Whole columns of weight-sized tensors: `depth` is all there is."""
     rows, columns = (64, 16) if arch == "sm_120" else (128, 8)

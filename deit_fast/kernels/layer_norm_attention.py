@@ -11,7 +11,7 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.attention import attention, attention_qkv
 from deit_fast.kernels.device import normalise, online_softmax, row_statistics
-from deit_fast.kernels.layout import as_rows, dense
+from deit_fast.kernels.layout import all_or_none, dense, one_stride, unit_stride
 from deit_fast.kernels.linear import layer_norm_linear, layer_norm_qkv
 
 _WIDEST = 384
@@ -240,9 +240,7 @@ def layer_norm_attention_qkv(
         )  # fmt: skip
         out, _ = attention_qkv(*(t.unflatten(-1, (heads, -1)) for t in projected), scale)
         return out
-    biases = (q_bias, k_bias, v_bias)
-    if any(b is None for b in biases) and any(b is not None for b in biases):
-        biases = tuple(q_weight.new_zeros(q_weight.shape[0]) if b is None else b for b in biases)
+    biases = all_or_none((q_bias, k_bias, v_bias), q_weight)
     return _launch(x, norm_weight, norm_bias, eps, (q_weight, k_weight, v_weight), biases, heads, scale, tile)
 
 
@@ -261,10 +259,7 @@ def _tile(x: Tensor, weight: Tensor, head_dim: int, heads: int) -> launch.Tile |
 
 def _launch(x, norm_weight, norm_bias, eps, weights, biases, heads, scale, tile) -> Tensor:
     batch, tokens, width = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    weights = tuple(as_rows(w) for w in weights)
-    if len({w.stride(0) for w in weights}) > 1:
-        weights = tuple(w.contiguous() for w in weights)
+    x, weights = unit_stride(x), one_stride(weights)
     out = torch.empty((batch, tokens, weights[0].shape[0]), dtype=weights[0].dtype, device=x.device)
     launch.run(
         layer_norm_attention_kernel,

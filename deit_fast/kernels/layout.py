@@ -1,5 +1,7 @@
 """How launchers see their tensors: as rows whose elements lie side by side."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -8,6 +10,19 @@ def as_rows(x: Tensor) -> Tensor:
     width = x.shape[-1]
     rows = x.reshape(x.numel() // width if width else 0, width)
     return rows if width <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def one_stride(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """As rows of one stride: kernels that take several tensors of a shape take one for all."""
+    tensors = tuple(as_rows(t) for t in tensors)
+    return tensors if len({t.stride(0) for t in tensors}) == 1 else tuple(t.contiguous() for t in tensors)
+
+
+def all_or_none(biases: Sequence[Tensor | None], weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Kernels take the biases of q, k and v all or none; BEiT-like models leave out the key's."""
+    if all(b is None for b in biases) or all(b is not None for b in biases):
+        return tuple(biases)
+    return tuple(weight.new_zeros(weight.shape[0]) if b is None else b for b in biases)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from deit_fast.kernels.device import (
     row_statistics,
     tile_of_program,
 )
-from deit_fast.kernels.layout import as_rows, dense
+from deit_fast.kernels.layout import all_or_none, as_rows, dense, one_stride
 
 _GROUP = 8
 
@@ -171,9 +171,7 @@ def _launch(
         tokens = full.numel() // (full.shape[0] * full.shape[-1])
     x = as_rows(x)
     depth = x.shape[1]
-    weights = tuple(as_rows(w) for w in weights)
-    if len({w.stride(0) for w in weights}) > 1:
-        weights = tuple(w.contiguous() for w in weights)
+    weights = one_stride(weights)
     columns = weights[0].shape[0]
     rows = outputs[0].numel() // columns
     absent = (None,) * (3 - len(weights))
@@ -257,15 +255,11 @@ def layer_norm_qkv(
     v_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = tuple(_output(x, weight) for weight in (q_weight, k_weight, v_weight))
-    biases = (q_bias, k_bias, v_bias)
-    if any(b is None for b in biases) and any(b is not None for b in biases):
-        # The kernel takes all three or none; BEiT-like models leave out the key's.
-        biases = tuple(q_weight.new_zeros(q_weight.shape[0]) if b is None else b for b in biases)
     _launch(
         x,
         outputs,
         (q_weight, k_weight, v_weight),
-        biases,
+        all_or_none((q_bias, k_bias, v_bias), q_weight),
         norm=(norm_weight, norm_bias),
         eps=eps,
         prologue="layer_norm",

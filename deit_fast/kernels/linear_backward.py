@@ -23,7 +23,7 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import full_row, gelu, gelu_derivative, sum_rows, tile_of_program
 from deit_fast.kernels.layer_norm_backward import column_sums
-from deit_fast.kernels.layout import as_rows, dense
+from deit_fast.kernels.layout import as_rows, dense, one_stride
 
 _GROUP = 8
 
@@ -435,7 +435,7 @@ def _input_gradient(
     tokens = 1
     if drop_path_scale is not None or kept is not None:
         tokens = grad.numel() // (grad.shape[0] * out_features)
-    grads, weights = _one_stride(grads), _one_stride(weights)
+    grads, weights = one_stride(grads), one_stride(weights)
     absent = (None,) * (3 - len(grads))
     gelu_of = None if activation == "none" else as_rows(gelu_of)
     rows = dx.numel() // in_features
@@ -475,12 +475,6 @@ def _input_gradient(
     return dx
 
 
-def _one_stride(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """As rows of one stride: the kernels take one for all."""
-    tensors = tuple(as_rows(t) for t in tensors)
-    return tensors if len({t.stride(0) for t in tensors}) == 1 else tuple(t.contiguous() for t in tensors)
-
-
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -506,7 +500,7 @@ def _weight_gradient(
     tokens = 1
     if drop_path_scale is not None or kept is not None:
         tokens = grad.numel() // (grad.shape[0] * out_features)
-    grads, x = _one_stride(grads), as_rows(x)
+    grads, x = one_stride(grads), as_rows(x)
     absent = (None,) * (3 - len(grads))
     rows = (x if mean is None else grads[0]).shape[0]
     arch = launch.architecture(x)
@@ -651,7 +645,7 @@ def layer_norm_linear_parameter_gradients(
         kept=kept,
         need_sum=any(b is not None for b in (norm_bias, of_norm_bias, *of_biases)),
     )
-    weights = _one_stride(weights)
+    weights = one_stride(weights)
     absent = (None,) * (3 - projections)
     out_features, in_features = weights[0].shape
     tile = launch.finish_layer_norm_linear(launch.architecture(x))

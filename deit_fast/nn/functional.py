@@ -82,6 +82,15 @@ def attends_in_one(x: Tensor, width: int, heads: int) -> bool:
     return not torch.is_grad_enabled() and attention_kernels.fits(x.shape[-1], width // heads, x.shape[1])
 
 
+def attend_normalised(norm: Module, attn: Module, x: Tensor, kept: Tensor | None, capacity: int | None) -> Tensor:
+    """LayerNorm, QKV and attention, before the output projection; with `kept`, packed."""
+    qkv = attn._modules["qkv"]
+    arguments = (x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias)
+    if kept is None and attends_in_one(x, qkv.weight.shape[0] // 3, attn.num_heads):
+        return ops.layer_norm_attention(*arguments, attn.num_heads, attn.scale)
+    return _attend(ops.layer_norm_linear(*arguments, kept, capacity), attn, kept)
+
+
 # MLP --------------------------------------------------------------------------------------------------------------
 
 
@@ -250,17 +259,11 @@ def block_forward(block: Module, x: Tensor) -> Tensor:
     """
     modules = block._modules
     norm, attn = modules["norm1"], modules["attn"]
-    qkv, proj = attn._modules["qkv"], attn._modules["proj"]
+    proj = attn._modules["proj"]
     gamma = _gamma(modules.get("ls1"))
     first, second = _drawn(block)
     scale, kept, capacity = first or draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
-    if kept is None and attends_in_one(x, qkv.weight.shape[0] // 3, attn.num_heads):
-        out = ops.layer_norm_attention(
-            x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, attn.num_heads, attn.scale
-        )
-    else:
-        packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
-        out = _attend(packed, attn, kept)
+    out = attend_normalised(norm, attn, x, kept, capacity)
     x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     norm, mlp = modules["norm2"], modules["mlp"]

@@ -45,6 +45,11 @@ def token_sequence(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def heads_divide(op: str, width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(f"deit_fast.{op}: a width of {width} does not divide into {heads} heads")
+
+
 def same_dtype(op: str, x: Tensor, weight: Tensor) -> None:
     """Outside autocast the input must have the weight's dtype, as the stock operators demand."""
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -9,9 +9,18 @@ from deit_fast.ops import checks
 from deit_fast.ops.attention import stock_attention_qkv
 from deit_fast.ops.attention_backward import attention_backward, attention_qkv_backward
 from deit_fast.ops.layer_norm import stock_layer_norm
-from deit_fast.ops.linear import check_linear, check_norm, stock_layer_norm_qkv, stock_linear
+from deit_fast.ops.linear import (
+    autocast_layer_norm_linear,
+    autocast_layer_norm_qkv,
+    check_packed_qkv,
+    check_qkv,
+    qkv_gradients,
+    qkv_needs,
+    stock_layer_norm_qkv,
+    stock_linear,
+)
 from deit_fast.ops.linear_backward import layer_norm_linear_backward
-from deit_fast.ops.registration import cast, distribute, register
+from deit_fast.ops.registration import distribute, register
 
 
 def _by_head(projected: Tensor, heads: int) -> Tensor:
@@ -37,27 +46,19 @@ def _stock_qkv(x, norm_weight, norm_bias, eps, *rest):
 
 def _check_heads(op: str, x: Tensor, width: int, heads: int) -> None:
     checks.token_sequence(op, "the input", x)
-    if heads < 1 or width % heads:
-        raise ValueError(f"deit_fast.{op}: a width of {width} does not divide into {heads} heads")
+    checks.heads_divide(op, width, heads)
 
 
 def _check(x, norm_weight, norm_bias, eps, weight, bias, heads, scale):
     op = "layer_norm_attention"
-    check_linear(op, x, weight, bias)
-    check_norm(op, x, norm_weight, norm_bias)
-    if weight.shape[0] % 3:
-        raise ValueError(f"deit_fast.{op}: weight must be that of q, k and v, one below the other; has {weight.shape}")
+    check_packed_qkv(op, x, norm_weight, norm_bias, weight, bias)
     _check_heads(op, x, weight.shape[0] // 3, heads)
 
 
 def _check_qkv(x, norm_weight, norm_bias, eps, *rest):
     op = "layer_norm_attention_qkv"
     *projections, heads, _ = rest
-    for i in (0, 2, 4):
-        check_linear(op, x, projections[i], projections[i + 1])
-        if projections[i].shape != projections[0].shape:
-            raise ValueError(f"deit_fast.{op}: q_weight, k_weight and v_weight must have one shape")
-    check_norm(op, x, norm_weight, norm_bias)
+    check_qkv(op, x, norm_weight, norm_bias, projections)
     _check_heads(op, x, projections[0].shape[0], heads)
 
 
@@ -96,14 +97,11 @@ def _backward_qkv(ctx, grad):
     out, log_sum_exp = torch.ops.deit_fast.attention_qkv(*by_head, ctx.scale)
     of_projected = attention_qkv_backward(grad, *by_head, out, log_sum_exp, ctx.scale)
     weights, biases = projections[::2], projections[1::2]
-    wanted = ctx.needs_input_grad
-    needs = [*wanted[:3], *wanted[4:10:2], *wanted[5:10:2]]
+    needs = qkv_needs(ctx)
     found = layer_norm_linear_backward(
         x, norm_weight, norm_bias, ctx.eps, [t.flatten(2) for t in of_projected], weights, biases, None, needs
     )
-    dx, dnorm_weight, dnorm_bias, *rest = distribute(found, needs)
-    interleaved = (gradient for pair in zip(rest[:3], rest[3:], strict=True) for gradient in pair)
-    return dx, dnorm_weight, dnorm_bias, None, *interleaved, None, None
+    return *qkv_gradients(distribute(found, needs)), None, None
 
 
 _layer_norm_attention = register(
@@ -117,14 +115,7 @@ _layer_norm_attention = register(
     fake=lambda x, norm_weight, norm_bias, eps, weight, *_: x.new_empty(
         (*x.shape[:-1], weight.shape[0] // 3), dtype=weight.dtype
     ),
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, weight, *rest: (
-        x,
-        norm_weight,
-        norm_bias,
-        eps,
-        cast(weight, dtype),
-        *rest,
-    ),
+    autocast=autocast_layer_norm_linear,
     save=_save,
     backward=_backward,
 )
@@ -140,18 +131,7 @@ _layer_norm_attention_qkv = register(
     fake=lambda x, norm_weight, norm_bias, eps, q_weight, *_: x.new_empty(
         (*x.shape[:-1], q_weight.shape[0]), dtype=q_weight.dtype
     ),
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, *rest: (
-        x,
-        norm_weight,
-        norm_bias,
-        eps,
-        cast(q_weight, dtype),
-        q_bias,
-        cast(k_weight, dtype),
-        k_bias,
-        cast(v_weight, dtype),
-        *rest,
-    ),
+    autocast=autocast_layer_norm_qkv,
     save=_save,
     backward=_backward_qkv,
 )

@@ -4,6 +4,8 @@ Arithmetic runs in the weight's dtype. The input, the residual and the biases ma
 hands over (float32 stream, 16-bit weights).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -176,6 +178,17 @@ def _backward_layer_norm_linear(ctx, grad):
     return dx, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None
 
 
+def check_packed_qkv(op: str, x: Tensor, norm_weight, norm_bias, weight: Tensor, bias: Tensor | None) -> None:
+    check_linear(op, x, weight, bias)
+    check_norm(op, x, norm_weight, norm_bias)
+    if weight.shape[0] % 3:
+        raise ValueError(f"deit_fast.{op}: weight must be that of q, k and v, one below the other; has {weight.shape}")
+
+
+def autocast_layer_norm_linear(dtype, x, norm_weight, norm_bias, eps, weight, *rest) -> tuple:
+    return x, norm_weight, norm_bias, eps, cast(weight, dtype), *rest
+
+
 _layer_norm_linear = register(
     "layer_norm_linear",
     "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
@@ -187,14 +200,7 @@ _layer_norm_linear = register(
         weight, x, norm_weight, norm_bias, bias
     ),
     fake=_fake_layer_norm_linear,
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, weight, *rest: (
-        x,
-        norm_weight,
-        norm_bias,
-        eps,
-        cast(weight, dtype),
-        *rest,
-    ),
+    autocast=autocast_layer_norm_linear,
     save=_save_layer_norm_linear,
     backward=_backward_layer_norm_linear,
 )
@@ -227,18 +233,42 @@ def layer_norm_linear(
 # layer_norm_qkv ---------------------------------------------------------------------------------------------------
 
 
+def check_qkv(op: str, x: Tensor, norm_weight, norm_bias, projections: Sequence[Tensor | None]) -> None:
+    """projections: weight and bias of q, of k, of v."""
+    for i in (0, 2, 4):
+        check_linear(op, x, projections[i], projections[i + 1])
+        if projections[i].shape != projections[0].shape:
+            raise ValueError(f"deit_fast.{op}: q_weight, k_weight and v_weight must have one shape")
+    check_norm(op, x, norm_weight, norm_bias)
+
+
+def autocast_layer_norm_qkv(
+    dtype, x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, *rest
+) -> tuple:
+    q_weight, k_weight, v_weight = (cast(weight, dtype) for weight in (q_weight, k_weight, v_weight))
+    return x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, *rest
+
+
+def qkv_needs(ctx) -> list[bool]:
+    """Of (x, norm_weight, norm_bias, eps, then weight and bias of q, of k, of v): as backward operators order them."""
+    wanted = ctx.needs_input_grad
+    return [*wanted[:3], *wanted[4:10:2], *wanted[5:10:2]]
+
+
+def qkv_gradients(ordered: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """And back."""
+    dx, dnorm_weight, dnorm_bias, *rest = ordered
+    interleaved = (gradient for pair in zip(rest[:3], rest[3:], strict=True) for gradient in pair)
+    return dx, dnorm_weight, dnorm_bias, None, *interleaved
+
+
 def stock_layer_norm_qkv(x, norm_weight, norm_bias, eps, *projections):
     normalised = as_dtype(stock_layer_norm(x, norm_weight, norm_bias, eps), product_dtype(projections[0]))
     return tuple(stock_linear(normalised, projections[i], projections[i + 1]) for i in (0, 2, 4))
 
 
 def _check_layer_norm_qkv(x, norm_weight, norm_bias, eps, *projections):
-    op = "layer_norm_qkv"
-    for i in (0, 2, 4):
-        check_linear(op, x, projections[i], projections[i + 1])
-        if projections[i].shape != projections[0].shape:
-            raise ValueError(f"{op}: q_weight, k_weight and v_weight must have one shape")
-    check_norm(op, x, norm_weight, norm_bias)
+    check_qkv("layer_norm_qkv", x, norm_weight, norm_bias, projections)
 
 
 def _fake_layer_norm_qkv(x, norm_weight, norm_bias, eps, q_weight, *_):
@@ -255,14 +285,11 @@ def _save_layer_norm_qkv(ctx, args, outputs):
 def _backward_layer_norm_qkv(ctx, *grads):
     x, norm_weight, norm_bias, *projections = ctx.saved_tensors
     weights, biases = projections[0::2], projections[1::2]
-    wanted = ctx.needs_input_grad
-    needs = [*wanted[:3], *wanted[4::2], *wanted[5::2]]
+    needs = qkv_needs(ctx)
     shape = (*x.shape[:-1], weights[0].shape[0])
     grads = [weights[0].new_zeros(shape) if grad is None else grad for grad in grads]
     found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, grads, weights, biases, None, needs)
-    dx, dnorm_weight, dnorm_bias, *rest = distribute(found, needs)
-    interleaved = (gradient for pair in zip(rest[:3], rest[3:], strict=True) for gradient in pair)
-    return dx, dnorm_weight, dnorm_bias, None, *interleaved
+    return qkv_gradients(distribute(found, needs))
 
 
 _layer_norm_qkv = register(
@@ -276,13 +303,7 @@ _layer_norm_qkv = register(
         *projections, x, norm_weight, norm_bias
     ),
     fake=_fake_layer_norm_qkv,
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, *projections: (
-        x,
-        norm_weight,
-        norm_bias,
-        eps,
-        *(cast(p, dtype) if i % 2 == 0 else p for i, p in enumerate(projections)),
-    ),
+    autocast=autocast_layer_norm_qkv,
     save=_save_layer_norm_qkv,
     backward=_backward_layer_norm_qkv,
 )

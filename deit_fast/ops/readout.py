@@ -13,10 +13,18 @@ from deit_fast.kernels import linear as linear_kernels
 from deit_fast.kernels import readout as kernels
 from deit_fast.ops import checks
 from deit_fast.ops.layer_norm import stock_layer_norm
-from deit_fast.ops.linear import check_linear, check_norm, stock_linear
+from deit_fast.ops.linear import (
+    autocast_layer_norm_linear,
+    autocast_layer_norm_qkv,
+    check_packed_qkv,
+    check_qkv,
+    qkv_gradients,
+    qkv_needs,
+    stock_linear,
+)
 from deit_fast.ops.product_dtype import as_dtype
 from deit_fast.ops.readout_backward import affine, readout_attention_backward, stock_normalised, to_heads
-from deit_fast.ops.registration import cast, distribute, register
+from deit_fast.ops.registration import distribute, register
 
 
 def _stock_readout(x, absorbed, norm_weight, eps, _):
@@ -73,27 +81,19 @@ def _check_rows(op: str, x: Tensor, rows: int, heads: int, width: int) -> None:
     checks.token_sequence(op, "the input", x)
     if not 1 <= rows <= x.shape[1]:
         raise ValueError(f"deit_fast.{op}: readout_rows must be from 1 to the {x.shape[1]} tokens, got {rows}")
-    if width % heads:
-        raise ValueError(f"deit_fast.{op}: a width of {width} does not divide into {heads} heads")
+    checks.heads_divide(op, width, heads)
 
 
 def _check(x, norm_weight, norm_bias, eps, weight, bias, rows, heads, scale):
     op = "readout_attention"
-    check_linear(op, x, weight, bias)
-    check_norm(op, x, norm_weight, norm_bias)
-    if weight.shape[0] % 3:
-        raise ValueError(f"deit_fast.{op}: weight must be that of q, k and v, one below the other; has {weight.shape}")
+    check_packed_qkv(op, x, norm_weight, norm_bias, weight, bias)
     _check_rows(op, x, rows, heads, weight.shape[0] // 3)
 
 
 def _check_qkv(x, norm_weight, norm_bias, eps, *rest):
     op = "readout_attention_qkv"
     *projections, rows, heads, _ = rest
-    for i in (0, 2, 4):
-        check_linear(op, x, projections[i], projections[i + 1])
-        if projections[i].shape != projections[0].shape:
-            raise ValueError(f"deit_fast.{op}: q_weight, k_weight and v_weight must have one shape")
-    check_norm(op, x, norm_weight, norm_bias)
+    check_qkv(op, x, norm_weight, norm_bias, projections)
     _check_rows(op, x, rows, heads, projections[0].shape[0])
 
 
@@ -149,12 +149,8 @@ def _backward(ctx, grad, residual_grad, *_):
 def _backward_qkv(ctx, grad, residual_grad, *_):
     saved = ctx.saved_tensors
     saved, projections = saved[:7], saved[7:]
-    wanted = ctx.needs_input_grad
-    needs = [*wanted[:3], *wanted[4:10:2], *wanted[5:10:2]]
-    found = _differentiate(ctx, grad, residual_grad, saved, projections[::2], projections[1::2], needs)
-    dx, dnorm_weight, dnorm_bias, *rest = found
-    interleaved = (gradient for pair in zip(rest[:3], rest[3:], strict=True) for gradient in pair)
-    return dx, dnorm_weight, dnorm_bias, None, *interleaved, None, None, None
+    found = _differentiate(ctx, grad, residual_grad, saved, projections[::2], projections[1::2], qkv_needs(ctx))
+    return *qkv_gradients(found), None, None, None
 
 
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -170,14 +166,7 @@ _readout_attention = register(
     fake=lambda x, norm_weight, norm_bias, eps, weight, bias, rows, heads, scale: _fake(
         x, weight, weight.shape[0] // 3, rows, heads
     ),
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, weight, *rest: (
-        x,
-        norm_weight,
-        norm_bias,
-        eps,
-        cast(weight, dtype),
-        *rest,
-    ),
+    autocast=autocast_layer_norm_linear,
     save=_save,
     backward=_backward,
 )
@@ -194,18 +183,7 @@ _readout_attention_qkv = register(
     fake=lambda x, norm_weight, norm_bias, eps, q_weight, *rest: _fake(
         x, q_weight, q_weight.shape[0], rest[-3], rest[-2]
     ),
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, *rest: (
-        x,
-        norm_weight,
-        norm_bias,
-        eps,
-        cast(q_weight, dtype),
-        q_bias,
-        cast(k_weight, dtype),
-        k_bias,
-        cast(v_weight, dtype),
-        *rest,
-    ),
+    autocast=autocast_layer_norm_qkv,
     save=_save,
     backward=_backward_qkv,
 )

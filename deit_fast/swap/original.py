@@ -138,13 +138,7 @@ def _block_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
         x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale)
     else:
         scale, kept, capacity = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
-        if kept is None and functional.attends_in_one(x, qkv.weight.shape[0] // 3, attn.num_heads):
-            out = ops.layer_norm_attention(
-                x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, attn.num_heads, attn.scale
-            )
-        else:
-            packed = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, kept, capacity)
-            out, _ = ops.attention(packed.unflatten(-1, (3, attn.num_heads, -1)), attn.scale, kept)
+        out = functional.attend_normalised(norm, attn, x, kept, capacity)
         x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     mlp = modules["mlp"]._modules
