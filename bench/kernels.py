@@ -186,8 +186,8 @@ def page(rows: list[dict], left_to_stock: dict[str, list[str]]) -> str:
         f"Compiled ahead of time with Triton {triton.__version__}, none of it run: `make kernels` writes this page. "
         f"{summary(rows)} `kernels.json` has every launch; here are the worst figures of each kernel's.\n\n"
         "Registers are a thread's, shared memory a program's; 'programs' is how many a multiprocessor (on RDNA a "
-        "workgroup processor) holds at once. Loads and stores: the share of bytes in accesses of 128 bits, as the "
-        "instructions stand in the assembly, vectors of biases, statistics and indices included.\n\n"
+        "workgroup processor) holds at once. Loads and stores: the share of a program's bytes in accesses of 128 bits, "
+        "vectors of biases, statistics and indices included; a loop's count once.\n\n"
         + markdown(rows)
         + "\n"
         + (f"\nNo kernels; the stock operators run, with one warning each:\n\n{left}" if left else "")

@@ -11,19 +11,10 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
+from bench.accesses import wide, widest_store
 from bench.targets import KIB, Target
 
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)|\bv_(mfma|smfmac|wmma|swmmac)_", re.MULTILINE)
-# `ld.global.L1::evict_first.v4.b32`, `st.global.v2.b16`, `cp.async.cg.shared.global [ … ], [ … ], 0x10`.
-_NVIDIA_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
-_NVIDIA_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global [^,]+, [^,]+, (0x[0-9a-f]+|\d+)")
-_NVIDIA_BULK = re.compile(r"\bcp\.async\.bulk\.")
-# `global_load_dwordx4`, `buffer_store_b128`, `global_store_short`, `global_load_ushort`, `global_load_lds_dwordx4`.
-_AMD_ACCESS = re.compile(
-    r"\b(?:global|buffer)_(load|store)_(?:lds_)?(?:d16_)?(?:hi_)?[us]?(byte|short|dwordx\d|dword|[biu]\d+)"
-)
-_AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-_WIDE = 16
 # Of an ELF section: its type, and the flag of code.
 _PROGBITS, _EXECUTABLE = 1, 4
 # `#mma = #ttg.nvidia_mma<…>`: a layout that a tensor-core instruction produces.
@@ -40,8 +31,8 @@ class Resources:
     tensor_core: instruction kinds and how often each stands in the assembly.
     dots: `tl.dot`s in the kernel, before loops are unrolled; scalar_dots: those of 16-bit operands that
     became multiply-adds without tensor cores. widest_store: bytes a thread stores at once.
-    wide_loads, wide_stores: the share of bytes, as the instructions stand in the assembly, in accesses of global
-    memory that are 128 bits wide; None where there are no accesses.
+    wide_loads, wide_stores: the share of bytes in accesses of global memory that are 128 bits wide; None where there
+    are no accesses.
     """
 
     registers: int
@@ -63,14 +54,13 @@ def resources(kernel: CompiledKernel, target: Target) -> Resources:
     if target.is_amd:
         assembly, binary = kernel.asm["amdgcn"], kernel.asm["hsaco"]
         registers, spilled, programs = _amd(assembly, warps)
-        loads, stores = _amd_accesses(assembly)
     else:
         assembly, binary = kernel.asm["ptx"], kernel.asm["cubin"]
         registers, spilled = _nvidia(binary)
         programs = _nvidia_programs(registers, warps)
         shared_memory += KIB
-        loads, stores = _nvidia_accesses(assembly)
     programs = min(programs, target.warps // warps, target.programs, target.all_shared_memory // max(shared_memory, 1))
+    accesses = wide(kernel)
     found = Counter(plain or f"v_{amd}" for plain, amd in _TENSOR_CORE.findall(assembly))
     return Resources(
         registers=registers,
@@ -81,30 +71,10 @@ def resources(kernel: CompiledKernel, target: Target) -> Resources:
         tensor_core=dict(found),
         dots=len(re.findall(r"\btt\.dot ", kernel.asm["ttir"])),
         scalar_dots=_scalar_dots(kernel.asm["ttgir"]),
-        widest_store=max(stores, default=0),
-        wide_loads=_wide(loads),
-        wide_stores=_wide(stores),
+        widest_store=widest_store(kernel),
+        wide_loads=accesses.loads,
+        wide_stores=accesses.stores,
     )
-
-
-def _nvidia_accesses(assembly: str) -> tuple[list[int], list[int]]:
-    """Bytes a thread of each load and each store of global memory; a bulk copy counts as one wide load."""
-    loads = [int(size, 0) for size in _NVIDIA_COPY.findall(assembly)] + [_WIDE] * len(_NVIDIA_BULK.findall(assembly))
-    stores = []
-    for kind, vector, bits in _NVIDIA_ACCESS.findall(assembly):
-        (loads if kind == "ld" else stores).append(int(vector or 1) * int(bits) // 8)
-    return loads, stores
-
-
-def _amd_accesses(assembly: str) -> tuple[list[int], list[int]]:
-    loads, stores = [], []
-    for kind, width in _AMD_ACCESS.findall(assembly):
-        (loads if kind == "load" else stores).append(_AMD_BYTES.get(width) or int(width[1:]) // 8)
-    return loads, stores
-
-
-def _wide(accesses: list[int]) -> float | None:
-    return sum(n for n in accesses if n >= _WIDE) / sum(accesses) if accesses else None
 
 
 def _scalar_dots(ttgir: str) -> int:

@@ -11,6 +11,7 @@ from triton.runtime import driver
 _SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200"})
 # Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
 _MMA_SYNC = frozenset({"sm_80", "sm_86", "sm_89", "sm_120"})
+_WAVES_OF_64 = frozenset({"gfx90a", "gfx942", "gfx950"})
 NO_FLOAT32_PRODUCTS = frozenset({"gfx1200"})
 # The interpreter is quickest with the largest tiles.
 _INTERPRETED_AS = "sm_90"
@@ -207,17 +208,12 @@ def patch_embed_weight_gradient(rows: int, width: int, depth: int, itemsize: int
 
 
 @lru_cache(maxsize=256)
-def layer_norm_rows(width: int) -> tuple[int, int]:
-    """Rows a program and its warps: about two thousand elements on chip, 128 bits a thread at least."""
-    rows = max(1, min(16, 2048 // triton.next_power_of_2(width)))
-    return rows, 4 if rows * width <= 4096 else 8
-
-
-@lru_cache(maxsize=256)
-def layer_norm_backward_rows(width: int) -> tuple[int, int]:
-    """The same for two tensors a row: wide ones by twice as many threads, or float32 beside 16 bits spills."""
-    rows, warps = layer_norm_rows(width)
-    return (2 * rows, 8) if 512 < width <= 2048 else (rows, warps)
+def layer_norm_rows(width: int, itemsize: int, arch: str) -> tuple[int, int]:
+    """Rows a program and its warps: 128 bits a thread of either tile of a row, about two thousand elements on chip."""
+    head, tail = cover(width)
+    threads = 4 * (64 if arch in _WAVES_OF_64 else 32)
+    rows = max(1, 2048 // triton.next_power_of_2(width), threads * 16 // (itemsize * (tail or head)))
+    return rows, 4 if width <= 4096 else 8
 
 
 @lru_cache(maxsize=1024)
@@ -234,7 +230,9 @@ def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> T
 
 
 @lru_cache(maxsize=1024)
-def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: str, activation: str) -> Tile:
+def weight_gradient(
+    out_features: int, in_features: int, itemsize: int, x_itemsize: int, arch: str, activation: str
+) -> Tile:
     """The tile of an [out_features, in_features] gradient, `depth` of the tokens a step."""
     if itemsize == 4:
         return Tile(64, 64, 32, 8 if arch in _MMA_SYNC else 4, 2)
@@ -246,8 +244,9 @@ def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: st
     rows, columns = (128 if n % 128 == 0 else 64 for n in (out_features, in_features))
     if rows * columns == 64 * 64:
         return Tile(rows, columns, 32, 4, 2)
-    depth = 32 if rows * columns == 128 * 128 and stages == 2 else 64
-    return Tile(rows, columns, depth, 8, stages)
+    # mma.sync's operands are in registers: a float32 x, normalised, and what it is cast to side by side.
+    short = (rows * columns == 128 * 128 and stages == 2) or (x_itemsize > itemsize and arch in _MMA_SYNC)
+    return Tile(rows, columns, 32 if short else 64, 8, stages)
 
 
 @lru_cache(maxsize=64)

@@ -156,7 +156,7 @@ def weight_gradient_kernel(
     ROW_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of G over one part of the rows, turned, since what is done to x is done once where x is turned.
+    """A tile of G over one part of the rows.
 
     The programs past the last tile along in_features sum the gradient's rows instead. With `kept_ptr`, rows are those
     of kept samples, split anew; grad is full and x packed, or with `mean_ptr` grad, mean and rstd packed and x full.
@@ -197,7 +197,12 @@ def weight_gradient_kernel(
     else:
         k = tile_k * IN_BLOCK + tl.arange(0, IN_BLOCK)
         k_mask = k < in_features
-        product = tl.zeros([IN_BLOCK, OUT_BLOCK], dtype=tl.float32)
+        # What is done to x is done once where x is turned. But a turned float32 x would be copied an element at a time.
+        TURN_X: tl.constexpr = x_ptr.dtype.element_ty == DTYPE or x_ptr.dtype.element_ty != tl.float32
+        if TURN_X:
+            product = tl.zeros([IN_BLOCK, OUT_BLOCK], dtype=tl.float32)
+        else:
+            product = tl.zeros([OUT_BLOCK, IN_BLOCK], dtype=tl.float32)
         for start in range(0, tl.minimum(split_rows, rows - first), ROW_BLOCK):
             row = first + start + tl.arange(0, ROW_BLOCK)
             row_mask = row < rows
@@ -221,12 +226,17 @@ def weight_gradient_kernel(
             if drop_path_scale_ptr is not None:
                 scale = tl.load(drop_path_scale_ptr + grad_row // tokens, mask=row_mask, other=0.0)
                 x = x.to(tl.float32) * scale.to(tl.float32)[:, None]
-            product = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), product, input_precision=PRECISION)
-        tl.store(
-            product_ptr + (part + n)[None, :] * in_features + k[:, None],
-            product,
-            mask=k_mask[:, None] & n_mask[None, :],
-        )
+            if TURN_X:
+                product = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), product, input_precision=PRECISION)
+            else:
+                product = tl.dot(tl.trans(grad.to(DTYPE)), x.to(DTYPE), product, input_precision=PRECISION)
+        product_ptr += part * in_features
+        if TURN_X:
+            products = product_ptr + n[None, :].to(tl.int64) * in_features + k[:, None]
+            tl.store(products, product, mask=k_mask[:, None] & n_mask[None, :])
+        else:
+            products = product_ptr + n[:, None].to(tl.int64) * in_features + k[None, :]
+            tl.store(products, product, mask=n_mask[:, None] & k_mask[None, :])
 
 
 @triton.jit
@@ -504,7 +514,7 @@ def _weight_gradient(
     absent = (None,) * (3 - len(grads))
     rows = (x if mean is None else grads[0]).shape[0]
     arch = launch.architecture(x)
-    tile = launch.weight_gradient(out_features, in_features, dtype.itemsize, arch, activation)
+    tile = launch.weight_gradient(out_features, in_features, dtype.itemsize, x.element_size(), arch, activation)
     if kept is not None:
         tile = launch.kept_weight_gradient(tile, (grad if mean is None else x).element_size(), arch)
     tiles = len(grads) * triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.columns)
