@@ -20,7 +20,8 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make format    ruff: mend what can be mended"
-	@echo "make kernels   compile every launch ahead of time for ten GPUs, into bench/results"
+	@echo "make kernels   compile bfloat16 launches for ten GPUs and compare with the table in bench/results;"
+	@echo "               kernels-all: every launch, to write that table"
 	@echo "make versions  the kernels with the oldest and the newest Triton that are supported"
 	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
 	@echo "make sanitize  every operator's launches executed with bounds and races checked, compiler passes compared"
@@ -48,11 +49,12 @@ format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# Every bfloat16 launch, compared with the table in bench/results, which kernels-all writes.
 kernels: $(STAMP)
-	$(RUN) -m bench.kernels --out bench/results
+	$(RUN) -m bench.kernels --precisions bf16 --against bench/results/kernels.json
 
 kernels-all: $(STAMP)
-	$(RUN) -m bench.kernels --precisions all
+	$(RUN) -m bench.kernels --out bench/results
 
 # Each beside the pinned PyTorch, in a folder of its own that is kept.
 build/triton-%: | $(STAMP)

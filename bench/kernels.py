@@ -183,7 +183,7 @@ def page(rows: list[dict], left_to_stock: dict[str, list[str]]) -> str:
     left = "".join(f"- {', '.join(names)}: {message}\n" for message, names in sorted(targets.items()))
     return (
         "# What the kernels take of each GPU\n\n"
-        f"Compiled ahead of time with Triton {triton.__version__}, none of it run: `make kernels` writes this page. "
+        f"Compiled ahead of time with Triton {triton.__version__}, none of it run: `make kernels-all` writes this page. "
         f"{summary(rows)} `kernels.json` has every launch; here are the worst figures of each kernel's.\n\n"
         "Registers are a thread's, shared memory a program's; 'programs' is how many a multiprocessor (on RDNA a "
         "workgroup processor) holds at once. Loads and stores: the share of a program's bytes in accesses of 128 bits, "

@@ -22,6 +22,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from bench.targets import Target
+from deit_fast.kernels import replay
 
 _DEVICE = 0
 _MAX_THREADS = 1024
@@ -157,7 +158,12 @@ def recording(target: Target, compiling: bool = True) -> Iterator[list[Launch]]:
     the target has is recorded all the same.
     """
     launches: list[Launch] = []
-    with _device(target), mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)):
+    # Replayed launches would not pass through Triton's.
+    with (
+        replay.disabled(),
+        _device(target),
+        mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)),
+    ):
         yield launches
 
 

@@ -1,5 +1,8 @@
 """The one table of launch settings, by kernel, shape, dtype and architecture, and how a kernel is launched."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -208,12 +211,14 @@ def patch_embed_weight_gradient(rows: int, width: int, depth: int, itemsize: int
 
 
 @lru_cache(maxsize=256)
-def layer_norm_rows(width: int, itemsize: int, arch: str) -> tuple[int, int]:
+def layer_norm_rows(width: int, itemsizes: tuple[int, ...], arch: str) -> tuple[int, int]:
     """Rows a program and its warps: 128 bits a thread of either tile of a row, about two thousand elements on chip."""
     head, tail = cover(width)
-    threads = 4 * (64 if arch in _WAVES_OF_64 else 32)
-    rows = max(1, 2048 // triton.next_power_of_2(width), threads * 16 // (itemsize * (tail or head)))
-    return rows, 4 if width <= 4096 else 8
+    # float32 beside 16 bits by half as many threads spills.
+    warps = 4 if len(set(itemsizes)) == 1 and width <= 4096 else 8
+    threads = warps * (64 if arch in _WAVES_OF_64 else 32)
+    rows = max(1, 2048 // triton.next_power_of_2(width), threads * 16 // (min(itemsizes) * (tail or head)))
+    return rows, warps
 
 
 @lru_cache(maxsize=1024)
@@ -279,14 +284,17 @@ def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
 
 
 @lru_cache(maxsize=256)
-def readout_backward(width: int, itemsize: int, arch: str) -> ReadoutTile:
-    """The tokens are a program's."""
+def readout_backward(width: int, queries: int, itemsize: int, arch: str) -> ReadoutTile:
+    """The tokens are a program's.
+
+    Few tiles of queries: the compiler's time grows with the square of the unrolled accesses, and more.
+    """
     widest = 768 if is_amd(arch) else 1024
     if itemsize == 4:
         widest = 0 if arch in _SMALL_SHARED_MEMORY or arch == "sm_100" else 192
     # Wide rows in narrow tiles: less of the next tile is under way at once.
     chunk = min(64, _readout_chunk(width)) if width > 512 else _readout_chunk(width)
-    return ReadoutTile(16, 32 if width <= widest else 16, chunk, 8, 1)
+    return ReadoutTile(32 if queries > 16 else 16, 32 if width <= widest else 16, chunk, 8, 1)
 
 
 @lru_cache(maxsize=256)
@@ -316,10 +324,42 @@ def loss_row(classes: int) -> tuple[int, int]:
     return block, min(8, max(1, block // 256))
 
 
+class Recorded(NamedTuple):
+    """A launch that `run` has made: the arguments in the kernel's order; `compiled` is None in the interpreter."""
+
+    compiled: object
+    programs: int
+    arguments: tuple
+    device: int
+
+
+_recordings = threading.local()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Recorded]]:
+    """The list fills with this thread's launches within the block."""
+    outer = getattr(_recordings, "launches", None)
+    _recordings.launches = []
+    try:
+        yield _recordings.launches
+    finally:
+        _recordings.launches = outer
+
+
 def run(kernel, programs: int, device: torch.device, *args, **options) -> None:
     """Launches `programs` programs on the tensors' own device (Triton would take the current one)."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*args, **options)
+            _run(kernel, programs, args, options)
     else:
-        kernel[(programs,)](*args, **options)
+        _run(kernel, programs, args, options)
+
+
+def _run(kernel, programs: int, args: tuple, options: dict) -> None:
+    compiled = kernel[(programs,)](*args, **options)
+    launches = getattr(_recordings, "launches", None)
+    if launches is not None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        arguments = tuple(given[name] for name in kernel.arg_names)
+        launches.append(Recorded(compiled, programs, arguments, driver.active.get_current_device()))

@@ -95,7 +95,7 @@ def _launch(x, residual, weight, bias, total, y, eps) -> None:
     x = as_rows(x)
     rows, width = x.shape
     residual = None if residual is None else as_rows(residual)
-    block, warps = launch.layer_norm_rows(width, x.element_size(), launch.architecture(x))
+    block, warps = launch.layer_norm_rows(width, (x.element_size(),), launch.architecture(x))
     head, tail = launch.cover(width)
     launch.run(
         layer_norm_kernel,

@@ -239,8 +239,8 @@ def _launch(grad, x, weight, eps, residual_grad, dx, kept, capacity) -> tuple[Te
         return mean, rstd
     grad = None if grad is None else as_rows(grad)
     residual_grad = None if residual_grad is None else as_rows(residual_grad)
-    itemsize = min(each.element_size() for each in (grad, x, residual_grad) if each is not None)
-    block, warps = launch.layer_norm_rows(width, itemsize, launch.architecture(x))
+    itemsizes = tuple(each.element_size() for each in (grad, x, residual_grad) if each is not None)
+    block, warps = launch.layer_norm_rows(width, itemsizes, launch.architecture(x))
     head, tail = launch.cover(width)
     launch.run(
         layer_norm_backward_kernel,

@@ -193,7 +193,7 @@ def readout_backward(
         return dx.zero_(), torch.zeros(absorbed.shape, dtype=torch.float32, device=x.device)
     x, absorbed, dsummed = unit_stride(x), unit_stride(absorbed), unit_stride(dsummed)
     arch = launch.architecture(x)
-    tile = launch.readout_backward(width, dtype.itemsize, arch)
+    tile = launch.readout_backward(width, rows * heads, dtype.itemsize, arch)
     blocks = triton.cdiv(tokens, tile.tokens)
     partials = torch.empty((batch, blocks, rows, heads, width), dtype=torch.float32, device=x.device)
     launch.run(

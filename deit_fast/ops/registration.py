@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from deit_fast.kernels.replay import Replayed
 from deit_fast.ops import backend
 
 _LIBRARY = torch.library.Library("deit_fast", "DEF")
@@ -125,17 +126,21 @@ def _no_check(*args) -> None:
 
 def _implementation(name: str, check: Callable, stock: Callable, triton: Callable, unsupported: Callable) -> Callable:
     failed = backend.failed  # found faster here
+    replayed = Replayed(triton)
 
     def implementation(*args):
-        check(*args)
         if not backend.use_triton(args[0]) or name in failed:
+            check(*args)
             return stock(*args)
-        reason = unsupported(*args)
-        if reason is not None:
-            backend.warn_fallback(name, reason)
-            return stock(*args)
+        plan, key, pointers = replayed.plan(args)
+        if plan is None:
+            check(*args)
+            reason = unsupported(*args)
+            if reason is not None:
+                backend.warn_fallback(name, reason)
+                return stock(*args)
         try:
-            return triton(*args)
+            return replayed(key, pointers, args) if plan is None else plan.run(pointers)
         except Exception as error:  # whatever Triton, ptxas or a driver raises on a user's GPU
             if not backend.gives_up(name, error):
                 raise

@@ -1,4 +1,4 @@
-"""The launch table: what it covers, and what it calls a fault. Its whole is `make kernels`."""
+"""The launch table: what it covers, and what it calls a fault. Its whole is `make kernels-all`."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_no_launch_has_a_problem_or_takes_more_than_committed(tmp_path):
         kernels[row["target"]].add(row["kernel"])
     assert kernels["gfx942"] == FORWARD | BACKWARD
     assert kernels["sm_90"] == FORWARD | BACKWARD | {"layer_norm_attention_kernel"}
-    # A launch that the committed table lacks was not compared: run `make kernels` and commit what it writes.
+    # A launch that the committed table lacks was not compared: run `make kernels-all` and commit what it writes.
     assert [row["kernel"] for row in rows if row["id"] not in known] == []
 
 

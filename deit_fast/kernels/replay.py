@@ -1,0 +1,251 @@
+"""An operator's launches, remembered by what its arguments look like, and made again without what led to them.
+
+Most of what a call costs the host is finding out what the last call of the same shapes has found out: checks, tiles,
+strides, and Triton's own specialisation. A launcher decides by the shapes, strides, dtypes, alignment and scalars that
+it is given, never by values, so a plan, the memory it allocated and the kernels it launched, serves every call alike.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton import knobs
+from triton.runtime import driver
+
+from deit_fast.kernels import launch
+
+_ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
+# Shapes that an operator sees beyond these are rare enough to be worked out anew.
+_MOST = 256
+_enabled = True
+
+
+class Empty(NamedTuple):
+    """Arguments of `torch.empty_strided`."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Launch(NamedTuple):
+    """One kernel: `arguments` with the `pointers` left open, each (position, slot, bytes past the slot's pointer).
+
+    Slots are the tensors given, in their order, then the tensors allocated.
+    """
+
+    compiled: object
+    programs: int
+    arguments: tuple
+    pointers: tuple[tuple[int, int, int], ...]
+
+
+class Output(NamedTuple):
+    """An allocated tensor, or a view of one where `view` has its size, stride and offset."""
+
+    allocated: int
+    view: tuple | None
+
+
+class Plan(NamedTuple):
+    device: int
+    empties: tuple[Empty, ...]
+    launches: tuple[Launch, ...]
+    outputs: tuple[Output | None, ...]
+    returns: Callable[[list], object]
+
+    def run(self, pointers: list[int]) -> object:
+        allocated = [
+            torch.empty_strided(size, stride, dtype=dtype, device=device)
+            for size, stride, dtype, device in self.empties
+        ]
+        pointers += [tensor.data_ptr() for tensor in allocated]
+        stream = driver.active.get_current_stream(self.device)
+        for compiled, programs, arguments, open_pointers in self.launches:
+            filled = list(arguments)
+            for position, slot, offset in open_pointers:
+                filled[position] = pointers[slot] + offset
+            compiled.run(
+                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *filled
+            )  # fmt: skip
+        return self.returns(
+            [
+                None if output is None
+                else allocated[output.allocated] if output.view is None
+                else allocated[output.allocated].as_strided(*output.view)
+                for output in self.outputs
+            ]
+        )  # fmt: skip
+
+
+class Replayed:
+    """`launcher`, tensors in and tensors out, with its plans."""
+
+    def __init__(self, launcher: Callable) -> None:
+        self.launcher = launcher
+        self.plans: dict[tuple, Plan | None] = {}
+        _all.append(self)
+
+    def plan(self, arguments: tuple) -> tuple[Plan | None, tuple, list[int]]:
+        """The plan, or None; what it is remembered by; the tensors' addresses."""
+        key, pointers = _key(arguments)
+        plan = self.plans.get(key)
+        if plan is not None and (_hooked() or plan.device != driver.active.get_current_device()):
+            plan = None
+        return plan, key, pointers
+
+    def __call__(self, key: tuple, pointers: list[int], arguments: tuple) -> object:
+        """Calls the launcher, and remembers what it did if that can be done again."""
+        if not _enabled or key in self.plans or launch.interpreted():
+            return self.launcher(*arguments)
+        with _Recorder() as recorder, launch.recorded() as launches:
+            result = self.launcher(*arguments)
+        if any(each.compiled is None for each in launches):
+            return result
+        if len(self.plans) >= _MOST:
+            self.plans.clear()
+        self.plans[key] = (
+            None if recorder.opaque else _planned(pointers, arguments, recorder.allocated, launches, result)
+        )
+        return result
+
+
+_all: list[Replayed] = []
+
+
+def forget() -> None:
+    """Drops every plan: the device, or a table of settings, is another one now."""
+    for replayed in _all:
+        replayed.plans.clear()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Within the block every call goes through its launcher and through Triton's."""
+    global _enabled
+    forget()
+    previous, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = previous
+        forget()
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to see Triton's launches with their metadata."""
+    hook = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
+def _key(arguments: tuple) -> tuple[tuple, list[int]]:
+    key: list = [torch._C._get_cublas_allow_tf32()]
+    pointers: list[int] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            _add(argument, key, pointers)
+        elif isinstance(argument, (list, tuple)):
+            key.append(len(argument))
+            for each in argument:
+                if isinstance(each, Tensor):
+                    _add(each, key, pointers)
+                else:
+                    key.append(each)
+        else:
+            key.append(argument)
+    if len(set(pointers)) < len(pointers):
+        key.append(tuple(map(pointers.index, pointers)))
+    return tuple(key), pointers
+
+
+def _add(tensor: Tensor, key: list, pointers: list[int]) -> None:
+    pointer = tensor.data_ptr()
+    pointers.append(pointer)
+    # Triton compiles for addresses that divide by 16 or don't.
+    key.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), pointer & 15 == 0))
+
+
+class _Recorder(TorchDispatchMode):
+    """What is allocated, in order; `opaque` once an operator other than an allocation or a view has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[Tensor] = []
+        self.opaque = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in _ALLOCATIONS:
+            self.allocated.append(result)
+        elif not func.is_view:
+            # `promote_types` and the like compute no tensor.
+            self.opaque |= func._schema.is_mutable or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        return result
+
+
+def _planned(
+    pointers: list[int], arguments: tuple, allocated: list[Tensor], launches: list[launch.Recorded], result: object
+) -> Plan | None:
+    """None where a tensor is not one of those given or allocated, or lies in several of them."""
+    given = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+    slots = [*given, *allocated]
+    found: list[Launch] = []
+    for each in launches:
+        open_pointers, constants = [], []
+        for position, argument in enumerate(each.arguments):
+            if isinstance(argument, Tensor):
+                place = _place(argument, slots)
+                if place is None:
+                    return None
+                open_pointers.append((position, *place))
+                argument = None
+            constants.append(argument)
+        found.append(Launch(each.compiled, each.programs, tuple(constants), tuple(open_pointers)))
+    tensors = list(result) if isinstance(result, (list, tuple)) else [result]
+    outputs = [None if tensor is None else _output(tensor, allocated) for tensor in tensors]
+    if not found or any(output is None for output, tensor in zip(outputs, tensors, strict=True) if tensor is not None):
+        return None
+    returns = {list: list, tuple: tuple}.get(type(result), _only)
+    empties = tuple(Empty(tuple(t.shape), t.stride(), t.dtype, t.device) for t in allocated)
+    return Plan(launches[0].device, empties, tuple(found), tuple(outputs), returns)
+
+
+def _only(tensors: list) -> object:
+    return tensors[0]
+
+
+def _place(tensor: Tensor, slots: list[Tensor]) -> tuple[int, int] | None:
+    """Slot and bytes past its pointer."""
+    pointer = tensor.data_ptr()
+    for slot, candidate in enumerate(slots):
+        if candidate.data_ptr() == pointer:
+            return slot, 0
+    inside = [
+        (slot, pointer - candidate.data_ptr())
+        for slot, candidate in enumerate(slots)
+        if candidate.data_ptr() <= pointer < candidate.data_ptr() + _extent(candidate)
+    ]
+    return inside[0] if len(inside) == 1 else None
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if not tensor.numel():
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _output(tensor: Tensor, allocated: list[Tensor]) -> Output | None:
+    for index, candidate in enumerate(allocated):
+        if candidate.untyped_storage()._cdata == tensor.untyped_storage()._cdata and candidate.dtype == tensor.dtype:
+            same = candidate.shape == tensor.shape and candidate.stride() == tensor.stride()
+            view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+            return Output(index, None if same and tensor.storage_offset() == 0 else view)
+    return None
