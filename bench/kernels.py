@@ -32,8 +32,8 @@ import triton
 from bench.launches import MODELS, PRECISIONS, SUITES, recorded
 from bench.models import choices
 from bench.resources import resources
-from bench.standin_driver import Launch, compile_launch
-from bench.targets import TARGETS
+from deit_fast.bench.standin_driver import Launch, compile_launch
+from deit_fast.bench.targets import TARGETS
 from deit_fast.kernels.launch import NO_FLOAT32_PRODUCTS
 
 # Under autocast float16's launches are bfloat16's in another type.
@@ -183,7 +183,7 @@ def page(rows: list[dict], left_to_stock: dict[str, list[str]]) -> str:
     left = "".join(f"- {', '.join(names)}: {message}\n" for message, names in sorted(targets.items()))
     return (
         "# What the kernels take of each GPU\n\n"
-        f"Compiled ahead of time with Triton {triton.__version__}, none of it run: `make kernels-all` writes this page. "
+        f"Compiled ahead of time with Triton {triton.__version__}, none of it run, by `make kernels-all`. "
         f"{summary(rows)} `kernels.json` has every launch; here are the worst figures of each kernel's.\n\n"
         "Registers are a thread's, shared memory a program's; 'programs' is how many a multiprocessor (on RDNA a "
         "workgroup processor) holds at once. Loads and stores: the share of a program's bytes in accesses of 128 bits, "

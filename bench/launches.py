@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.models import build, summed
-from bench.standin_driver import Launch, recording
-from bench.targets import Target
+from deit_fast.bench.standin_driver import Launch, recording
+from deit_fast.bench.targets import Target
 
 # timm's names and image sizes.
 MODELS = {

@@ -5,7 +5,6 @@ strides, and Triton's own specialisation. A launcher decides by the shapes, stri
 it is given, never by values, so a plan, the memory it allocated and the kernels it launched, serves every call alike.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -126,11 +125,11 @@ def forget() -> None:
 
 
 @contextmanager
-def disabled() -> Iterator[None]:
-    """Within the block every call goes through its launcher and through Triton's."""
+def enabled(on: bool) -> Iterator[None]:
+    """Whether, within the block, calls are made again from plans; all there are at its start are forgotten."""
     global _enabled
     forget()
-    previous, _enabled = _enabled, False
+    previous, _enabled = _enabled, on
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
-from bench.targets import Target
+from deit_fast.bench.targets import Target
 from deit_fast.kernels import replay
 
 _DEVICE = 0
@@ -160,7 +160,7 @@ def recording(target: Target, compiling: bool = True) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     # Replayed launches would not pass through Triton's.
     with (
-        replay.disabled(),
+        replay.enabled(False),
         _device(target),
         mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)),
     ):

@@ -1,0 +1,39 @@
+"""A plan makes the launches that led to it: the same kernels, grids, arguments and results, at new addresses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Their launchers run torch's operators too, so they go through them at every call.
+NOT_REPLAYED = ("readout_attention", "distillation_loss", "keep_samples")
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.replay_checks"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_replayed_launches_and_results_are_those_of_the_launchers(seen):
+    replayed = [case for case in seen["seen"] if not case["title"].startswith(NOT_REPLAYED)]
+    assert len(replayed) > 45
+    assert [case["title"] for case in replayed if not case["same"] or not case["launches"]] == []
+
+
+def test_the_second_call_goes_past_the_launchers(seen):
+    again = {case["title"] for case in seen["seen"] if case["anew"]}
+    assert {title for title in again if not title.startswith(NOT_REPLAYED)} == set()
+
+
+def test_what_launchers_decide_by_tells_calls_apart(seen):
+    assert [name for name, right in seen["apart"].items() if not right] == []
+
+
+def test_a_compiled_kernels_own_runner_takes_a_plans_arguments(seen):
+    assert seen["runs"]
