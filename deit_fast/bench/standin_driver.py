@@ -161,7 +161,7 @@ def recording(target: Target, compiling: bool = True) -> Iterator[list[Launch]]:
     # Replayed launches would not pass through Triton's.
     with (
         replay.enabled(False),
-        _device(target),
+        current_device(target),
         mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)),
     ):
         yield launches
@@ -171,20 +171,23 @@ def compile_launch(target: Target, function: str, specialization: str) -> Compil
     """What `Launch.function` and `Launch.specialization`, recorded for `target`, compile to."""
     module, _ = function.split(":")
     importlib.import_module(module)
-    with _device(target), redirect_stdout(io.StringIO()):
+    with current_device(target), redirect_stdout(io.StringIO()):
         return jit._triton_jit_function_registry[function].preload(specialization)
 
 
 @contextmanager
-def _device(target: Target) -> Iterator[None]:
+def current_device(target: Target) -> Iterator[None]:
+    """Makes `target` the current device within the block; launches on it are compiled and do nothing."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     previous = driver._active
     _forget_compiled_kernels()
+    replay.forget()
     driver.set_active(_Driver(target))
     try:
         with mock.patch.object(triton.compiler.compiler, "max_shared_mem", lambda device: 2**31):
             yield
     finally:
         _forget_compiled_kernels()
+        replay.forget()
         driver._active = previous

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import knobs
@@ -19,9 +20,13 @@ from triton.runtime import driver
 from deit_fast.kernels import launch
 
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
+# As CUDA's allocator aligns.
+_ALIGNMENT = 512
 # Shapes that an operator sees beyond these are rare enough to be worked out anew.
 _MOST = 256
 _enabled = True
+_runtime = knobs.runtime
+_allow_tf32 = torch._C._get_cublas_allow_tf32
 
 
 class Empty(NamedTuple):
@@ -36,17 +41,21 @@ class Empty(NamedTuple):
 class Launch(NamedTuple):
     """One kernel: `arguments` with the `pointers` left open, each (position, slot, bytes past the slot's pointer).
 
-    Slots are the tensors given, in their order, then the tensors allocated.
+    Slots are the tensors given, in their order, those allocated for the result, and all other memory, in one piece.
+    `compiled` holds what `run` starts.
     """
 
     compiled: object
+    run: Callable[..., None]
+    function: object
+    metadata: object
     programs: int
     arguments: tuple
     pointers: tuple[tuple[int, int, int], ...]
 
 
 class Output(NamedTuple):
-    """An allocated tensor, or a view of one where `view` has its size, stride and offset."""
+    """An allocated tensor by its number, or a view of one where `view` has its size, stride and offset."""
 
     allocated: int
     view: tuple | None
@@ -55,32 +64,40 @@ class Output(NamedTuple):
 class Plan(NamedTuple):
     device: int
     empties: tuple[Empty, ...]
+    scratch: int  # bytes that no result is in
+    on: torch.device
     launches: tuple[Launch, ...]
     outputs: tuple[Output | None, ...]
     returns: Callable[[list], object]
+    only: int | None  # the allocated tensor that is returned as it is, alone
 
     def run(self, pointers: list[int]) -> object:
-        allocated = [
-            torch.empty_strided(size, stride, dtype=dtype, device=device)
-            for size, stride, dtype, device in self.empties
-        ]
-        pointers += [tensor.data_ptr() for tensor in allocated]
+        allocated = []
+        for size, stride, dtype, device in self.empties:
+            tensor = torch.empty_strided(size, stride, dtype=dtype, device=device)
+            allocated.append(tensor)
+            pointers.append(tensor.data_ptr())
+        if self.scratch:
+            scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.on)
+            pointers.append(scratch.data_ptr())
         stream = driver.active.get_current_stream(self.device)
-        for compiled, programs, arguments, open_pointers in self.launches:
+        for _, run, function, metadata, programs, arguments, open_pointers in self.launches:
             filled = list(arguments)
             for position, slot, offset in open_pointers:
                 filled[position] = pointers[slot] + offset
-            compiled.run(
-                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *filled
-            )  # fmt: skip
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *filled)
+        if self.only is not None:
+            return allocated[self.only]
         return self.returns(
             [
-                None if output is None
-                else allocated[output.allocated] if output.view is None
+                None
+                if output is None
+                else allocated[output.allocated]
+                if output.view is None
                 else allocated[output.allocated].as_strided(*output.view)
                 for output in self.outputs
             ]
-        )  # fmt: skip
+        )
 
 
 class Replayed:
@@ -91,17 +108,17 @@ class Replayed:
         self.plans: dict[tuple, Plan | None] = {}
         _all.append(self)
 
-    def plan(self, arguments: tuple) -> tuple[Plan | None, tuple, list[int]]:
-        """The plan, or None; what it is remembered by; the tensors' addresses."""
+    def plan(self, arguments: tuple) -> tuple[Plan | None, tuple | None, list[int]]:
+        """The plan, or None; what it is remembered by, or None where it can't be; the tensors' addresses."""
         key, pointers = _key(arguments)
         plan = self.plans.get(key)
         if plan is not None and (_hooked() or plan.device != driver.active.get_current_device()):
             plan = None
         return plan, key, pointers
 
-    def __call__(self, key: tuple, pointers: list[int], arguments: tuple) -> object:
+    def __call__(self, key: tuple | None, arguments: tuple) -> object:
         """Calls the launcher, and remembers what it did if that can be done again."""
-        if not _enabled or key in self.plans or launch.interpreted():
+        if not _enabled or key is None or key in self.plans or launch.interpreted():
             return self.launcher(*arguments)
         with _Recorder() as recorder, launch.recorded() as launches:
             result = self.launcher(*arguments)
@@ -109,9 +126,7 @@ class Replayed:
             return result
         if len(self.plans) >= _MOST:
             self.plans.clear()
-        self.plans[key] = (
-            None if recorder.opaque else _planned(pointers, arguments, recorder.allocated, launches, result)
-        )
+        self.plans[key] = None if recorder.opaque else _planned(arguments, recorder.allocated, launches, result)
         return result
 
 
@@ -139,35 +154,40 @@ def enabled(on: bool) -> Iterator[None]:
 
 def _hooked() -> bool:
     """Whether a profiler wants to see Triton's launches with their metadata."""
-    hook = knobs.runtime.launch_enter_hook
+    hook = _runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
 
 
-def _key(arguments: tuple) -> tuple[tuple, list[int]]:
-    key: list = [torch._C._get_cublas_allow_tf32()]
+def _key(arguments: tuple | list) -> tuple[tuple | None, list[int]]:
+    """What launchers decide by, None where a subclass of Tensor may decide otherwise; the tensors' addresses.
+
+    Asked at every call, so it is written to be quick.
+    """
+    key: list = [_allow_tf32()]
     pointers: list[int] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            _add(argument, key, pointers)
-        elif isinstance(argument, (list, tuple)):
-            key.append(len(argument))
-            for each in argument:
-                if isinstance(each, Tensor):
-                    _add(each, key, pointers)
-                else:
-                    key.append(each)
-        else:
+        kind = type(argument)
+        if kind is Parameter or kind is Tensor:
+            pointer = argument.data_ptr()
+            pointers.append(pointer)
+            # Triton compiles for addresses that divide by 16 or don't.
+            key += (argument.shape, argument.stride(), argument.dtype, argument.get_device(), not pointer & 15)
+        elif kind is not list and kind is not tuple:
+            if isinstance(argument, Tensor):
+                return None, pointers
             key.append(argument)
+        elif any(isinstance(each, Tensor) for each in argument):
+            inner, addresses = _key(argument)
+            if inner is None:
+                return None, pointers
+            key.append(inner)
+            pointers += addresses
+        else:
+            key.append(tuple(argument))
+    # A tensor given twice is another call than two of the same shape.
     if len(set(pointers)) < len(pointers):
         key.append(tuple(map(pointers.index, pointers)))
     return tuple(key), pointers
-
-
-def _add(tensor: Tensor, key: list, pointers: list[int]) -> None:
-    pointer = tensor.data_ptr()
-    pointers.append(pointer)
-    # Triton compiles for addresses that divide by 16 or don't.
-    key.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), pointer & 15 == 0))
 
 
 class _Recorder(TorchDispatchMode):
@@ -188,31 +208,42 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _planned(
-    pointers: list[int], arguments: tuple, allocated: list[Tensor], launches: list[launch.Recorded], result: object
-) -> Plan | None:
+def _planned(arguments: tuple, allocated: list[Tensor], launches: list[launch.Recorded], result: object) -> Plan | None:
     """None where a tensor is not one of those given or allocated, or lies in several of them."""
     given = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
-    slots = [*given, *allocated]
+    tensors = list(result) if isinstance(result, (list, tuple)) else [result]
+    storages = {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
+    results = [tensor for tensor in allocated if tensor.untyped_storage()._cdata in storages]
+    rest = [tensor for tensor in allocated if tensor.untyped_storage()._cdata not in storages]
+    slots, bases = [*given, *results, *rest], [0]
+    for tensor in rest:
+        bases.append(bases[-1] + -(-_extent(tensor) // _ALIGNMENT) * _ALIGNMENT)
+    first_of_rest = len(given) + len(results)
+
     found: list[Launch] = []
-    for each in launches:
+    for compiled, programs, arguments_, _ in launches:
         open_pointers, constants = [], []
-        for position, argument in enumerate(each.arguments):
+        for position, argument in enumerate(arguments_):
             if isinstance(argument, Tensor):
                 place = _place(argument, slots)
                 if place is None:
                     return None
-                open_pointers.append((position, *place))
+                slot, offset = place
+                if slot >= first_of_rest:
+                    slot, offset = first_of_rest, offset + bases[slot - first_of_rest]
+                open_pointers.append((position, slot, offset))
                 argument = None
             constants.append(argument)
-        found.append(Launch(each.compiled, each.programs, tuple(constants), tuple(open_pointers)))
-    tensors = list(result) if isinstance(result, (list, tuple)) else [result]
-    outputs = [None if tensor is None else _output(tensor, allocated) for tensor in tensors]
+        runner = (compiled, compiled.run, compiled.function, compiled.packed_metadata)
+        found.append(Launch(*runner, programs, tuple(constants), tuple(open_pointers)))
+
+    outputs = [None if tensor is None else _output(tensor, results) for tensor in tensors]
     if not found or any(output is None for output, tensor in zip(outputs, tensors, strict=True) if tensor is not None):
         return None
     returns = {list: list, tuple: tuple}.get(type(result), _only)
-    empties = tuple(Empty(tuple(t.shape), t.stride(), t.dtype, t.device) for t in allocated)
-    return Plan(launches[0].device, empties, tuple(found), tuple(outputs), returns)
+    empties = tuple(Empty(tuple(t.shape), t.stride(), t.dtype, t.device) for t in results)
+    alone = outputs[0].allocated if returns is _only and outputs[0].view is None else None
+    return Plan(launches[0].device, empties, bases[-1], given[0].device, tuple(found), tuple(outputs), returns, alone)
 
 
 def _only(tensors: list) -> object:

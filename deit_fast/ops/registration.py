@@ -45,7 +45,9 @@ def register(
     """
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.deit_fast, name).default
-    implementation = _implementation(name, check, stock, triton, unsupported)
+    replayed = Replayed(triton)
+    implementation = _implementation(name, check, stock, replayed, unsupported)
+    below_autograd = _below_autograd(op, replayed)
 
     def checked_fake(*args):
         check(*args)
@@ -54,8 +56,7 @@ def register(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = op(*args)
+            outputs = below_autograd(*args)
             ctx.set_materialize_grads(False)
             save(ctx, args, outputs)
             return outputs
@@ -65,10 +66,11 @@ def register(
             return backward(ctx, *gradients)
 
     def autograd(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return Function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        if torch.is_grad_enabled():
+            for argument in args:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    return Function.apply(*args)
+        return below_autograd(*args)
 
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
@@ -81,7 +83,10 @@ def register(
         # torch.func transforms do not see through Python-registered operators.
         if torch._C._are_functorch_transforms_active():
             return stock(*args)
-        return op(*args)
+        if torch._C._is_any_autocast_enabled() or torch.compiler.is_dynamo_compiling():
+            return op(*args)
+        # Where the dispatcher would go next, without its way through Python.
+        return autograd(*args)
 
     return call
 
@@ -98,17 +103,19 @@ def register_backward(
     """Defines a backward operator: `register` without gradients of its own, which it refuses loudly."""
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.deit_fast, name).default
-    implementation = _implementation(name, _no_check, stock, triton, unsupported)
+    replayed = Replayed(triton)
+    implementation = _implementation(name, _no_check, stock, replayed, unsupported)
+    below_autograd = _below_autograd(op, replayed)
 
     def autograd(*args):
-        flat = (t for a in args for t in (a if isinstance(a, list) else [a]))
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+        if torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for a in args for t in (a if isinstance(a, list) else [a])
+        ):
             raise NotImplementedError(
                 f"deit_fast.{name} has no derivative: second derivatives need the stock model "
                 f"(deit_fast.restore) or a torch.func transform"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return below_autograd(*args)
 
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
@@ -117,16 +124,44 @@ def register_backward(
     # Inside an autocast block the CPU path's own products would be cast again.
     for device_type, key in _AUTOCAST_KEYS.items():
         _LIBRARY.impl(name, _autocast_kernel(op, lambda dtype, *args: args, device_type, key), key.name)
-    return op
+
+    def call(*args):
+        if torch._C._is_any_autocast_enabled() or torch.compiler.is_dynamo_compiling():
+            return op(*args)
+        return autograd(*args)
+
+    return call
 
 
 def _no_check(*args) -> None:
     """Backward operators get what a forward operator has already checked."""
 
 
-def _implementation(name: str, check: Callable, stock: Callable, triton: Callable, unsupported: Callable) -> Callable:
+def _below_autograd(op, replayed: Replayed) -> Callable:
+    """The operator without gradients: by its plan, where nobody looks at the dispatcher, or else through it."""
+
+    def below_autograd(*args):
+        if (
+            backend.use_triton(args[0])
+            and not backend.failed
+            and not torch._C._len_torch_dispatch_stack()
+            and not torch._C._autograd._profiler_enabled()
+        ):
+            plan, key, pointers = replayed.plan(args)
+            if plan is not None:
+                try:
+                    return plan.run(pointers)
+                except Exception:
+                    # Through the dispatcher the fault is met again, and reported.
+                    replayed.plans.pop(key, None)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return below_autograd
+
+
+def _implementation(name: str, check: Callable, stock: Callable, replayed: Replayed, unsupported: Callable) -> Callable:
     failed = backend.failed  # found faster here
-    replayed = Replayed(triton)
 
     def implementation(*args):
         if not backend.use_triton(args[0]) or name in failed:
@@ -140,7 +175,7 @@ def _implementation(name: str, check: Callable, stock: Callable, triton: Callabl
                 backend.warn_fallback(name, reason)
                 return stock(*args)
         try:
-            return replayed(key, pointers, args) if plan is None else plan.run(pointers)
+            return replayed(key, args) if plan is None else plan.run(pointers)
         except Exception as error:  # whatever Triton, ptxas or a driver raises on a user's GPU
             if not backend.gives_up(name, error):
                 raise

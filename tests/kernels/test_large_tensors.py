@@ -407,5 +407,5 @@ def test_launches_use_the_first_axis_of_the_grid_alone():
     source = "".join(map(getsource, modules))
     assert set(re.findall(r"(?:program_id|num_programs)\((\w+)\)", source)) == {"0"}
     assert re.findall(r"\w+\[(\(.*\))\]\(\*args", source) == ["(programs,)"]
-    assert re.findall(r"compiled\.run\(\s*(\w+, \w+, \w+),", source) == ["programs, 1, 1"]
+    assert re.findall(r"\brun\((\w+, \w+, \w+), stream", source) == ["programs, 1, 1"]
     assert not re.search(r"_kernel\[", source)
