@@ -170,13 +170,14 @@ def _key(arguments: tuple | list) -> tuple[tuple | None, list[int]]:
         if kind is Parameter or kind is Tensor:
             pointer = argument.data_ptr()
             pointers.append(pointer)
+            strides = None if argument.is_contiguous() else argument.stride()
             # Triton compiles for addresses that divide by 16 or don't.
-            key += (argument.shape, argument.stride(), argument.dtype, argument.get_device(), not pointer & 15)
+            key += (argument.shape, strides, argument.dtype, argument.get_device(), not pointer & 15)
         elif kind is not list and kind is not tuple:
             if isinstance(argument, Tensor):
                 return None, pointers
             key.append(argument)
-        elif any(isinstance(each, Tensor) for each in argument):
+        elif argument and type(argument[0]) is not bool:
             inner, addresses = _key(argument)
             if inner is None:
                 return None, pointers

@@ -43,7 +43,7 @@ def touched(module: Module) -> str | None:
 
 def plain_parameters(module: Module) -> bool:
     """Whether every parameter is an ordinary tensor (not a quantized or sharded tensor subclass)."""
-    return all(type(parameter) in _PLAIN_TENSORS for parameter in module.__dict__["_parameters"].values())
+    return _PLAIN_TENSORS.issuperset(map(type, module.__dict__["_parameters"].values()))
 
 
 def unfusable(module: Module, classes: set[type]) -> str | None:

@@ -360,7 +360,7 @@ def _backward_linear_residual(ctx, grad):
     needs = [need_x, need_weight, need_bias, need_layer_scale]
     found = linear_backward(grad, x, weight, bias, layer_scale, drop_path_scale, ctx.input_activation, kept, needs)
     dx, dweight, dbias, dlayer_scale = distribute(found, needs)
-    dresidual = grad.to(ctx.residual_dtype) if need_residual else None
+    dresidual = as_dtype(grad, ctx.residual_dtype) if need_residual else None
     return dx, dweight, dbias, dresidual, dlayer_scale, None, None, None
 
 

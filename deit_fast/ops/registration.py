@@ -65,11 +65,14 @@ def register(
         def backward(ctx, *gradients):
             return backward(ctx, *gradients)
 
+    # Past what Function does for torch.func alone, whose transforms never come here.
+    apply = super(torch.autograd.Function, Function).apply
+
     def autograd(*args):
         if torch.is_grad_enabled():
             for argument in args:
                 if isinstance(argument, Tensor) and argument.requires_grad:
-                    return Function.apply(*args)
+                    return apply(*args)
         return below_autograd(*args)
 
     _LIBRARY.impl(name, implementation, "CPU")
@@ -83,7 +86,7 @@ def register(
         # torch.func transforms do not see through Python-registered operators.
         if torch._C._are_functorch_transforms_active():
             return stock(*args)
-        if torch._C._is_any_autocast_enabled() or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled():
             return op(*args)
         # Where the dispatcher would go next, without its way through Python.
         return autograd(*args)
@@ -126,7 +129,7 @@ def register_backward(
         _LIBRARY.impl(name, _autocast_kernel(op, lambda dtype, *args: args, device_type, key), key.name)
 
     def call(*args):
-        if torch._C._is_any_autocast_enabled() or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled():
             return op(*args)
         return autograd(*args)
 
