@@ -32,8 +32,8 @@ import triton
 from bench.launches import MODELS, PRECISIONS, SUITES, recorded
 from bench.models import choices
 from bench.resources import resources
-from deit_fast.bench.standin_driver import Launch, compile_launch
-from deit_fast.bench.targets import TARGETS
+from deit_fast.benchmark.standin_driver import Launch, compile_launch
+from deit_fast.benchmark.targets import TARGETS
 from deit_fast.kernels.launch import NO_FLOAT32_PRODUCTS
 
 # Under autocast float16's launches are bfloat16's in another type.

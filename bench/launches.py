@@ -9,9 +9,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from bench.models import build, summed
-from deit_fast.bench.standin_driver import Launch, recording
-from deit_fast.bench.targets import Target
+from bench.models import build
+from deit_fast.benchmark.outputs import summed
+from deit_fast.benchmark.standin_driver import Launch, recording
+from deit_fast.benchmark.targets import Target
 
 # timm's names and image sizes.
 MODELS = {

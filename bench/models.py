@@ -48,12 +48,6 @@ def images(batch: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(batch, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=dtype)
 
 
-def summed(logits) -> torch.Tensor:
-    """The sum of what a model returned: a tensor, one for each head, or transformers' output."""
-    logits = getattr(logits, "logits", logits)
-    return sum(each.sum() for each in logits) if isinstance(logits, tuple) else logits.sum()
-
-
 def choices(text: str, known: dict | tuple, what: str) -> list[str]:
     """A comma-separated command-line argument as a list of known names."""
     names = [name for name in text.split(",") if name]

@@ -1,8 +1,8 @@
 """The published recipes' drop paths, and the floating-point operations of their training steps.
 
 The swapped model is counted whole at its real size, with the masks that each seed draws; its matrix products are
-counted and left uncomputed (`bench.flops.WithoutProducts`). Stock computes every sample whatever the masks, in
-proportion to the batch, so it is counted once, with one image.
+counted and left uncomputed (`WithoutProducts`). Stock computes every sample whatever the masks, in proportion to the
+batch, so it is counted once, with one image.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.flops import WithoutProducts, step_flops
 from bench.models import images
+from deit_fast.benchmark.flops import WithoutProducts, step_flops
 
 SEEDS = 10
 

@@ -12,7 +12,7 @@ import triton
 from triton.compiler import CompiledKernel
 
 from bench.accesses import wide, widest_store
-from deit_fast.bench.targets import KIB, Target
+from deit_fast.benchmark.targets import KIB, Target
 
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)|\bv_(mfma|smfmac|wmma|swmmac)_", re.MULTILINE)
 # Of an ELF section: its type, and the flag of code.

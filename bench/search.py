@@ -14,7 +14,7 @@ from unittest import mock
 from bench.kernels import SPAWN, WORKERS, compiled, launches_on, problem
 from bench.launches import MODELS, PRECISIONS, SUITES
 from bench.models import choices
-from deit_fast.bench.targets import TARGETS
+from deit_fast.benchmark.targets import TARGETS
 from deit_fast.kernels import launch
 
 

@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.flops import WithoutProducts, flop_counter
-from bench.models import DEPTH, LIBRARIES, SIZES, TOKENS, build, choices, images, summed
+from bench.models import DEPTH, LIBRARIES, SIZES, TOKENS, build, choices, images
 from bench.recipes import RECIPES, SEEDS, work
+from deit_fast.benchmark.flops import WithoutProducts, flop_counter
+from deit_fast.benchmark.outputs import summed
 
 PRECISIONS = ("bf16", "autocast-bf16")
 SUITES = ("inference", "training", "drop-path")

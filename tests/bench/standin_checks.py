@@ -11,8 +11,8 @@ import triton.language as tl
 from triton.runtime import driver
 
 from bench.resources import resources
-from deit_fast.bench.standin_driver import Launch, recording
-from deit_fast.bench.targets import TARGETS
+from deit_fast.benchmark.standin_driver import Launch, recording
+from deit_fast.benchmark.targets import TARGETS
 
 
 @triton.jit

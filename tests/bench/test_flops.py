@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from bench.flops import WithoutProducts, flop_counter, step_flops
 from bench.models import build, images
 from bench.recipes import KeptSamples
+from deit_fast.benchmark.flops import WithoutProducts, flop_counter, step_flops
 from deit_fast.ops import backend
 
 

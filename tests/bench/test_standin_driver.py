@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from deit_fast.bench.standin_driver import recording
-from deit_fast.bench.targets import TARGETS
+from deit_fast.benchmark.standin_driver import recording
+from deit_fast.benchmark.targets import TARGETS
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import jit
 
 from deit_fast import ops
-from deit_fast.bench.standin_driver import recording
-from deit_fast.bench.targets import TARGETS
+from deit_fast.benchmark.standin_driver import recording
+from deit_fast.benchmark.targets import TARGETS
 from deit_fast.cli.check_cases import INTERPRETER_SIZES, OPS, Case, cases
 from deit_fast.kernels import replay
 from deit_fast.nn import Block

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from triton.runtime import jit
 
-from deit_fast.bench.standin_driver import recording
-from deit_fast.bench.targets import TARGETS
+from deit_fast.benchmark.standin_driver import recording
+from deit_fast.benchmark.targets import TARGETS
 from deit_fast.cli.check import evaluate
 from deit_fast.cli.check_cases import DEIT_SIZES, OPS, cases
 

@@ -21,7 +21,7 @@ import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
-from deit_fast.bench.targets import Target
+from deit_fast.benchmark.targets import Target
 from deit_fast.kernels import replay
 
 _DEVICE = 0

@@ -15,8 +15,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from deit_fast.bench.standin_driver import current_device
-from deit_fast.bench.targets import TARGETS
+from deit_fast.benchmark.standin_driver import current_device
+from deit_fast.benchmark.targets import TARGETS
 from deit_fast.ops import backend
 from deit_fast.swap import restore, swap
 

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from bench.models import summed
+from deit_fast.benchmark.outputs import summed
 
 
 def _attention(query, key, value, *_, out_shape=None, **options) -> int:

@@ -1,0 +1,1 @@
+"""What `deit-fast bench` measures, and the GPUs that kernels are compiled for without having them."""

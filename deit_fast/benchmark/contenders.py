@@ -1,0 +1,168 @@
+"""What is timed against what: stock models of other libraries, eager and compiled, and the same on deit_fast."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+# The recipes' rates (DeiT: rising to the last block; DeiT III: the same in every block).
+DROP_PATHS = {
+    "deit3_small": 0.05,
+    "deit3_base": 0.2,
+    "deit3_large": 0.45,
+    "deit3_huge": 0.6,
+    "deit_": 0.1,
+}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: a timm model, a batch, a precision, inference or a training step.
+
+    dtype: of the parameters. amp: autocast's dtype, or None. drop_path: stochastic depth's rate in training.
+    """
+
+    model: str
+    batch: int
+    img_size: int
+    dtype: str = "float32"
+    amp: str | None = None
+    training: bool = False
+    drop_path: float = 0.0
+
+    @property
+    def precision(self) -> str:
+        return self.dtype if self.amp is None else f"amp {self.amp}"
+
+    @property
+    def title(self) -> str:
+        step = f"training, drop path {self.drop_path:g}" if self.training else "inference"
+        return f"{self.model}, {self.img_size} px, {step}, {self.precision}, batch {self.batch}"
+
+
+def recipe_drop_path(model: str) -> float:
+    """The rate that the recipe of a timm model names trains it with; 0 for models without one."""
+    return next((rate for prefix, rate in DROP_PATHS.items() if model.startswith(prefix)), 0.0)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`build(case)` gives the model on the CPU in float32; `stock` names the contender that deit_fast stands in for.
+
+    compiled: `torch.compile`'s mode. gpu_only: it has no meaning on a CPU.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    build: Callable[[Case], nn.Module]
+    stock: str | None = None
+    compiled: str | None = None
+    gpu_only: bool = False
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot be timed here, or None."""
+        absent = [package for package in self.packages if find_spec(package) is None]
+        if absent:
+            return f"{', '.join(absent)} is not installed"
+        if self.gpu_only and device.type != "cuda":
+            return "it needs a GPU"
+        return None
+
+    def prepare(self, case: Case, device: torch.device) -> nn.Module:
+        model = self.build(case).to(device, DTYPES[case.dtype]).train(case.training)
+        # In place of `torch.compile(model)`, which hides the model behind another module.
+        if self.compiled is not None:
+            model.compile(mode=self.compiled)
+        return model
+
+
+def _timm(case: Case, fused_attention: bool = True) -> nn.Module:
+    import timm
+    from timm.layers import DropPath, set_fused_attn, use_fused_attn
+
+    torch.manual_seed(0)
+    previous = bool(use_fused_attn())
+    set_fused_attn(fused_attention)
+    try:
+        model = timm.create_model(case.model, img_size=case.img_size, drop_path_rate=case.drop_path)
+    finally:
+        set_fused_attn(previous)
+    if case.model.startswith("deit3"):
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = case.drop_path
+    return model
+
+
+def _explicit(case: Case) -> nn.Module:
+    return _timm(case, fused_attention=False)
+
+
+def _swapped(case: Case) -> nn.Module:
+    from deit_fast.swap import swap
+
+    model = _timm(case)
+    swap(model)
+    return model
+
+
+def _transformers(attention: str) -> Callable[[Case], nn.Module]:
+    def build(case: Case) -> nn.Module:
+        from transformers import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
+
+        like = _timm(replace(case, drop_path=0.0))
+        config = DeiTConfig(
+            hidden_size=like.embed_dim,
+            num_hidden_layers=len(like.blocks),
+            num_attention_heads=like.blocks[0].attn.num_heads,
+            intermediate_size=like.blocks[0].mlp.fc1.out_features,
+            image_size=case.img_size,
+            patch_size=like.patch_embed.patch_size[0],
+            num_labels=like.num_classes,
+            attn_implementation=attention,
+        )
+        torch.manual_seed(0)
+        # The one with a teacher has no loss, and no training mode, of its own.
+        kind = DeiTForImageClassification if case.training else DeiTForImageClassificationWithTeacher
+        return kind(config)
+
+    return build
+
+
+def _flash_attn(case: Case) -> nn.Module:
+    from flash_attn.models import vit
+
+    torch.manual_seed(0)
+    build = {192: vit.vit_tiny_patch16_224, 384: vit.vit_small_patch16_224, 768: vit.vit_base_patch16_224}
+    width = _timm(case).embed_dim
+    if width not in build:
+        raise ValueError(f"flash-attn has no ViT of width {width}")
+    return build[width](img_size=case.img_size, use_flash_attn=True, fused_mlp=True, fused_dropout_add_ln=True)
+
+
+_TIMM, _TRANSFORMERS = ("timm",), ("timm", "transformers")
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("timm", _TIMM, _timm),
+        Contender("timm, explicit attention", _TIMM, _explicit),
+        Contender("transformers, eager", _TRANSFORMERS, _transformers("eager")),
+        Contender("transformers, sdpa", _TRANSFORMERS, _transformers("sdpa")),
+        Contender("flash-attn ViT", ("timm", "flash_attn"), _flash_attn, gpu_only=True),
+        Contender("timm, compiled", _TIMM, _timm, compiled="default"),
+        Contender("timm, compiled max-autotune", _TIMM, _timm, compiled="max-autotune", gpu_only=True),
+        Contender("deit_fast", _TIMM, _swapped, stock="timm"),
+        Contender("deit_fast, compiled", _TIMM, _swapped, stock="timm, compiled", compiled="default"),
+        Contender(
+            "deit_fast, CUDA graphs",
+            _TIMM,
+            _swapped,
+            stock="timm, compiled max-autotune",
+            compiled="reduce-overhead",
+            gpu_only=True,
+        ),
+    )
+}

@@ -1,0 +1,186 @@
+"""Times contenders against each other: checked first, then in rounds, in which each has its turn."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deit_fast.benchmark.clock import Clock
+from deit_fast.benchmark.contenders import CONTENDERS, DTYPES, Case, Contender
+from deit_fast.benchmark.flops import WithoutProducts, flop_counter
+from deit_fast.benchmark.outputs import heads, summed
+from deit_fast.cli.operator_calls import operator_calls
+from deit_fast.cli.saved_bytes import saved_bytes
+
+# A contender whose logits are further from float64 than these times the stock model's is not timed: it is wrong.
+ERROR_ALLOWED = 4.0
+# Where the stock model's own error is smaller than the rounding of one number.
+LEAST_ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Of images, for what is checked and counted, and need not be timed.
+FEW = 2
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class Row:
+    """One contender in one case.
+
+    seconds: of a call, by round; rounds of all contenders of a case are paired. error: of the logits against the same
+    model in float64 (relative L2 norm). failure: why there are no seconds. flops: really computed, an image;
+    stock_flops: what the stock model computes. peak_bytes: on a GPU. saved_bytes: kept for backward, an image.
+    """
+
+    case: Case
+    contender: str
+    seconds: list[float] = field(default_factory=list)
+    error: float | None = None
+    failure: str | None = None
+    flops: int | None = None
+    stock_flops: int | None = None
+    operator_calls: int | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+class Step:
+    """What is timed: a forward pass, or forward, cross-entropy and backward. No optimizer: it is the same for all."""
+
+    def __init__(self, model: nn.Module, case: Case, device: torch.device, images: int) -> None:
+        self.model, self.case, self.device = model, case, device
+        generator = torch.Generator().manual_seed(1)
+        shape = (images, 3, case.img_size, case.img_size)
+        self.pixels = torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype])
+        self.labels = torch.randint(1000, (images,), generator=generator).to(device)
+
+    def __call__(self) -> Tensor:
+        """The logits, heads side by side in training."""
+        case = self.case
+        amp = nullcontext() if case.amp is None else torch.autocast(self.device.type, DTYPES[case.amp])
+        if not case.training:
+            with torch.inference_mode(), amp:
+                return heads(self.model(self.pixels))[0]
+        with amp:
+            logits = heads(self.model(self.pixels))
+            loss = sum(F.cross_entropy(each.float(), self.labels) for each in logits)
+        loss.backward()
+        self.model.zero_grad()
+        return torch.cat(logits, 1).detach()
+
+
+def measure(
+    case: Case, contenders: list[Contender], device: torch.device, clock: Clock, rounds: int, say: Callable[[str], None]
+) -> Iterator[Row]:
+    """A row for each contender, timed or with the reason why not."""
+    rows = {contender.name: Row(case, contender.name) for contender in contenders}
+    steps: dict[str, Step] = {}
+    for contender in contenders:
+        row = rows[contender.name]
+        row.failure = contender.missing(device)
+        if row.failure is None:
+            say(f"{contender.name}: checking")
+            with _failures(row):
+                model = contender.prepare(case, device)
+                row.error = check(contender, model, case, device)
+                count(row, contender, case)
+                steps[contender.name] = Step(model, case, device, case.batch)
+    calls = {}
+    for name, step in list(steps.items()):
+        say(f"{name}: warming up")
+        with _failures(rows[name]):
+            _peak(device)
+            calls[name] = clock.calls(step)
+            rows[name].peak_bytes = _peak(device)
+        if rows[name].failure is not None:
+            del steps[name]
+    names = list(steps)
+    for i in range(rounds):
+        # Another one begins each round.
+        for name in names[i % len(names) :] + names[: i % len(names)] if names else ():
+            say(f"round {i + 1} of {rounds}: {name}")
+            # The same masks for all.
+            torch.manual_seed(i)
+            with _failures(rows[name]):
+                rows[name].seconds.append(clock.seconds(steps[name], calls[name]))
+        names = [name for name in names if rows[name].failure is None]
+    yield from rows.values()
+
+
+def check(contender: Contender, model: nn.Module, case: Case, device: torch.device) -> float:
+    """The error of the model's logits; drop path off.
+
+    Raises:
+        ArithmeticError: it is more than `ERROR_ALLOWED` times the stock model's.
+    """
+    few, still = replace(case, batch=FEW), replace(case, batch=FEW, training=False)
+    stock_model = (CONTENDERS["timm"] if contender.stock else contender).build(few)
+    stock_model.load_state_dict(model.state_dict())
+    expected = Step(stock_model.double().eval(), replace(still, dtype="float64", amp=None), _CPU, FEW)().double()
+    training = model.training
+    found = Step(model.eval(), still, device, FEW)().double().cpu()
+    model.train(training)
+    own = stock_model.to(device, DTYPES[case.dtype])
+    of_stock = Step(own, still, device, FEW)().double().cpu()
+    error, allowed = (((logits - expected).norm() / expected.norm()).item() for logits in (found, of_stock))
+    precision = DTYPES[case.amp or case.dtype]
+    if not error <= max(ERROR_ALLOWED * allowed, LEAST_ERROR[precision]):
+        raise ArithmeticError(f"wrong: error {error:.1e} against float64, the stock model's is {allowed:.1e}")
+    return error
+
+
+def count(row: Row, contender: Contender, case: Case) -> None:
+    """FLOPs, operator calls and saved bytes, on the CPU, of a few images."""
+    step = _on_cpu(contender, case)
+    row.flops = _flops(step)
+    row.stock_flops = _flops(_on_cpu(CONTENDERS[contender.stock], case)) if contender.stock else row.flops
+    with WithoutProducts():
+        row.operator_calls = operator_calls(step)
+        if case.training:
+            row.saved_bytes = saved_bytes(step.model, lambda: summed(step.model(step.pixels))) // FEW
+
+
+def _on_cpu(contender: Contender, case: Case) -> Step:
+    model = contender.build(case).to(DTYPES[case.dtype]).train(case.training)
+    return Step(model, case, _CPU, FEW)
+
+
+def _flops(step: Step) -> int:
+    torch.manual_seed(0)
+    with WithoutProducts(), flop_counter() as counter:
+        step()
+    return counter.get_total_flops() // FEW
+
+
+class _failures:
+    """Notes in the row what went wrong for this contender: the others are still wanted."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if error is None or not isinstance(error, Exception):
+            return False
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            self.row.failure = f"out of memory at batch {self.row.case.batch}"
+        else:
+            self.row.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.row.seconds.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
+
+
+def _peak(device: torch.device) -> int | None:
+    """Bytes of the GPU in use at most since the last call."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak

@@ -1,0 +1,91 @@
+import csv
+import json
+
+import pytest
+
+from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.host import HostTime
+from deit_fast.benchmark.measure import Row
+from deit_fast.benchmark.plots import write_plots
+from deit_fast.benchmark.results import Results, compare, lines, markdown, write_csv
+
+INFERENCE = Case("deit_tiny_patch16_224", 8, 224)
+TRAINING = Case("deit_tiny_patch16_224", 8, 224, training=True, drop_path=0.1)
+
+
+def results(factor: float = 1.0) -> Results:
+    seconds = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    rows = [
+        Row(INFERENCE, "timm", seconds, error=1e-6, flops=2_000_000_000, stock_flops=2_000_000_000, operator_calls=100),
+        Row(INFERENCE, "deit_fast", [s / 2 * factor for s in seconds], flops=1_840_000_000, stock_flops=2_000_000_000),
+        Row(INFERENCE, "flash-attn ViT", failure="flash_attn is not installed"),
+        Row(TRAINING, "timm", [1.0] * 7, saved_bytes=2**21, peak_bytes=2**30),
+    ]
+    return Results({"device": "a GPU", "torch": "2"}, rows, [HostTime("block", "inference", 80.0, 60.0)])
+
+
+def test_what_is_written_is_read(tmp_path):
+    results().write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results()
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"rows": []}', '{"version": 9, "environment": {}, "rows": [], "host": []}']
+)
+def test_another_file_is_an_error_that_names_it_or_its_version(content, tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"other.json is no result|its version is 9"):
+        Results.read(file)
+
+
+def test_ratios_are_of_paired_rounds_against_the_model_replaced():
+    timm, ours, absent, alone = lines(results().rows)
+    assert ours.ratio == (2.0, 2.0, 2.0)
+    assert ours.against == "timm"
+    assert ours.images_per_second == pytest.approx(40)
+    assert timm.ratio is None and absent.seconds is None and alone.ratio is None
+
+
+def test_the_page_has_environment_tables_and_what_was_not_timed():
+    text = markdown(results(), ["throughput-inference.png"])
+    assert "- device: a GPU" in text
+    assert "## deit_tiny_patch16_224, 224 px, inference, float32, batch 8" in text
+    assert "| deit_fast | 40.0 | 200.00 (50.00–350.00) | 2.00 (2.00–2.00) timm | 1.84 (2.00) |" in text
+    assert "| flash-attn ViT | flash_attn is not installed |" in text
+    assert "| block | inference | 80 | 60 | 0.75 |" in text
+    assert "![throughput-inference](throughput-inference.png)" in text
+
+
+def test_the_csv_has_timms_columns(tmp_path):
+    write_csv(results(), tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        timm, ours, training = csv.DictReader(file)
+    assert ours["infer_samples_per_sec"] == "40.0"
+    assert ours["infer_step_time"] == "200.0"
+    assert ours["infer_gmacs"] == "0.92"
+    assert (training["train_batch_size"], training["infer_batch_size"]) == ("8", "")
+    assert timm["model"] == "deit_tiny_patch16_224"
+
+
+def test_a_change_is_one_whose_intervals_do_not_meet():
+    assert {verdict for *_, verdict in compare(results(), results(1.2))} == {"within noise"}
+    faster = {contender: verdict for _, contender, _, verdict in compare(results(), results(0.1))}
+    assert faster["deit_fast"] == "faster"
+    slower = {contender: (ratio, verdict) for _, contender, ratio, verdict in compare(results(), results(10.0))}
+    assert slower["deit_fast"] == (pytest.approx(0.1), "slower")
+
+
+def test_plots_are_written_for_what_was_timed(tmp_path):
+    written = write_plots(results(), tmp_path)
+    assert written == ["throughput-inference.png", "throughput-training.png", "memory.png"]
+    assert all((tmp_path / name).stat().st_size > 5000 for name in written)
+    assert write_plots(Results({}, []), tmp_path) == []
+
+
+def test_the_json_is_plain(tmp_path):
+    results().write(tmp_path / "results.json")
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["rows"][0]["case"]["model"] == "deit_tiny_patch16_224"
+    assert content["rows"][0]["seconds"][0] == 0.1
