@@ -8,8 +8,8 @@ for Triton's driver, each on a few blocks plus patch embedding, last norm and he
 autocast. Training is forward and backward, down to the image's gradient, with and without drop path, and the
 distillation loss. Launches of one binary are compiled once.
 
---out writes kernels.json, a row a launch, and kernels.md, the worst of each kernel on each target. --against
-compares with an earlier kernels.json of the same Triton.
+--out writes kernels.json, a row a launch, and kernels.md, the worst of each kernel on each target; what the folder has
+of other targets stays. --against compares with an earlier kernels.json of the same Triton.
 
 Exits with 1 if a launch does not compile, spills registers, asks for more shared memory than the target has, or has
 a dot without tensor-core instructions, or if it takes more than in --against.
@@ -195,9 +195,20 @@ def page(rows: list[dict], left_to_stock: dict[str, list[str]]) -> str:
 
 
 def write(folder: Path, rows: list[dict], left_to_stock: dict[str, list[str]]) -> None:
+    """Beside what `folder` has of other targets from the same Triton."""
+    file = folder / "kernels.json"
+    if file.exists() and (before := json.loads(file.read_text()))["triton"] == triton.__version__:
+        rows = rows + [row for row in before["rows"] if row["target"] not in left_to_stock]
+        left_to_stock = before["left_to_stock"] | left_to_stock
+    rows = sorted(rows, key=_order)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (folder / "kernels.json").write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    left = json.dumps({target: left_to_stock[target] for target in TARGETS if target in left_to_stock})
+    file.write_text(f'{{"triton": "{triton.__version__}", "left_to_stock": {left}, "rows": [\n{lines}\n]}}\n')
     (folder / "kernels.md").write_text(page(rows, left_to_stock))
+
+
+def _order(row: dict) -> tuple:
+    return row["kernel"], list(TARGETS).index(row["target"]), row["precision"], row["id"]
 
 
 def _earlier(file: Path) -> dict[tuple[str, str], dict]:
@@ -250,7 +261,7 @@ def main() -> None:
             if len(rows) % 100 == 0:
                 print(f"{len(rows)} of {len(waiting)} compiled, {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
-    rows.sort(key=lambda row: (row["kernel"], list(TARGETS).index(row["target"]), row["precision"], row["id"]))
+    rows.sort(key=_order)
     print(markdown(rows), summary(rows), sep="\n\n")
     if arguments.out:
         write(arguments.out, rows, {target: said for target, (_, said) in found.items()})

@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from deit_fast import nn, ops
 from deit_fast.data import DeiTImageProcessor
 from deit_fast.models import create_model, list_models
+from deit_fast.runtime import graph, warmup
 from deit_fast.swap import SwapReport, restore, swap, swapped
 from deit_fast.train.distillation import DistillationLoss
 
@@ -13,10 +14,12 @@ __all__ = [
     "DistillationLoss",
     "SwapReport",
     "create_model",
+    "graph",
     "list_models",
     "nn",
     "ops",
     "restore",
     "swap",
     "swapped",
+    "warmup",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.kernels import markdown, page, problem, regression, summary
+from bench.kernels import markdown, page, problem, regression, summary, write
 
 TARGETS = ("sm_90", "gfx942")
 COMMITTED = Path("bench/results/kernels.json")
@@ -110,3 +110,12 @@ def test_the_page_has_a_line_for_each_kernel_and_target_with_the_worst_of_its_la
     text = page([GOOD, worse, broken], {"sm_80": ["too wide"], "sm_90": ["too wide"], "gfx942": []})
     assert lines[0] in text
     assert "- sm_80, sm_90: too wide\n" in text
+
+
+def test_a_run_replaces_its_own_targets_rows_and_keeps_the_others(tmp_path):
+    write(tmp_path, [GOOD, GOOD | {"target": "gfx942"}], {"sm_90": ["too wide"], "gfx942": []})
+    write(tmp_path, [GOOD | {"id": "1"}], {"sm_90": []})
+    read = json.loads((tmp_path / "kernels.json").read_text())
+    assert [(row["target"], row["id"]) for row in read["rows"]] == [("sm_90", "1"), ("gfx942", "0")]
+    assert read["left_to_stock"] == {"sm_90": [], "gfx942": []}
+    assert "too wide" not in (tmp_path / "kernels.md").read_text()

@@ -1,0 +1,59 @@
+"""Compiles the kernels of a model's first step before that step."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def warmup(
+    model: nn.Module,
+    batch: int,
+    img_size: int | tuple[int, int] | None = None,
+    *,
+    channels: int = 3,
+    amp: torch.dtype | None = None,
+) -> None:
+    """Runs `model` once on black images [batch, channels, height, width], as it stands: in training mode with backward.
+
+    Triton compiles a kernel the first time it meets its dtypes and widths: seconds each, minutes for a training step,
+    kept in Triton's cache from then on. Afterwards the first step takes as long as the next. The model, its gradients,
+    its modes and the random numbers drawn after it are as before; a batch norm's or another buffer's running
+    statistics are put back too.
+
+    img_size: the model's own where None. amp: autocast's dtype, as the steps will run.
+
+    Raises:
+        ValueError: `batch` is not positive, or the model does not say its image size and none is given.
+    """
+    if batch < 1:
+        raise ValueError(f"deit_fast.warmup: batch must be at least 1, got {batch}")
+    height, width = _size(model, img_size)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    like = next(model.parameters())
+    images = torch.zeros(batch, channels, height, width, dtype=like.dtype, device=like.device)
+    backward = model.training and bool(parameters)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    autocast = nullcontext() if amp is None else torch.autocast(like.device.type, amp)
+    gpus = [like.device] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        with torch.set_grad_enabled(backward), autocast:
+            outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor)]
+        if backward:
+            differentiable = [output for output in outputs if output.requires_grad]
+            ones = [torch.ones_like(output) for output in differentiable]
+            # Not `backward`, which would leave gradients in the parameters.
+            torch.autograd.grad(differentiable, parameters, ones, allow_unused=True)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+def _size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    if img_size is None:
+        # timm's and ours, then transformers'.
+        embed, config = getattr(model, "patch_embed", None), getattr(model, "config", None)
+        img_size = getattr(embed, "img_size", None) or getattr(config, "image_size", None)
+    if img_size is None:
+        raise ValueError("deit_fast.warmup: this model does not say its image size; pass img_size")
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
