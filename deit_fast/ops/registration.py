@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from deit_fast.kernels.replay import Replayed
 from deit_fast.ops import backend
 
 _LIBRARY = torch.library.Library("deit_fast", "DEF")
+_PLAIN = frozenset({Tensor, Parameter})
 _AUTOCAST_KEYS = {
     "cpu": torch._C.DispatchKey.AutocastCPU,
     "cuda": torch._C.DispatchKey.AutocastCUDA,
@@ -47,7 +49,7 @@ def register(
     op = getattr(torch.ops.deit_fast, name).default
     replayed = Replayed(triton)
     implementation = _implementation(name, check, stock, replayed, unsupported)
-    below_autograd = _below_autograd(op, replayed)
+    below_autograd = _below_autograd(op, replayed, implementation)
 
     def checked_fake(*args):
         check(*args)
@@ -108,7 +110,7 @@ def register_backward(
     op = getattr(torch.ops.deit_fast, name).default
     replayed = Replayed(triton)
     implementation = _implementation(name, _no_check, stock, replayed, unsupported)
-    below_autograd = _below_autograd(op, replayed)
+    below_autograd = _below_autograd(op, replayed, implementation)
 
     def autograd(*args):
         if torch.is_grad_enabled() and any(
@@ -140,27 +142,37 @@ def _no_check(*args) -> None:
     """Backward operators get what a forward operator has already checked."""
 
 
-def _below_autograd(op, replayed: Replayed) -> Callable:
-    """The operator without gradients: by its plan, where nobody looks at the dispatcher, or else through it."""
+def _below_autograd(op, replayed: Replayed, implementation: Callable) -> Callable:
+    """The operator without gradients: by its plan if it has one, and past the dispatcher where nobody looks at that."""
 
     def below_autograd(*args):
-        if (
-            backend.use_triton(args[0])
-            and not backend.failed
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch._C._autograd._profiler_enabled()
-        ):
+        if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        if backend.use_triton(args[0]) and not backend.failed:
             plan, key, pointers = replayed.plan(args)
             if plan is not None:
                 try:
                     return plan.run(pointers)
                 except Exception:
-                    # Through the dispatcher the fault is met again, and reported.
+                    # Through the launcher the fault is met again, and reported.
                     replayed.plans.pop(key, None)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return implementation(*args) if _plain(args) else op(*args)
 
     return below_autograd
+
+
+def _plain(args: tuple | list) -> bool:
+    """Whether none is, or holds, a subclass of Tensor or a tensor without memory: those have kernels of their own."""
+    for argument in args:
+        kind = type(argument)
+        if kind is list:
+            if not _plain(argument):
+                return False
+        elif isinstance(argument, Tensor) and (kind not in _PLAIN or argument.is_meta):
+            return False
+    return True
 
 
 def _implementation(name: str, check: Callable, stock: Callable, replayed: Replayed, unsupported: Callable) -> Callable:
