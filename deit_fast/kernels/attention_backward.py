@@ -16,9 +16,10 @@ from torch import Tensor
 
 from deit_fast.kernels import launch
 from deit_fast.kernels.layout import unit_stride
+from deit_fast.kernels.metadata import described
 
 
-@triton.jit
+@triton.jit(launch_metadata=described(lambda a: 6 * a["out_ptr"].numel() * a["keys"]))
 def query_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -146,7 +147,7 @@ def _add_keys(
     return dq_head, dq_tail
 
 
-@triton.jit
+@triton.jit(launch_metadata=described(lambda a: 8 * a["grad_ptr"].numel() * a["keys"]))
 def key_gradient_kernel(
     q_ptr,
     k_ptr,

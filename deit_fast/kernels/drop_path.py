@@ -7,11 +7,12 @@ from torch import Tensor
 
 from deit_fast.kernels import launch
 from deit_fast.kernels.layout import dense
+from deit_fast.kernels.metadata import described
 
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(launch_metadata=described())
 def keep_samples_kernel(drop_path_scale_ptr, kept_ptr, batch, BLOCK: tl.constexpr):
     """One program, so that a sample's place is a running count."""
     kept = 0

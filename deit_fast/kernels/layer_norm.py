@@ -8,11 +8,12 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import normalise, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
+from deit_fast.kernels.metadata import described
 
 _MAX_WIDTH = 8192
 
 
-@triton.jit
+@triton.jit(launch_metadata=described())
 def layer_norm_kernel(
     x_ptr,
     residual_ptr,

@@ -13,6 +13,7 @@ from deit_fast.kernels.attention import attention, attention_qkv
 from deit_fast.kernels.device import normalise, online_softmax, row_statistics
 from deit_fast.kernels.layout import all_or_none, dense, one_stride, unit_stride
 from deit_fast.kernels.linear import layer_norm_linear, layer_norm_qkv
+from deit_fast.kernels.metadata import described
 
 _WIDEST = 384
 # Keys and values of so many tokens, of heads this wide, are 64 KiB in 16 bits.
@@ -21,7 +22,11 @@ _HEAD_DIMS = (32, 64)
 _STATISTICS_BLOCK = tl.constexpr(64)
 
 
-@triton.jit
+@triton.jit(
+    launch_metadata=described(
+        lambda a: a["x_ptr"].numel() * (6 * a["heads"] * a["HEAD_DIM"]) + 4 * a["out_ptr"].numel() * a["tokens"]
+    )
+)
 def layer_norm_attention_kernel(
     x_ptr,
     norm_weight_ptr,

@@ -8,9 +8,10 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import full_row, sum_rows, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
+from deit_fast.kernels.metadata import described
 
 
-@triton.jit
+@triton.jit(launch_metadata=described())
 def layer_norm_backward_kernel(
     grad_ptr,
     x_ptr,
@@ -115,7 +116,7 @@ def _store(dx_rows, residual_grad_rows, x, g, total, projection, rstd, is_kept, 
     )
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=["rows", "tokens"], launch_metadata=described())
 def column_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -159,7 +160,7 @@ def column_sums_kernel(
     tl.store(sums_ptr + column, total, mask=column_mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], launch_metadata=described())
 def sum_splits_kernel(
     sums_ptr,
     scale_ptr,

@@ -16,11 +16,12 @@ from deit_fast.kernels.device import (
     tile_of_program,
 )
 from deit_fast.kernels.layout import all_or_none, as_rows, dense, one_stride
+from deit_fast.kernels.metadata import described, linear_flops
 
 _GROUP = 8
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=["rows", "tokens"], launch_metadata=described(linear_flops))
 def linear_kernel(
     x_ptr,
     norm_weight_ptr,

@@ -24,11 +24,12 @@ from deit_fast.kernels import launch
 from deit_fast.kernels.device import full_row, gelu, gelu_derivative, sum_rows, tile_of_program
 from deit_fast.kernels.layer_norm_backward import column_sums
 from deit_fast.kernels.layout import as_rows, dense, one_stride
+from deit_fast.kernels.metadata import described, linear_flops
 
 _GROUP = 8
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=["rows", "tokens"], launch_metadata=described(linear_flops))
 def input_gradient_kernel(
     grad_ptr,
     k_grad_ptr,
@@ -129,7 +130,10 @@ def _add_product(
     return product
 
 
-@triton.jit(do_not_specialize=["rows", "split_rows", "tokens"])
+@triton.jit(
+    do_not_specialize=["rows", "split_rows", "tokens"],
+    launch_metadata=described(lambda a: 2 * a["rows"] * a["in_features"] * a["out_features"] * a["PROJECTIONS"]),
+)
 def weight_gradient_kernel(
     grad_ptr,
     k_grad_ptr,
@@ -239,7 +243,7 @@ def weight_gradient_kernel(
             tl.store(products, product, mask=n_mask[:, None] & k_mask[None, :])
 
 
-@triton.jit
+@triton.jit(launch_metadata=described())
 def finish_linear_kernel(
     product_ptr,
     sum_ptr,
@@ -288,7 +292,7 @@ def finish_linear_kernel(
         tl.store(bias_grad_ptr + n, total.to(bias_grad_ptr.dtype.element_ty), mask=n_mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=described())
 def finish_layer_norm_linear_kernel(
     product_ptr,
     sum_ptr,

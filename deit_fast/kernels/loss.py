@@ -12,11 +12,12 @@ from torch import Tensor
 
 from deit_fast.kernels import launch
 from deit_fast.kernels.layout import unit_stride
+from deit_fast.kernels.metadata import described
 
 _LABEL_BLOCK = 256
 
 
-@triton.jit
+@triton.jit(launch_metadata=described())
 def distillation_loss_kernel(
     logits_ptr,
     dist_ptr,

@@ -9,11 +9,12 @@ from deit_fast.kernels import launch
 from deit_fast.kernels.device import add_residual, copy_dropped, full_row, gelu, normalise, tile_statistics
 from deit_fast.kernels.layout import as_rows, dense
 from deit_fast.kernels.linear import layer_norm_linear, linear_residual
+from deit_fast.kernels.metadata import described
 
 _WIDEST = 192
 
 
-@triton.jit
+@triton.jit(launch_metadata=described(lambda a: 4 * a["rows"] * a["WIDTH"] * a["HIDDEN"]))
 def mlp_kernel(
     x_ptr,
     norm_weight_ptr,

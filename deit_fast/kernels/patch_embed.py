@@ -8,11 +8,15 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import tile_of_program
 from deit_fast.kernels.layout import dense
+from deit_fast.kernels.metadata import described
 
 _GROUP = 8
 
 
-@triton.jit(do_not_specialize=["batch", "grid_height", "grid_width"])
+@triton.jit(
+    do_not_specialize=["batch", "grid_height", "grid_width"],
+    launch_metadata=described(lambda a: 2 * a["images_ptr"].numel() * a["width"]),
+)
 def patch_embed_kernel(
     images_ptr,
     weight_ptr,

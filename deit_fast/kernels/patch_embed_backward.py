@@ -8,6 +8,7 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import tile_of_program
 from deit_fast.kernels.layout import dense, unit_stride
+from deit_fast.kernels.metadata import described
 
 _GROUP = 8
 # Terms added at once where a kernel only sums, and columns: two thousand elements a program, 128 bytes of a row.
@@ -39,7 +40,10 @@ def _pixel_offset(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_split", "patches", "grid_width"])
+@triton.jit(
+    do_not_specialize=["rows", "rows_per_split", "patches", "grid_width"],
+    launch_metadata=described(lambda a: 2 * a["images_ptr"].numel() * a["width"]),
+)
 def weight_gradient_kernel(
     grad_ptr,
     images_ptr,
@@ -123,7 +127,10 @@ def weight_gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "patches", "grid_width"])
+@triton.jit(
+    do_not_specialize=["rows", "patches", "grid_width"],
+    launch_metadata=described(lambda a: 2 * a["grad_images_ptr"].numel() * a["width"]),
+)
 def image_gradient_kernel(
     grad_ptr,
     weight_ptr,
@@ -185,7 +192,7 @@ def image_gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["first", "batch", "patches"])
+@triton.jit(do_not_specialize=["first", "batch", "patches"], launch_metadata=described())
 def token_gradients_kernel(
     grad_ptr,
     mask_ptr,
@@ -253,7 +260,7 @@ def token_gradients_kernel(
             )
 
 
-@triton.jit
+@triton.jit(launch_metadata=described())
 def sum_partials_kernel(
     partials_ptr, total_ptr, count, columns, COUNT_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr
 ):  # fmt: skip

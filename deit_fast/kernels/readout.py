@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deit_fast.kernels import launch
 from deit_fast.kernels.layout import dense, unit_stride
+from deit_fast.kernels.metadata import described
 
 _WIDEST = 1280
 # Split into what TF32 multiplies, wider rows fit neither in registers nor in 99 KiB of shared memory.
@@ -26,7 +27,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(launch_metadata=described(lambda a: 4 * a["x_ptr"].numel() * a["queries"]))
 def readout_kernel(
     x_ptr,
     absorbed_ptr,

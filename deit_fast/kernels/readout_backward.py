@@ -17,10 +17,11 @@ from torch import Tensor
 
 from deit_fast.kernels import launch
 from deit_fast.kernels.layout import dense, unit_stride
+from deit_fast.kernels.metadata import described
 from deit_fast.kernels.readout import LN_2, LOG2_E, TRITON_DTYPES, normalised_rows, query_rows
 
 
-@triton.jit
+@triton.jit(launch_metadata=described(lambda a: 10 * a["x_ptr"].numel() * a["queries"]))
 def readout_backward_kernel(
     x_ptr,
     absorbed_ptr,

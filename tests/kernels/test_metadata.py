@@ -1,0 +1,43 @@
+"""What launches tell profilers agrees with the operators' FLOP formulas, and names every kernel."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# A part of these is the stock operators'; and how many samples are kept no formula knows where nothing has run.
+IN_PART = ("readout_attention", "keep_samples")
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.metadata_checks"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_flops_of_an_operators_launches_are_those_of_its_formula(seen):
+    checked = [case for case in seen if not case["title"].startswith(IN_PART)]
+    assert len(checked) > 15
+    for case in checked:
+        # Two backward kernels compute the scores and their gradient each: 18 products' worth in place of 14.
+        attention = {"attention": (9, 7), "attention_qkv": (9, 7)}.get(case["title"].split()[0], (1, 1))
+        if case["title"].startswith("layer_norm_attention"):
+            assert 1 < case["told"] / case["formula"] < 1.05, case["title"]
+        else:
+            assert case["told"] * attention[1] == case["formula"] * attention[0], case["title"]
+
+
+def test_every_launch_has_a_name_with_its_shape_and_counts_its_bytes(seen):
+    launches = [each for case in seen for each in case["metadata"]]
+    assert len({each["name"].split()[0] for each in launches}) > 18
+    assert all(each["bytes"] > 0 for each in launches)
+    assert "linear_kernel 72×64 bfloat16" in {each["name"] for each in launches}
+    # x, γ, β, weight, bias and y of FC1, two bytes an element.
+    fc1 = next(case for case in seen if case["title"].startswith("layer_norm_linear FC1"))
+    assert fc1["metadata"][0]["bytes"] == 2 * (72 * 64 + 64 + 64 + 256 * 64 + 256 + 72 * 256)
+    assert fc1["metadata"][0]["flops16"] == 2 * 72 * 64 * 256
