@@ -11,7 +11,8 @@ nothing runs: outputs keep whatever memory they were given. With `compiling=Fals
 import importlib
 import io
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from unittest import mock
@@ -141,9 +142,18 @@ def _run_and_record(target: Target, launches: list[Launch], compiling: bool):
     return run
 
 
+def _kernels() -> Iterable[jit.JITFunction]:
+    registry = getattr(jit, "_triton_jit_function_registry", None)
+    if registry is not None:
+        return registry.values()
+    # Triton 3.6 keeps none.
+    modules = [module for name, module in sys.modules.items() if name.startswith("deit_fast.kernels.")]
+    return [kernel for module in modules for kernel in vars(module).values() if isinstance(kernel, jit.JITFunction)]
+
+
 def _forget_compiled_kernels() -> None:
     """A kernel compiled for one target would answer for the next."""
-    for function in jit._triton_jit_function_registry.values():
+    for function in _kernels():
         for kernels, *_ in function.device_caches.values():
             for kernel in kernels.values():
                 kernel.module = None  # or its destructor would ask a driver to unload it
@@ -169,10 +179,10 @@ def recording(target: Target, compiling: bool = True) -> Iterator[list[Launch]]:
 
 def compile_launch(target: Target, function: str, specialization: str) -> CompiledKernel:
     """What `Launch.function` and `Launch.specialization`, recorded for `target`, compile to."""
-    module, _ = function.split(":")
-    importlib.import_module(module)
+    module, name = function.split(":")
+    kernel = getattr(importlib.import_module(module), name)
     with current_device(target), redirect_stdout(io.StringIO()):
-        return jit._triton_jit_function_registry[function].preload(specialization)
+        return kernel.preload(specialization)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import warnings
 from dataclasses import replace
 
 import torch
-from triton.runtime import jit
 
 from deit_fast.benchmark.standin_driver import recording
 from deit_fast.benchmark.targets import TARGETS
@@ -24,9 +23,6 @@ DTYPE = torch.bfloat16
 
 def main() -> None:
     warnings.filterwarnings("error", message="deit_fast")
-    if not hasattr(jit, "_triton_jit_function_registry"):
-        # Triton 3.6 has none. It is asked for what another target compiled; here there is one.
-        jit._triton_jit_function_registry = {}
     with recording(TARGETS[sys.argv[1]]) as launches:
         for op in OPS:
             for case in cases(op, SIZE, DTYPE, torch.device("cpu")):

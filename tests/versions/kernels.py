@@ -38,3 +38,13 @@ def test_every_kernel_compiles(target):
     errors = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) > 20
     assert not {kernel: error for kernel, error in errors.items() if error}
+
+
+def test_plans_make_their_launches_again():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.replay_checks"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["runs"] and all(seen["apart"].values())
+    assert all(case["same"] for case in seen["seen"] if not case["anew"])
