@@ -21,13 +21,10 @@ what skipping alone gives.
 """
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,6 +33,7 @@ from torch import Tensor, nn
 
 from bench.models import IMAGE_SIZE, choices
 from bench.recipes import RECIPES, Recipe
+from deit_fast.benchmark.provenance import processor
 
 ENOUGH_ROUNDS = 9
 
@@ -148,23 +146,6 @@ HEADER = (
 )
 
 
-def machine() -> str:
-    from deit_fast.ops.product_dtype import product_dtype
-
-    cpu = Path("/proc/cpuinfo").read_text()
-    names = [text.partition(":")[2].strip() for text in cpu.splitlines() if text.startswith("model name")]
-    # x86: avx512_bf16, amx_bf16; Arm: bf16.
-    instructions = sorted({flag for flag in cpu.split() if "bf16" in flag})
-    product = product_dtype(torch.empty(0, dtype=torch.bfloat16))
-    return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} processors; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; "
-        f"load average {os.getloadavg()[0]:.1f}\n"
-        f"bfloat16 instructions: {', '.join(instructions) or 'none'}; "
-        f"deit_fast multiplies bfloat16 matrices in {str(product).removeprefix('torch.')}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu_time",
@@ -180,7 +161,7 @@ def main() -> None:
 
     names = choices(arguments.only, CASES, "row")
 
-    print(machine(), flush=True)
+    print(f"{processor()}; torch {torch.__version__}", flush=True)
     lines = []
     for name in names:
         case = CASES[name]

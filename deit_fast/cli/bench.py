@@ -1,9 +1,6 @@
 """`deit-fast bench`: what this machine makes of deit_fast, beside what one would use instead."""
 
 import argparse
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +10,6 @@ from typing import Any
 import torch
 
 from deit_fast._extras import require
-from deit_fast.cli.check_environment import environment
 from deit_fast.cli.demo import writable_folder
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
@@ -60,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             require(module, extra="bench")
     from deit_fast.benchmark import host, plots
     from deit_fast.benchmark.clock import CpuClock, GpuClock
+    from deit_fast.benchmark.provenance import provenance
     from deit_fast.benchmark.results import Results, markdown, write_csv
 
     device = find_device(args.device)
@@ -74,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     clock = GpuClock(device) if device.type == "cuda" else CpuClock()
     # On a GPU stock convolutions use TF32 unless told otherwise, and would look less right and faster than they are.
     torch.backends.cudnn.allow_tf32 = False
-    results = Results({**environment(device), "commit": _commit(), "command": _command()}, [])
+    results = Results(provenance(device), [])
 
     from rich.console import Console
 
@@ -190,18 +187,3 @@ def _print(console, case, results) -> None:
         table.add_row(*(found[i] for i in shown))
     console.print(f"\n[bold]{case.title}[/]", soft_wrap=True)
     console.print(table)
-
-
-def _commit() -> str:
-    """Of the clone that this package runs from; "an installed package" where it is none."""
-    folder = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return "an installed package"
-    return done.stdout.strip()
-
-
-def _command() -> str:
-    return shlex.join(["deit-fast", *sys.argv[1:]])
