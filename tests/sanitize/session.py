@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from ttsem import harness, mlir, sanitize
 
-from deit_fast.kernels import launch
+from deit_fast.kernels import launch, replay
 from deit_fast.ops import backend
 
 # The launches' settings, their tiles among them, differ between these.
@@ -21,6 +21,7 @@ def sanitized(capability: int) -> Iterator[sanitize.Session]:
     What `torch.empty` returns is NaN, so that results show where memory was read that nobody wrote.
     """
     with (
+        replay.enabled(False),
         _only_triton(),
         _poisoned(),
         patch.object(harness, "ir_for_launch", _ttir),
