@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from ttsem import harness, minimize, mlir, validate
 
 from deit_fast import kernels
+from deit_fast.kernels import launch
 from tests.sanitize import cases
 from tests.sanitize.cases import BFLOAT16, Arguments, Case
 from tests.sanitize.check import outputs_and_gradients
@@ -69,6 +70,9 @@ def test_no_pass_changes_the_kernel(name, capability):
     case = Case(LAUNCHED_BY[name], BFLOAT16, False, "contiguous", 1, 17, 64, None, capability)
     with sanitized(capability), _first_launch_of(name) as records:
         outputs_and_gradients(Arguments(case))
+    if name.startswith("layer_norm_attention.") and launch.layer_norm_attention(f"sm_{capability}") is None:
+        assert records == []  # two other kernels do its work there
+        return
     stages = _stages(records[0], capability)
     assert len(stages) > 3, "hardly any pass has been seen to change the module"
     report = validate.validate_stages(records[0], stages)
