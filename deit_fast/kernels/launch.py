@@ -192,7 +192,9 @@ def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[Attenti
         # Split into what TF32 multiplies, 64 rows this wide fit neither in registers nor in shared memory.
         return AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 1)
     num_warps = 8 if arch == "sm_100" else 4
-    return AttentionTile(64, 16, num_warps, 1), AttentionTile(16, 64, num_warps, 1)
+    # There 64 keys spill, if only just.
+    keys = 32 if arch in _MMA_SYNC & _SMALL_SHARED_MEMORY else 64
+    return AttentionTile(64, 16, num_warps, 1), AttentionTile(16, keys, num_warps, 1)
 
 
 @lru_cache(maxsize=256)

@@ -234,12 +234,11 @@ def weight_gradient_kernel(
                 product = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), product, input_precision=PRECISION)
             else:
                 product = tl.dot(tl.trans(grad.to(DTYPE)), x.to(DTYPE), product, input_precision=PRECISION)
-        product_ptr += part * in_features
         if TURN_X:
-            products = product_ptr + n[None, :].to(tl.int64) * in_features + k[:, None]
+            products = product_ptr + (part + n)[None, :] * in_features + k[:, None]
             tl.store(products, product, mask=k_mask[:, None] & n_mask[None, :])
         else:
-            products = product_ptr + n[:, None].to(tl.int64) * in_features + k[None, :]
+            products = product_ptr + (part + n)[:, None] * in_features + k[None, :]
             tl.store(products, product, mask=n_mask[:, None] & k_mask[None, :])
 
 
