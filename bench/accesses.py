@@ -40,10 +40,11 @@ class Place(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """Shares of bytes; None where nothing is accessed."""
+    """Shares of bytes; None where nothing is accessed. widest_store: bytes a thread."""
 
     loads: float | None
     stores: float | None
+    widest_store: int
 
 
 def wide(kernel: CompiledKernel) -> Wide:
@@ -60,13 +61,9 @@ def wide(kernel: CompiledKernel) -> Wide:
         if found:  # else the compiler found the access to be of no use
             moved[kind][0] += size * sum(width for width in found if width >= _WIDE) / sum(found)
             moved[kind][1] += size
-    return Wide(*(moved[kind][0] / moved[kind][1] if kind in moved else None for kind in ("load", "store")))
-
-
-def widest_store(kernel: CompiledKernel) -> int:
-    """Bytes a thread."""
-    widths = _widths(kernel.asm["amdgcn" if "amdgcn" in kernel.asm else "ptx"])
-    return max((max(found) for (kind, _), found in widths.items() if kind == "store"), default=0)
+    loads, stores = (moved[kind][0] / moved[kind][1] if kind in moved else None for kind in ("load", "store"))
+    widest_store = max((max(found) for (kind, _), found in widths.items() if kind == "store"), default=0)
+    return Wide(loads, stores, widest_store)
 
 
 def _operations(ttgir: str) -> list[tuple[str, Place | None, int]]:

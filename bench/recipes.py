@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.models import images
+from deit_fast.benchmark.contenders import timm_model
 from deit_fast.benchmark.flops import WithoutProducts, step_flops
 
 SEEDS = 10
@@ -33,14 +34,7 @@ class Recipe:
 
     def build(self) -> nn.Module:
         """timm's model, in training mode."""
-        import timm
-        from timm.layers import DropPath
-
-        model = timm.create_model(self.model, drop_path_rate=0.0 if self.everywhere else self.rate)
-        if self.everywhere:
-            for block in model.blocks:
-                block.drop_path1, block.drop_path2 = DropPath(self.rate), DropPath(self.rate)
-        return model.train()
+        return timm_model(self.model, self.rate, self.everywhere).train()
 
 
 RECIPES = {

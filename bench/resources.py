@@ -11,7 +11,7 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
-from bench.accesses import wide, widest_store
+from bench.accesses import wide
 from deit_fast.benchmark.targets import KIB, Target
 
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)|\bv_(mfma|smfmac|wmma|swmmac)_", re.MULTILINE)
@@ -71,7 +71,7 @@ def resources(kernel: CompiledKernel, target: Target) -> Resources:
         tensor_core=dict(found),
         dots=len(re.findall(r"\btt\.dot ", kernel.asm["ttir"])),
         scalar_dots=_scalar_dots(kernel.asm["ttgir"]),
-        widest_store=widest_store(kernel),
+        widest_store=accesses.widest_store,
         wide_loads=accesses.loads,
         wide_stores=accesses.stores,
     )

@@ -79,22 +79,28 @@ class Contender:
         return model
 
 
-def _timm(case: Case, fused_attention: bool = True) -> nn.Module:
+def timm_model(name: str, drop_path: float, everywhere: bool, **options) -> nn.Module:
+    """timm's model with drop path in every block, as DeiT III was trained, or rising from 0 to it, as DeiT."""
     import timm
-    from timm.layers import DropPath, set_fused_attn, use_fused_attn
+    from timm.layers import DropPath
+
+    model = timm.create_model(name, drop_path_rate=0.0 if everywhere else drop_path, **options)
+    if everywhere and drop_path > 0.0:
+        for block in model.blocks:
+            block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
+    return model
+
+
+def _timm(case: Case, fused_attention: bool = True) -> nn.Module:
+    from timm.layers import set_fused_attn, use_fused_attn
 
     torch.manual_seed(0)
     previous = bool(use_fused_attn())
     set_fused_attn(fused_attention)
     try:
-        model = timm.create_model(case.model, img_size=case.img_size, drop_path_rate=case.drop_path)
+        return timm_model(case.model, case.drop_path, case.model.startswith("deit3"), img_size=case.img_size)
     finally:
         set_fused_attn(previous)
-    if case.model.startswith("deit3"):
-        for module in model.modules():
-            if isinstance(module, DropPath):
-                module.drop_prob = case.drop_path
-    return model
 
 
 def _explicit(case: Case) -> nn.Module:

@@ -1,9 +1,6 @@
 """Python and dispatcher time of swapped timm models; a process of its own, without Triton's interpreter."""
 
-import json
-import os
-import subprocess
-import sys
+from tests.support.compiled import printed_by
 
 PROGRAM = """
 import json
@@ -15,10 +12,7 @@ MOST = {("block", "inference"): 1.6, ("block", "forward and backward"): 2.2}
 
 
 def test_a_swapped_block_asks_no_more_of_the_host_than_stocks():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = {(what, step): (stock, swapped, ratio) for what, step, stock, swapped, ratio in json.loads(done.stdout)}
+    found = {(what, step): (stock, swapped, ratio) for what, step, stock, swapped, ratio in printed_by("-c", PROGRAM)}
     assert {what for what, _ in found} == {"block", "model"}
     assert all(stock > 0 and swapped > 0 for stock, swapped, _ in found.values())
     assert {key: found[key][2] for key, most in MOST.items() if found[key][2] > most} == {}

@@ -1,11 +1,8 @@
 """What launches tell profilers agrees with the operators' FLOP formulas, and names every kernel."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.support.compiled import printed_by
 
 # A part of these is the stock operators'; and how many samples are kept no formula knows where nothing has run.
 IN_PART = ("readout_attention", "keep_samples")
@@ -13,11 +10,7 @@ IN_PART = ("readout_attention", "keep_samples")
 
 @pytest.fixture(scope="module")
 def seen() -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.metadata_checks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("-m", "tests.kernels.metadata_checks")
 
 
 def test_the_flops_of_an_operators_launches_are_those_of_its_formula(seen):

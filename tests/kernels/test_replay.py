@@ -1,11 +1,8 @@
 """A plan makes the launches that led to it: the same kernels, grids, arguments and results, at new addresses."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.support.compiled import printed_by
 
 # Their launchers run torch's operators too, so they go through them at every call.
 NOT_REPLAYED = ("readout_attention", "distillation_loss", "keep_samples")
@@ -13,11 +10,7 @@ NOT_REPLAYED = ("readout_attention", "distillation_loss", "keep_samples")
 
 @pytest.fixture(scope="module")
 def seen() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.replay_checks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("-m", "tests.kernels.replay_checks")
 
 
 def test_replayed_launches_and_results_are_those_of_the_launchers(seen):

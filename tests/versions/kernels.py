@@ -14,6 +14,7 @@ import triton
 
 from deit_fast.cli import check
 from deit_fast.cli.check_cases import OPS
+from tests.support.compiled import printed_by
 
 
 def test_the_release_is_the_one_asked_for():
@@ -41,10 +42,6 @@ def test_every_kernel_compiles(target):
 
 
 def test_plans_make_their_launches_again():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.replay_checks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    seen = printed_by("-m", "tests.kernels.replay_checks")
     assert seen["runs"] and all(seen["apart"].values())
     assert all(case["same"] for case in seen["seen"] if not case["anew"])
