@@ -1,23 +1,15 @@
 """The stand-in driver compiles what the product would launch, and hides no fault."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from deit_fast.benchmark.standin_driver import recording
 from deit_fast.benchmark.targets import TARGETS
+from tests.support.compiled import printed_by
 
 
 @pytest.fixture(scope="module")
 def seen() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.bench.standin_checks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed_by("-m", "tests.bench.standin_checks")
 
 
 @pytest.mark.parametrize(

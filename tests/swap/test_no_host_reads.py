@@ -1,9 +1,5 @@
 """Training with drop path on a GPU never waits for the device, shown without one."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.swap import swap
+from tests.support.compiled import printed_by
 from tests.swap.test_drop_path import MODELS, build
 
 READS = {"item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
@@ -56,11 +53,7 @@ def test_compact_drop_path_reads_before_the_first_block() -> None:
 
 @pytest.fixture(scope="module")
 def seen() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.swap.host_read_checks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("-m", "tests.swap.host_read_checks")
 
 
 def test_no_launcher_reads_a_value_in_forward_or_backward(seen) -> None:
