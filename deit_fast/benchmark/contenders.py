@@ -52,7 +52,7 @@ def recipe_drop_path(model: str) -> float:
 class Contender:
     """`build(case)` gives the model on the CPU in float32; `stock` names the contender that deit_fast stands in for.
 
-    compiled: `torch.compile`'s mode. gpu_only: it has no meaning on a CPU.
+    compiled: `torch.compile`'s mode. gpu_only: it has no meaning on a CPU. tuned: whether it heeds `deit-fast tune`.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Contender:
     stock: str | None = None
     compiled: str | None = None
     gpu_only: bool = False
+    tuned: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot be timed here, or None."""
@@ -161,6 +162,7 @@ CONTENDERS = {
         Contender("timm, compiled", _TIMM, _timm, compiled="default"),
         Contender("timm, compiled max-autotune", _TIMM, _timm, compiled="max-autotune", gpu_only=True),
         Contender("deit_fast", _TIMM, _swapped, stock="timm"),
+        Contender("deit_fast, tuned", _TIMM, _swapped, stock="timm", gpu_only=True, tuned=True),
         Contender("deit_fast, compiled", _TIMM, _swapped, stock="timm, compiled", compiled="default"),
         Contender(
             "deit_fast, CUDA graphs",

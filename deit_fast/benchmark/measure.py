@@ -15,6 +15,8 @@ from deit_fast.benchmark.flops import WithoutProducts, flop_counter
 from deit_fast.benchmark.outputs import heads, summed
 from deit_fast.cli.operator_calls import operator_calls
 from deit_fast.cli.saved_bytes import saved_bytes
+from deit_fast.kernels import tuned
+from deit_fast.ops.backend import ran_out_of_memory
 
 # A contender whose logits are further from float64 than these times the stock model's is not timed: it is wrong.
 ERROR_ALLOWED = 4.0
@@ -49,8 +51,10 @@ class Row:
 class Step:
     """What is timed: a forward pass, or forward, cross-entropy and backward. No optimizer: it is the same for all."""
 
-    def __init__(self, model: nn.Module, case: Case, device: torch.device, images: int) -> None:
-        self.model, self.case, self.device = model, case, device
+    def __init__(
+        self, model: nn.Module, case: Case, device: torch.device, images: int, heeds_tuning: bool = False
+    ) -> None:
+        self.model, self.case, self.device, self.heeds_tuning = model, case, device, heeds_tuning
         generator = torch.Generator().manual_seed(1)
         shape = (images, 3, case.img_size, case.img_size)
         self.pixels = torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype])
@@ -58,6 +62,10 @@ class Step:
 
     def __call__(self) -> Tensor:
         """The logits, heads side by side in training."""
+        with tuned.enabled(self.heeds_tuning):
+            return self._run()
+
+    def _run(self) -> Tensor:
         case = self.case
         amp = nullcontext() if case.amp is None else torch.autocast(self.device.type, DTYPES[case.amp])
         if not case.training:
@@ -82,15 +90,15 @@ def measure(
         row.failure = contender.missing(device)
         if row.failure is None:
             say(f"{contender.name}: checking")
-            with _failures(row):
+            with failures(row):
                 model = contender.prepare(case, device)
                 row.error = check(contender, model, case, device)
                 count(row, contender, case)
-                steps[contender.name] = Step(model, case, device, case.batch)
+                steps[contender.name] = Step(model, case, device, case.batch, contender.tuned)
     calls = {}
     for name, step in list(steps.items()):
         say(f"{name}: warming up")
-        with _failures(rows[name]):
+        with failures(rows[name]):
             _peak(device)
             calls[name] = clock.calls(step)
             rows[name].peak_bytes = _peak(device)
@@ -103,7 +111,7 @@ def measure(
             say(f"round {i + 1} of {rounds}: {name}")
             # The same masks for all.
             torch.manual_seed(i)
-            with _failures(rows[name]):
+            with failures(rows[name]):
                 rows[name].seconds.append(clock.seconds(steps[name], calls[name]))
         names = [name for name in names if rows[name].failure is None]
     yield from rows.values()
@@ -120,7 +128,7 @@ def check(contender: Contender, model: nn.Module, case: Case, device: torch.devi
     stock_model.load_state_dict(model.state_dict())
     expected = Step(stock_model.double().eval(), replace(still, dtype="float64", amp=None), _CPU, FEW)().double()
     training = model.training
-    found = Step(model.eval(), still, device, FEW)().double().cpu()
+    found = Step(model.eval(), still, device, FEW, contender.tuned)().double().cpu()
     model.train(training)
     own = stock_model.to(device, DTYPES[case.dtype])
     of_stock = Step(own, still, device, FEW)().double().cpu()
@@ -154,10 +162,10 @@ def _flops(step: Step) -> int:
     return counter.get_total_flops() // FEW
 
 
-class _failures:
+class failures:
     """Notes in the row what went wrong for this contender: the others are still wanted."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row) -> None:
         self.row = row
 
     def __enter__(self) -> None:
@@ -166,7 +174,7 @@ class _failures:
     def __exit__(self, kind, error, traceback) -> bool:
         if error is None or not isinstance(error, Exception):
             return False
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        if ran_out_of_memory(error):
             self.row.failure = f"out of memory at batch {self.row.case.batch}"
         else:
             self.row.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,7 +1,8 @@
-"""Plots of a run: throughput by contender, memory by batch."""
+"""Plots of a run: throughput by contender, time by operator, memory by batch."""
 
 from pathlib import Path
 
+from deit_fast.benchmark import operator_results
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.results import Line, Results, by_case
 
@@ -24,6 +25,12 @@ def write_plots(results: Results, folder: Path) -> list[str]:
             figure.savefig(folder / f"throughput-{name}.png", dpi=130, bbox_inches="tight")
             pyplot.close(figure)
             written.append(f"throughput-{name}.png")
+    for i, (case, rows) in enumerate(operator_results.by_case(results.operators).items()):
+        if any(row.seconds for row in rows):
+            figure = operator_results.plot(pyplot, case, rows, results.peaks)
+            figure.savefig(folder / f"operators-{i + 1}.png", dpi=130, bbox_inches="tight")
+            pyplot.close(figure)
+            written.append(f"operators-{i + 1}.png")
     if any(line.row.peak_bytes for group in cases.values() for line in group):
         figure = _memory(pyplot, cases)
         figure.savefig(folder / "memory.png", dpi=130, bbox_inches="tight")

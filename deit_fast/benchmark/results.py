@@ -7,21 +7,32 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from deit_fast.benchmark import operator_results
 from deit_fast.benchmark.clock import Interval, interval
 from deit_fast.benchmark.contenders import CONTENDERS, Case
 from deit_fast.benchmark.host import HostTime, table
 from deit_fast.benchmark.measure import Row
+from deit_fast.benchmark.operators import OperatorRow
+from deit_fast.benchmark.peaks import Peaks
+from deit_fast.benchmark.profile import KernelTime
+from deit_fast.benchmark.profile import table as kernel_table
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
 class Results:
-    """environment: device, driver, versions, command, commit: what a reader needs to do it again."""
+    """environment: device, driver, versions, command, commit: what a reader needs to do it again.
+
+    rows: of models; operators: of their operators; kernels: by title, where a step's time goes. peaks: of the device.
+    """
 
     environment: dict[str, str]
     rows: list[Row]
     host: list[HostTime] = field(default_factory=list)
+    operators: list[OperatorRow] = field(default_factory=list)
+    kernels: dict[str, list[KernelTime]] = field(default_factory=dict)
+    peaks: Peaks | None = None
 
     def write(self, file: Path) -> None:
         """Whole or not at all: what was measured before survives an interruption."""
@@ -38,12 +49,22 @@ class Results:
         """
         try:
             content = json.loads(file.read_text())
-            rows = [Row(**{**row, "case": Case(**row["case"])}) for row in content["rows"]]
             if content["version"] != _VERSION:
                 raise ValueError(f"its version is {content['version']}, this deit_fast reads {_VERSION}")
-            return Results(content["environment"], rows, [HostTime(**each) for each in content["host"]])
+            return Results(
+                content["environment"],
+                [_row(Row, row) for row in content["rows"]],
+                [HostTime(**each) for each in content["host"]],
+                [_row(OperatorRow, row) for row in content["operators"]],
+                {title: [KernelTime(**each) for each in found] for title, found in content["kernels"].items()},
+                None if content["peaks"] is None else Peaks(**content["peaks"]),
+            )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no result of deit-fast bench: {type(error).__name__}: {error}") from error
+
+
+def _row(kind: type, content: dict):
+    return kind(**{**content, "case": Case(**content["case"])})
 
 
 @dataclass(frozen=True)
@@ -75,12 +96,12 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 
 
 HEADER = (
-    "contender", "images/s", "ms a call", "times faster than", "GFLOP/image (stock)", "TFLOP/s", "calls",
+    "contender", "images/s", "ms a call", "times faster than", "GFLOP/image (stock)", "TFLOP/s (of peak)", "calls",
     "saved MiB/image", "peak MiB", "error",
 )  # fmt: skip
 
 
-def cells(line: Line) -> tuple[str, ...]:
+def cells(line: Line, peaks: Peaks | None = None) -> tuple[str, ...]:
     """One line of a table under `HEADER`."""
     row = line.row
     if line.seconds is None:
@@ -97,12 +118,17 @@ def cells(line: Line) -> tuple[str, ...]:
         if line.ratio is None
         else f"{line.ratio.median:.2f} ({line.ratio.low:.2f}–{line.ratio.high:.2f}) {line.against}",
         flops,
-        "" if row.flops is None else f"{row.flops * row.case.batch / seconds.median / 1e12:.2f}",
+        "" if row.flops is None else _rate(row, row.flops * row.case.batch / seconds.median, peaks),
         "" if row.operator_calls is None else str(row.operator_calls),
         "" if row.saved_bytes is None else f"{row.saved_bytes / 2**20:.1f}",
         "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
         "" if row.error is None else f"{row.error:.1e}",
     )
+
+
+def _rate(row: Row, rate: float, peaks: Peaks | None) -> str:
+    peak = None if peaks is None else peaks.flops.get(row.case.amp or row.case.dtype)
+    return f"{rate / 1e12:.2f}" + ("" if peak is None else f" ({100 * rate / peak:.0f} %)")
 
 
 def by_case(rows: Iterable[Row]) -> dict[Case, list[Line]]:
@@ -130,8 +156,12 @@ def markdown(results: Results, plots: Iterable[str] = ()) -> str:
     """The page: environment, a table for each case, plots."""
     parts = ["# deit-fast bench", "\n".join(f"- {name}: {value}" for name, value in results.environment.items()), NOTES]
     for case, group in by_case(results.rows).items():
-        grid = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *map(cells, group)]
+        grid = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(cells(line, results.peaks) for line in group)]
         parts += [f"## {case.title}", "\n".join(f"| {' | '.join(row)} |" for row in grid)]
+    if results.operators:
+        parts += operator_results.markdown(results.operators, results.peaks)
+    for title, kernels in results.kernels.items():
+        parts += [f"## Kernels: {title}", kernel_table(kernels)]
     if results.host:
         parts += ["## Host time", HOST_NOTE, table(results.host)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]

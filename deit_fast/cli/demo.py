@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if agree and learnt else 1
 
 
-def writable_folder(path: str) -> Path:
+def writable_folder(path: str | Path, named: str = "--out") -> Path:
     """The folder, made where it is not there.
 
     Raises:
@@ -60,7 +60,7 @@ def writable_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"--out {path} is no folder that can be written to: {error.strerror}") from error
+        raise OSError(f"{named} {path} is no folder that can be written to: {error.strerror}") from error
     return folder
 
 

@@ -1,9 +1,9 @@
 """The one table of launch settings, by kernel, shape, dtype and architecture, and how a kernel is launched."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -93,6 +93,21 @@ def multiprocessors(tensor: torch.Tensor) -> int:
     return 108 if interpreted() else _multiprocessors(driver.active, tensor.device.index)
 
 
+def device_name(device: torch.device) -> str:
+    """As files are named by it: NVIDIA_H100_80GB_HBM3; the architecture where a stand-in takes a GPU's place."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "-")
+    return _architecture(driver.active, device.index)
+
+
+@lru_cache(maxsize=1)
+def driver_version() -> str:
+    """Of CUDA's interface to the driver, or of ROCm."""
+    if torch.version.hip:
+        return torch.version.hip
+    return str(torch._C._cuda_getDriverVersion()) if torch.cuda.is_available() else "none"
+
+
 def is_amd(arch: str) -> bool:
     return arch.startswith("gfx")
 
@@ -119,7 +134,62 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-@lru_cache(maxsize=1024)
+_thread = threading.local()
+
+
+def setting(function: Callable) -> Callable:
+    """A function of this table, in whose place `settings` may answer."""
+    shipped = lru_cache(maxsize=1024)(function)
+
+    @wraps(function)
+    def chosen(*arguments):
+        given = getattr(_thread, "settings", None)
+        found = shipped(*arguments)
+        if given is None:
+            return found
+        asked = f"{function.__name__}({', '.join(map(str, arguments))})"
+        chosen, answered = given
+        if asked in chosen:
+            found = _like(found, chosen[asked])
+        answered[asked] = found
+        return found
+
+    return chosen
+
+
+@contextmanager
+def settings(chosen: dict[str, object]) -> Iterator[dict[str, object]]:
+    """Within the block, in this thread, the table answers as `chosen` does where that knows what is asked.
+
+    chosen: tiles, as such or by the names of their fields, by what is asked, "gemm(1152, 384, 2, sm_90, layer_norm)".
+    Fills the dict that it gives with what was asked and answered.
+
+    Raises:
+        ValueError: when it is asked, if the tile in `chosen` has not the fields that the table's has.
+    """
+    outer = getattr(_thread, "settings", None)
+    answered: dict[str, object] = {}
+    _thread.settings = (chosen, answered)
+    try:
+        yield answered
+    finally:
+        _thread.settings = outer
+
+
+def _like(shipped: object, given: object) -> object:
+    """`given`, which may come from a file, as what `shipped` is."""
+    if isinstance(given, dict):
+        if set(given) != set(getattr(shipped, "_fields", ())):
+            raise ValueError(f"a setting has {', '.join(given)}; the table has {shipped}")
+        return type(shipped)(**given)
+    if isinstance(given, list):
+        if not isinstance(shipped, tuple) or len(given) != len(shipped):
+            raise ValueError(f"a setting has {len(given)} parts; the table has {shipped}")
+        return tuple(_like(part, other) for part, other in zip(shipped, given, strict=True))
+    return given
+
+
+@setting
 def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> Tile:
     """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads."""
     if itemsize == 4:
@@ -136,14 +206,14 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
     return Tile(128, 64 if narrow else 128, 64, 8, 3)
 
 
-@lru_cache(maxsize=256)
+@setting
 def patch_embed(width: int, patch_width: int, depth: int, itemsize: int, arch: str) -> Tile:
-    tile = gemm(width, depth, itemsize, arch, "none")
+    tile = gemm.__wrapped__(width, depth, itemsize, arch, "none")
     # The pixels of a patch whose width is no power of two are found one by one, with an address for each.
     return tile if patch_width % 16 == 0 else tile._replace(columns=min(64, tile.columns), depth=32, num_stages=2)
 
 
-@lru_cache(maxsize=256)
+@setting
 def mlp(width: int, arch: str) -> Tile:
     """The whole MLP in one kernel: `rows` stay on chip, `columns` of the hidden layer a step."""
     if arch in _MMA_SYNC:
@@ -153,7 +223,7 @@ def mlp(width: int, arch: str) -> Tile:
     return Tile(64, 16 if arch == "sm_100" else 32, width, 8, 1)
 
 
-@lru_cache(maxsize=64)
+@setting
 def layer_norm_attention(arch: str) -> Tile | None:
     """LayerNorm, QKV and attention in one kernel: `rows` are tokens, `depth` is of the width.
 
@@ -169,7 +239,7 @@ def fills_device(programs: int, tensor: torch.Tensor) -> bool:
     return interpreted() or programs >= multiprocessors(tensor)
 
 
-@lru_cache(maxsize=256)
+@setting
 def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
     if itemsize == 4:
         if arch in _MMA_SYNC:
@@ -179,7 +249,7 @@ def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
     return AttentionTile(64, 64, 4, 1 if is_amd(arch) else 2)
 
 
-@lru_cache(maxsize=256)
+@setting
 def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[AttentionTile, AttentionTile]:
     """Tiles of the kernel that owns queries and of the one that owns keys.
 
@@ -197,7 +267,7 @@ def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[Attenti
     return AttentionTile(64, 16, num_warps, 1), AttentionTile(16, keys, num_warps, 1)
 
 
-@lru_cache(maxsize=256)
+@setting
 def patch_embed_weight_gradient(rows: int, width: int, depth: int, itemsize: int, arch: str) -> tuple[Tile, int]:
     """The tile of gradᵀ [width, rows] × patches [rows, depth], and how many rows a program sums.
 
@@ -212,7 +282,7 @@ def patch_embed_weight_gradient(rows: int, width: int, depth: int, itemsize: int
     return tile, triton.cdiv(triton.cdiv(rows, splits), tile.depth) * tile.depth
 
 
-@lru_cache(maxsize=256)
+@setting
 def layer_norm_rows(width: int, itemsizes: tuple[int, ...], arch: str) -> tuple[int, int]:
     """Rows a program and its warps: 128 bits a thread of either tile of a row, about two thousand elements on chip."""
     head, tail = cover(width)
@@ -223,7 +293,7 @@ def layer_norm_rows(width: int, itemsizes: tuple[int, ...], arch: str) -> tuple[
     return rows, warps
 
 
-@lru_cache(maxsize=1024)
+@setting
 def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> Tile:
     """The tile for an [M, depth] × [depth, columns] product, times the derivative of `activation`."""
     if itemsize == 4:
@@ -236,7 +306,7 @@ def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> T
     return Tile(128, 128 if columns % 128 == 0 and activation == "none" else 64, 64, 8, 3)
 
 
-@lru_cache(maxsize=1024)
+@setting
 def weight_gradient(
     out_features: int, in_features: int, itemsize: int, x_itemsize: int, arch: str, activation: str
 ) -> Tile:
@@ -256,7 +326,7 @@ def weight_gradient(
     return Tile(rows, columns, 32 if short else 64, 8, stages)
 
 
-@lru_cache(maxsize=64)
+@setting
 def finish_layer_norm_linear(arch: str) -> Tile:
     """Whole columns of weight-sized tensors: `depth` is all there is."""
     rows, columns = (64, 16) if arch == "sm_120" else (128, 8)
@@ -279,13 +349,13 @@ def _readout_chunk(width: int) -> int:
     return min(chunk, max(16, triton.next_power_of_2(width)))
 
 
-@lru_cache(maxsize=256)
+@setting
 def readout(width: int, itemsize: int, arch: str) -> ReadoutTile:
     warps = 4 if (width <= 192 and itemsize == 2) or (is_amd(arch) and width > 384) else 8
     return ReadoutTile(16, 32 if width <= 384 else 16, _readout_chunk(width), warps, 1)
 
 
-@lru_cache(maxsize=256)
+@setting
 def readout_backward(width: int, queries: int, itemsize: int, arch: str) -> ReadoutTile:
     """The tokens are a program's.
 
@@ -335,18 +405,15 @@ class Recorded(NamedTuple):
     device: int
 
 
-_recordings = threading.local()
-
-
 @contextmanager
 def recorded() -> Iterator[list[Recorded]]:
     """The list fills with this thread's launches within the block."""
-    outer = getattr(_recordings, "launches", None)
-    _recordings.launches = []
+    outer = getattr(_thread, "launches", None)
+    _thread.launches = []
     try:
-        yield _recordings.launches
+        yield _thread.launches
     finally:
-        _recordings.launches = outer
+        _thread.launches = outer
 
 
 def run(kernel, programs: int, device: torch.device, *args, **options) -> None:
@@ -360,7 +427,7 @@ def run(kernel, programs: int, device: torch.device, *args, **options) -> None:
 
 def _run(kernel, programs: int, args: tuple, options: dict) -> None:
     compiled = kernel[(programs,)](*args, **options)
-    launches = getattr(_recordings, "launches", None)
+    launches = getattr(_thread, "launches", None)
     if launches is not None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
         arguments = tuple(given[name] for name in kernel.arg_names)

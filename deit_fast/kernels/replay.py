@@ -5,6 +5,7 @@ strides, and Triton's own specialisation. A launcher decides by the shapes, stri
 it is given, never by values, so a plan, the memory it allocated and the kernels it launched, serves every call alike.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.runtime import driver
 
-from deit_fast.kernels import launch
+from deit_fast.kernels import launch, tuned
 
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 # As CUDA's allocator aligns.
@@ -101,12 +102,13 @@ class Plan(NamedTuple):
 
 
 class Replayed:
-    """`launcher`, tensors in and tensors out, with its plans."""
+    """`launcher`, tensors in and tensors out, with its plans, and what was measured of it, by the same keys."""
 
     def __init__(self, launcher: Callable) -> None:
         self.launcher = launcher
         self.plans: dict[tuple, Plan | None] = {}
-        _all.append(self)
+        self.choices: dict[tuple, tuned.Choice | None] = {}
+        _all.add(self)
 
     def plan(self, arguments: tuple) -> tuple[Plan | None, tuple | None, list[int]]:
         """The plan, or None; what it is remembered by, or None where it can't be; the tensors' addresses."""
@@ -126,17 +128,19 @@ class Replayed:
             return result
         if len(self.plans) >= _MOST:
             self.plans.clear()
+            self.choices.clear()
         self.plans[key] = None if recorder.opaque else _planned(arguments, recorder.allocated, launches, result)
         return result
 
 
-_all: list[Replayed] = []
+_all: weakref.WeakSet[Replayed] = weakref.WeakSet()
 
 
 def forget() -> None:
     """Drops every plan: the device, or a table of settings, is another one now."""
     for replayed in _all:
         replayed.plans.clear()
+        replayed.choices.clear()
 
 
 @contextmanager
@@ -163,7 +167,7 @@ def _key(arguments: tuple | list) -> tuple[tuple | None, list[int]]:
 
     Asked at every call, so it is written to be quick.
     """
-    key: list = [_allow_tf32()]
+    key: list = [_allow_tf32(), tuned.is_enabled()]
     pointers: list[int] = []
     for argument in arguments:
         kind = type(argument)

@@ -1,5 +1,6 @@
 """The activations that the operators know, by the name that their schemas use."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,7 +10,18 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 def apply(name: str, x: Tensor) -> Tensor:
     if name == "none":
         return x
-    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+    return F.gelu(x, approximate=_approximate(name))
+
+
+def apply_(name: str, x: Tensor) -> Tensor:
+    """`apply` to what nobody else holds: in place where backward does not want it."""
+    if name == "none" or x.requires_grad:
+        return apply(name, x)
+    return torch.ops.aten.gelu_.default(x, approximate=_approximate(name))
+
+
+def _approximate(name: str) -> str:
+    return "tanh" if name == "gelu_tanh" else "none"
 
 
 def check(op: str, name: str) -> None:

@@ -31,6 +31,15 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return _forced == "triton"
 
 
+def transparent(tensor: torch.Tensor) -> bool:
+    """Whether an operator is nothing but its stock PyTorch form here: on the CPU, unless a backend is forced.
+
+    Autograd, Dynamo and subclasses then find what they find in a stock model. Forced to "torch", stock operators stand
+    behind ours, as on a GPU that the kernels can't serve.
+    """
+    return _forced is None and tensor.device.type == "cpu"
+
+
 @contextmanager
 def forced(backend: str | None) -> Iterator[None]:
     """Forces `"triton"` or `"torch"` within the block; `None` is the automatic choice."""
@@ -57,7 +66,7 @@ def gives_up(op: str, error: Exception) -> bool:
 
     Says so, once. Not where memory ran out, which is no fault of the kernels: whoever catches that must see it.
     """
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+    if ran_out_of_memory(error):
         return False
     reason = in_a_line(error)
     warnings.warn(
@@ -67,6 +76,10 @@ def gives_up(op: str, error: Exception) -> bool:
     )
     failed[op] = reason
     return True
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def in_a_line(error: Exception) -> str:

@@ -1,12 +1,12 @@
 """LayerNorm, QKV and attention as one operator: what inference needs of them is the output alone."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import attention as attention_kernels
 from deit_fast.kernels import layer_norm_attention as kernels
 from deit_fast.ops import checks
-from deit_fast.ops.attention import stock_attention_qkv
 from deit_fast.ops.attention_backward import attention_backward, attention_qkv_backward
 from deit_fast.ops.layer_norm import stock_layer_norm
 from deit_fast.ops.linear import (
@@ -24,24 +24,30 @@ from deit_fast.ops.registration import distribute, register
 
 
 def _by_head(projected: Tensor, heads: int) -> Tensor:
-    return projected.unflatten(-1, (heads, -1))
+    batch, tokens, width = projected.shape
+    return projected.view(batch, tokens, heads, width // heads)
 
 
 def _packed_by_head(qkv: Tensor, heads: int) -> Tensor:
-    return qkv.unflatten(-1, (3, heads, -1))
+    batch, tokens, width = qkv.shape
+    return qkv.view(batch, tokens, 3, heads, width // (3 * heads))
 
 
 def _stock(x, norm_weight, norm_bias, eps, weight, bias, heads, scale):
     qkv = stock_linear(stock_layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
-    out, _ = stock_attention_qkv(*_packed_by_head(qkv, heads).unbind(2), scale)
-    return out
+    return _attend(*_packed_by_head(qkv, heads).unbind(2), scale)
 
 
 def _stock_qkv(x, norm_weight, norm_bias, eps, *rest):
     *projections, heads, scale = rest
     projected = stock_layer_norm_qkv(x, norm_weight, norm_bias, eps, *projections)
-    out, _ = stock_attention_qkv(*(_by_head(t, heads) for t in projected), scale)
-    return out
+    return _attend(*(_by_head(t, heads) for t in projected), scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`attention_qkv` in stock PyTorch, without the log-sum-exp."""
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
+    return out.transpose(1, 2).flatten(2)
 
 
 def _check_heads(op: str, x: Tensor, width: int, heads: int) -> None:
@@ -118,6 +124,7 @@ _layer_norm_attention = register(
     autocast=autocast_layer_norm_linear,
     save=_save,
     backward=_backward,
+    own_backward=True,
 )
 
 _layer_norm_attention_qkv = register(
@@ -134,6 +141,7 @@ _layer_norm_attention_qkv = register(
     autocast=autocast_layer_norm_qkv,
     save=_save,
     backward=_backward_qkv,
+    own_backward=True,
 )
 
 

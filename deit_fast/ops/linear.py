@@ -13,6 +13,7 @@ from torch import Tensor
 from deit_fast.kernels import linear as kernels
 from deit_fast.ops import checks, drop_path
 from deit_fast.ops.activation import apply as apply_activation
+from deit_fast.ops.activation import apply_ as apply_activation_
 from deit_fast.ops.activation import check as check_activation
 from deit_fast.ops.layer_norm import stock_layer_norm
 from deit_fast.ops.linear_backward import layer_norm_linear_backward, linear_backward
@@ -38,7 +39,8 @@ def stock_residual(
     if drop_path_scale is not None:
         branch = branch * drop_path.gather(drop_path_scale, kept).view(-1, *[1] * (branch.ndim - 1))
     if kept is None:
-        return residual + branch
+        in_place = branch.dtype is torch.promote_types(residual.dtype, branch.dtype)
+        return branch.add_(residual) if in_place else residual + branch
     stream = residual.to(torch.promote_types(residual.dtype, branch.dtype), copy=True)
     return stream.index_add_(0, kept[1 : 1 + len(branch)], branch.to(stream.dtype))
 
@@ -86,7 +88,7 @@ def check_residual(
 
 
 def _stock(x, weight, bias, act, input_act):
-    return apply_activation(act, stock_linear(apply_activation(input_act, x), weight, bias))
+    return apply_activation_(act, stock_linear(apply_activation(input_act, x), weight, bias))
 
 
 def _check(x, weight, bias, act, input_act):
@@ -96,7 +98,9 @@ def _check(x, weight, bias, act, input_act):
 
 
 def _save(ctx, args, y):
-    x, weight, bias, _, input_act = args
+    x, weight, bias, act, input_act = args
+    if act != "none":
+        raise NotImplementedError("deit_fast.linear: backward wants what goes into the activation: call ops.linear")
     ctx.save_for_backward(x, weight, bias)
     ctx.input_activation = input_act
 

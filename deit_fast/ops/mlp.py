@@ -22,7 +22,9 @@ def _stock(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2
     hidden = stock_linear(
         stock_layer_norm(drop_path.gather(x, kept), norm_weight, norm_bias, eps), fc1_weight, fc1_bias
     )
-    branch = stock_linear(activation.apply(act, hidden), fc2_weight, fc2_bias)
+    hidden = activation.apply_(act, hidden)
+    branch = stock_linear(hidden, fc2_weight, fc2_bias)
+    del hidden  # large, and the allocator can give it to the next
     return stock_residual(branch, x, layer_scale, scale, kept)
 
 
@@ -94,6 +96,7 @@ _mlp = register(
     ),
     save=_save,
     backward=_backward,
+    own_backward=True,
 )
 
 

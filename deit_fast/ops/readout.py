@@ -169,6 +169,7 @@ _readout_attention = register(
     autocast=autocast_layer_norm_linear,
     save=_save,
     backward=_backward,
+    own_backward=True,
 )
 
 _readout_attention_qkv = register(
@@ -186,6 +187,7 @@ _readout_attention_qkv = register(
     autocast=autocast_layer_norm_qkv,
     save=_save,
     backward=_backward_qkv,
+    own_backward=True,
 )
 
 

@@ -5,11 +5,13 @@ A light style: Python functions at the CPU, CUDA, Autograd and Autocast keys of 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from deit_fast.kernels import launch, tuned
 from deit_fast.kernels.replay import Replayed
 from deit_fast.ops import backend
 
@@ -19,6 +21,19 @@ _AUTOCAST_KEYS = {
     "cpu": torch._C.DispatchKey.AutocastCPU,
     "cuda": torch._C.DispatchKey.AutocastCUDA,
 }
+
+
+class Operator(NamedTuple):
+    """What `deit-fast tune` measures. parameters: their names in the operator's schema; the rest as in `register`."""
+
+    name: str
+    parameters: tuple[str, ...]
+    stock: Callable
+    launcher: Callable
+    unsupported: Callable[..., str | None]
+
+
+OPERATORS: dict[str, Operator] = {}
 
 
 def register(
@@ -33,6 +48,7 @@ def register(
     autocast: Callable[..., tuple],
     save: Callable,
     backward: Callable[..., tuple],
+    own_backward: bool = False,
 ) -> Callable:
     """Defines `torch.ops.deit_fast.<name>` and returns the function to call it by.
 
@@ -44,11 +60,13 @@ def register(
     autocast: (dtype, *arguments) -> the arguments as autocast wants them.
     save: (ctx, arguments, outputs), keeps for backward what backward reads.
     backward: (ctx, *gradients of the outputs) -> a gradient or None for each argument.
+    own_backward: whether autograd, of `stock`, would not do as well: keep more, or find no gradient where it is 0.
     """
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.deit_fast, name).default
     replayed = Replayed(triton)
-    implementation = _implementation(name, check, stock, replayed, unsupported)
+    OPERATORS[name] = Operator(name, _parameters(op), stock, triton, unsupported)
+    implementation = _implementation(OPERATORS[name], check, replayed)
     below_autograd = _below_autograd(op, replayed, implementation)
 
     def checked_fake(*args):
@@ -70,7 +88,21 @@ def register(
     # Past what Function does for torch.func alone, whose transforms never come here.
     apply = super(torch.autograd.Function, Function).apply
 
+    kept = OPERATORS[name].parameters.index("kept") if "kept" in OPERATORS[name].parameters else None
+
+    def transparent(args: tuple) -> bool:
+        if not backend.transparent(args[0]) or (own_backward and torch.is_grad_enabled()):
+            return False
+        if torch.compiler.is_dynamo_compiling():
+            # How many samples are kept must not become a shape of the graph.
+            return kept is None or args[kept] is None
+        # A dispatch mode sees our operators on every device.
+        return not torch._C._len_torch_dispatch_stack()
+
     def autograd(*args):
+        if transparent(args):
+            check(*args)
+            return stock(*args)
         if torch.is_grad_enabled():
             for argument in args:
                 if isinstance(argument, Tensor) and argument.requires_grad:
@@ -88,7 +120,9 @@ def register(
         # torch.func transforms do not see through Python-registered operators.
         if torch._C._are_functorch_transforms_active():
             return stock(*args)
-        if torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled():
+        if torch._C._is_any_autocast_enabled():
+            return op(*args)
+        if torch.compiler.is_dynamo_compiling() and not transparent(args):
             return op(*args)
         # Where the dispatcher would go next, without its way through Python.
         return autograd(*args)
@@ -109,7 +143,8 @@ def register_backward(
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.deit_fast, name).default
     replayed = Replayed(triton)
-    implementation = _implementation(name, _no_check, stock, replayed, unsupported)
+    OPERATORS[name] = Operator(name, _parameters(op), stock, triton, unsupported)
+    implementation = _implementation(OPERATORS[name], _no_check, replayed)
     below_autograd = _below_autograd(op, replayed, implementation)
 
     def autograd(*args):
@@ -175,7 +210,12 @@ def _plain(args: tuple | list) -> bool:
     return True
 
 
-def _implementation(name: str, check: Callable, stock: Callable, replayed: Replayed, unsupported: Callable) -> Callable:
+def _parameters(op) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op._schema.arguments)
+
+
+def _implementation(operator: Operator, check: Callable, replayed: Replayed) -> Callable:
+    name, _, stock, _, unsupported = operator
     failed = backend.failed  # found faster here
 
     def implementation(*args):
@@ -183,20 +223,45 @@ def _implementation(name: str, check: Callable, stock: Callable, replayed: Repla
             check(*args)
             return stock(*args)
         plan, key, pointers = replayed.plan(args)
+        choice = None
         if plan is None:
+            choice = replayed.choices.get(key)
+            if choice is not None and choice.stock:
+                return stock(*args)
             check(*args)
             reason = unsupported(*args)
             if reason is not None:
                 backend.warn_fallback(name, reason)
                 return stock(*args)
+            if key is not None and key not in replayed.choices:
+                choice = replayed.choices[key] = _measured(operator, args)
+                if choice is not None and choice.stock:
+                    return stock(*args)
         try:
-            return replayed(key, args) if plan is None else plan.run(pointers)
+            if plan is not None:
+                return plan.run(pointers)
+            if choice is not None:
+                with launch.settings(choice.settings):
+                    return replayed(key, args)
+            return replayed(key, args)
         except Exception as error:  # whatever Triton, ptxas or a driver raises on a user's GPU
+            if choice is not None and not backend.ran_out_of_memory(error):
+                tuned.refuse(name, backend.in_a_line(error))
+                replayed.choices[key] = None
+                return implementation(*args)
             if not backend.gives_up(name, error):
                 raise
         return stock(*args)
 
     return implementation
+
+
+def _measured(operator: Operator, args: tuple) -> tuned.Choice | None:
+    """What `deit-fast tune` found for these arguments on their device."""
+    if launch.interpreted():
+        return None
+    device = launch.device_name(args[0].device)
+    return tuned.choice(operator.name, operator.parameters, args, device, launch.driver_version())
 
 
 def _autocast_kernel(op, autocast: Callable[..., tuple], device_type: str, key) -> Callable:

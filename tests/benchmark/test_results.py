@@ -6,7 +6,10 @@ import pytest
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.host import HostTime
 from deit_fast.benchmark.measure import Row
+from deit_fast.benchmark.operators import OperatorRow
+from deit_fast.benchmark.peaks import Peaks
 from deit_fast.benchmark.plots import write_plots
+from deit_fast.benchmark.profile import KernelTime
 from deit_fast.benchmark.results import Results, compare, lines, markdown, write_csv
 
 INFERENCE = Case("deit_tiny_patch16_224", 8, 224)
@@ -21,7 +24,15 @@ def results(factor: float = 1.0) -> Results:
         Row(INFERENCE, "flash-attn ViT", failure="flash_attn is not installed"),
         Row(TRAINING, "timm", [1.0] * 7, saved_bytes=2**21, peak_bytes=2**30),
     ]
-    return Results({"device": "a GPU", "torch": "2"}, rows, [HostTime("block", "inference", 80.0, 60.0)])
+    operators = [
+        OperatorRow(INFERENCE, "mlp", "x=198x192bf16", 12, "stock", [2e-3] * 7, flops=10**9, moved=10**6),
+        OperatorRow(INFERENCE, "mlp", "x=198x192bf16", 12, "deit_fast", [1e-3] * 7, 1e-4, flops=10**9, moved=10**6),
+        OperatorRow(INFERENCE, "mlp", "x=198x192bf16", 12, "Apex", failure="apex is not installed"),
+    ]
+    kernels = {INFERENCE.title: [KernelTime("mlp_kernel 8×198×192", 12, 6e-4, 3e9, 6e6), KernelTime("copy", 1, 2e-4)]}
+    peaks = Peaks({"float32": 4e12}, 1e12, "a data sheet")
+    host = [HostTime("block", "inference", 80.0, 60.0)]
+    return Results({"device": "a GPU", "torch": "2"}, rows, host, operators, kernels, peaks)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -54,6 +65,14 @@ def test_the_page_has_environment_tables_and_what_was_not_timed():
     assert "## deit_tiny_patch16_224, 224 px, inference, float32, batch 8" in text
     assert "| deit_fast | 40.0 | 200.00 (50.00–350.00) | 2.00 (2.00–2.00) timm | 1.84 (2.00) |" in text
     assert "| flash-attn ViT | flash_attn is not installed |" in text
+    # 1.84 GFLOPs an image at 40 images/s; 10⁹ FLOPs take 0.25 ms at the peak, and take 1.
+    assert "| 0.07 (2 %) |" in text
+    assert (
+        "| 12 × mlp x=198x192bf16 | deit_fast | 1000.0 (1000.0–1000.0) | 2.00 (2.00–2.00) | 1.00 | 1.0 | 25 % |" in text
+    )
+    assert "| 12 × mlp x=198x192bf16 | Apex | apex is not installed |" in text
+    assert "| mlp_kernel 8×198×192 | 12 | 600.0 | 75.0 % | 5.00 | 10.00 |" in text
+    assert "| copy | 1 | 200.0 | 25.0 % |  |  |" in text
     assert "| block | inference | 80 | 60 | 0.75 |" in text
     assert "![throughput-inference](throughput-inference.png)" in text
 
@@ -79,7 +98,7 @@ def test_a_change_is_one_whose_intervals_do_not_meet():
 
 def test_plots_are_written_for_what_was_timed(tmp_path):
     written = write_plots(results(), tmp_path)
-    assert written == ["throughput-inference.png", "throughput-training.png", "memory.png"]
+    assert written == ["throughput-inference.png", "throughput-training.png", "operators-1.png", "memory.png"]
     assert all((tmp_path / name).stat().st_size > 5000 for name in written)
     assert write_plots(Results({}, []), tmp_path) == []
 

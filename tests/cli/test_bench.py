@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from deit_fast.benchmark.results import Results
 from deit_fast.cli import bench
 from deit_fast.cli.main import main
 
@@ -55,6 +56,7 @@ def test_it_writes_every_form_of_what_it_measured(tmp_path, capsys):
         (["--drop-path", "1"], "--drop-path must be in [0, 1)"),
         (["--suite", "host"], "unset it"),
         (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--profile"], "--profile shows a GPU's kernels"),
     ],
 )
 def test_bad_input_is_one_error_before_any_work(arguments, said, tmp_path, capsys):
@@ -98,7 +100,7 @@ def test_compare_says_what_changed(tmp_path, capsys):
     assert main(["bench", "compare", a, a]) == 0
     assert capsys.readouterr().out.startswith("within noise  1.00x  timm: deit_tiny")
     empty = tmp_path / "empty.json"
-    empty.write_text('{"version": 1, "environment": {}, "rows": [], "host": []}')
+    Results({}, []).write(empty)
     assert main(["bench", "compare", a, str(empty)]) == 2
     assert "no measurement in common" in capsys.readouterr().err
 
@@ -112,3 +114,25 @@ def test_a_wrong_contender_fails_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "check", check)
     assert main(["bench", *SMALL, "--peers", "timm", "--out", str(tmp_path)]) == 1
     assert "ArithmeticError: wrong" in (tmp_path / "results.md").read_text()
+
+
+def test_operators_are_timed_beside_their_stock_form(tmp_path, capsys):
+    arguments = ["bench", *SMALL[2:], "--suite", "ops", "--measure-peaks", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    found = Results.read(tmp_path / "results.json")
+    assert found.rows == [] and found.peaks.flops["float32"] > 0
+    assert {row.case.training for row in found.operators} == {False, True}
+    rows = {(row.operator, row.contender): row for row in found.operators if not row.case.training}
+    assert {operator for operator, _ in rows} == {
+        "patch_embed",
+        "readout_attention",
+        "linear_residual",
+        "mlp",
+        "layer_norm",
+    }
+    assert all(row.failure is None and len(row.seconds) == 1 for row in rows.values())
+    # Two images of two rows, to width 768 and back.
+    assert rows["mlp", "deit_fast"].flops == 2 * 2 * 2 * 2 * 192 * 768
+    page = (tmp_path / "results.md").read_text()
+    assert "# Operators" in page and "of the roofline" in page and "![operators-1](operators-1.png)" in page
+    assert "Operators: deit_tiny" in capsys.readouterr().out

@@ -39,3 +39,33 @@ def test_attention_computes_few_scores_that_no_token_asked_for(tokens, limit, he
     # In backward a kernel's own rows have the tail; those it walks over are in small blocks.
     assert with_tail(of_queries.queries) * whole_blocks(of_queries.keys) <= limit * tokens * tokens
     assert whole_blocks(of_keys.queries) * with_tail(of_keys.keys) <= limit * tokens * tokens
+
+
+def test_settings_answer_for_the_table_and_tell_what_was_asked():
+    asked = "gemm(1152, 384, 2, sm_90, layer_norm)"
+    shipped, other = launch.gemm(1152, 384, 2, "sm_90", "layer_norm"), launch.Tile(64, 64, 32, 4, 2)
+    for given in (other, other._asdict()):
+        with launch.settings({asked: given}) as answered:
+            assert launch.gemm(1152, 384, 2, "sm_90", "layer_norm") == other
+            assert launch.gemm(384, 384, 2, "sm_90", "none") == launch.gemm.__wrapped__(384, 384, 2, "sm_90", "none")
+        assert answered[asked] == other and len(answered) == 2
+    assert launch.gemm(1152, 384, 2, "sm_90", "layer_norm") == shipped
+
+
+def test_settings_of_several_tiles_come_as_lists():
+    tiles = [launch.AttentionTile(16, 32, 4, 1)._asdict(), launch.AttentionTile(32, 16, 4, 1)._asdict()]
+    with launch.settings({"attention_backward(64, 2, sm_90)": tiles, "layer_norm_rows(384, (2,), sm_90)": [2, 8]}):
+        assert launch.attention_backward(64, 2, "sm_90") == (
+            launch.AttentionTile(16, 32, 4, 1),
+            launch.AttentionTile(32, 16, 4, 1),
+        )
+        assert launch.layer_norm_rows(384, (2,), "sm_90") == (2, 8)
+
+
+@pytest.mark.parametrize("given", [{"rows": 64}, [1, 2], {"queries": 1, "keys": 2, "num_warps": 4, "num_stages": 1}])
+def test_a_setting_with_other_fields_is_refused(given):
+    with (
+        launch.settings({"mlp(192, sm_90)": given}),
+        pytest.raises(ValueError, match=r"a setting has .*; the table has"),
+    ):
+        launch.mlp(192, "sm_90")

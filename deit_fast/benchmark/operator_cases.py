@@ -1,0 +1,55 @@
+"""The operator calls of a model's step, with the tensors that they are called with."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from deit_fast.benchmark.contenders import CONTENDERS, Case
+from deit_fast.benchmark.measure import Step
+from deit_fast.kernels import tuned
+from deit_fast.ops.registration import OPERATORS, Operator
+
+
+@dataclass
+class OperatorCase:
+    """One operator at one shape. times: how often a step calls it."""
+
+    operator: Operator
+    shape: str
+    batch: int
+    arguments: tuple
+    times: int = 0
+
+    @property
+    def title(self) -> str:
+        return f"{self.operator.name} {self.shape.replace(',', ' ')}, batch {self.batch}"
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[tuple[str, str, int], OperatorCase] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "deit_fast":
+            operator = OPERATORS[func._schema.name.partition("::")[2]]
+            shape, batch = tuned.described(operator.parameters, args)
+            key = (operator.name, shape, batch)
+            if key not in self.found:
+                # Shared with the step, which may go on to write them.
+                kept = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), args)
+                self.found[key] = OperatorCase(operator, shape, batch, kept)
+            self.found[key].times += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operator_cases(case: Case, device: torch.device) -> list[OperatorCase]:
+    """Of a swapped model's step, in the order of their first calls; untuned, whatever was measured before."""
+    step = Step(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch)
+    torch.manual_seed(0)
+    with tuned.enabled(False), _Calls() as calls:
+        step()
+    return list(calls.found.values())

@@ -1,0 +1,164 @@
+"""Times each operator of a model's step beside the stock one and what other libraries have in its place."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from deit_fast.benchmark.clock import Clock
+from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.flops import flop_counter
+from deit_fast.benchmark.measure import ERROR_ALLOWED, LEAST_ERROR, failures
+from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
+from deit_fast.kernels import tuned
+
+
+@dataclass
+class OperatorRow:
+    """One contender for one operator of a step.
+
+    times: how often the step calls it. flops: of its matrix products. moved: bytes of its distinct inputs and outputs.
+    """
+
+    case: Case
+    operator: str
+    shape: str
+    times: int
+    contender: str
+    seconds: list[float] = field(default_factory=list)
+    error: float | None = None
+    failure: str | None = None
+    flops: int | None = None
+    moved: int = 0
+
+
+# A peer takes an operator's arguments and returns the call to time, or None where it has nothing in its place.
+Peer = Callable[..., Callable[[], Tensor] | None]
+
+
+def _liger_layer_norm(x, weight, bias, eps):
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return None if weight is None or bias is None else lambda: LigerLayerNormFunction.apply(x, weight, bias, eps)
+
+
+def _apex_layer_norm(x, weight, bias, eps):
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    return None if weight is None else lambda: fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
+
+
+def _flash_attention(qkv, scale, kept):
+    from flash_attn import flash_attn_qkvpacked_func
+
+    if kept is not None or qkv.dtype is torch.float32:
+        return None
+    return lambda: flash_attn_qkvpacked_func(qkv, softmax_scale=scale).flatten(2)
+
+
+def _xformers_attention(qkv, scale, kept):
+    from xformers.ops import memory_efficient_attention
+
+    if kept is not None:
+        return None
+    return lambda: memory_efficient_attention(*qkv.unbind(2), scale=scale).flatten(2)
+
+
+# By operator: who, the package, the call.
+PEERS: dict[str, tuple[tuple[str, str, Peer], ...]] = {
+    "layer_norm": (("Liger", "liger_kernel", _liger_layer_norm), ("Apex", "apex", _apex_layer_norm)),
+    "attention": (("flash-attn", "flash_attn", _flash_attention), ("xformers", "xformers", _xformers_attention)),
+}
+
+
+def measure_operators(
+    case: Case, device: torch.device, clock: Clock, rounds: int, say: Callable[[str], None]
+) -> Iterator[OperatorRow]:
+    """Rows of every operator of the step, checked against the stock operator in float64; drop path off."""
+    for each in operator_cases(replace(case, drop_path=0.0), device):
+        say(each.title)
+        with torch.no_grad():
+            rows = _measured(case, each, device, clock, rounds)
+        yield from rows
+
+
+def _measured(case: Case, each: OperatorCase, device: torch.device, clock: Clock, rounds: int) -> list[OperatorRow]:
+    expected = _tensors(each.operator.stock(*_double(each.arguments)))
+    stock = _tensors(each.operator.stock(*each.arguments))
+    moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in (*_tensors(each.arguments), *stock)}.values())
+    flops = _flops(each)
+    rows, calls = [], {}
+    for name, call in _contenders(each, device):
+        row = OperatorRow(
+            case, each.operator.name, each.shape, each.times, name, flops=flops, moved=moved,
+        )  # fmt: skip
+        rows.append(row)
+        if isinstance(call, str):
+            row.failure = call
+            continue
+        with failures(row):
+            row.error = _check(_tensors(call()), stock, expected)
+            calls[name] = (call, clock.calls(call))
+    for _ in range(rounds):
+        for row in rows:
+            if row.contender in calls and row.failure is None:
+                with failures(row):
+                    row.seconds.append(clock.seconds(*calls[row.contender]))
+    return rows
+
+
+def _contenders(each: OperatorCase, device: torch.device) -> Iterator[tuple[str, Callable[[], object] | str]]:
+    """Names and calls; or why there is none."""
+    operator = getattr(torch.ops.deit_fast, each.operator.name)
+
+    def ours(heeding: bool) -> Callable[[], object]:
+        def call() -> object:
+            with tuned.enabled(heeding):
+                return operator(*each.arguments)
+
+        return call
+
+    yield "stock", lambda: each.operator.stock(*each.arguments)
+    yield "deit_fast", ours(False)
+    if device.type == "cuda":
+        yield "deit_fast, tuned", ours(True)
+        for name, package, peer in PEERS.get(each.operator.name, ()):
+            if find_spec(package) is None:
+                yield name, f"{package} is not installed"
+            elif (call := peer(*each.arguments)) is not None:
+                yield name, call
+
+
+def _check(found: list[Tensor], stock: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error of a result. Peers return the first result alone.
+
+    Raises:
+        ArithmeticError: it is more than `ERROR_ALLOWED` times the stock operator's.
+    """
+    largest = max(float(right.norm()) for right in expected)
+    worst = 0.0
+    for ours, theirs, right in zip(found, stock, expected, strict=False):
+        # The gradient of a key's bias is nothing but rounding: it is held to the size of the others.
+        size = max(float(right.norm()), largest / 100, torch.finfo(torch.float64).tiny)
+        error, allowed = (float((t.double() - right).norm()) / size for t in (ours, theirs))
+        if not error <= max(ERROR_ALLOWED * allowed, LEAST_ERROR.get(theirs.dtype, 1e-6)):
+            raise ArithmeticError(f"wrong: error {error:.1e} against float64, the stock operator's is {allowed:.1e}")
+        worst = max(worst, error)
+    return worst
+
+
+def _double(arguments: tuple) -> tuple:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
+
+
+def _tensors(result: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _flops(each: OperatorCase) -> int:
+    with flop_counter() as counter:
+        getattr(torch.ops.deit_fast, each.operator.name)(*each.arguments)
+    return counter.get_total_flops()

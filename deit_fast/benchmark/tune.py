@@ -1,0 +1,171 @@
+"""Measures what an operator can be launched with, and the stock operators beside it: the fastest is kept."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from deit_fast.benchmark.candidates import neighbours, tunable
+from deit_fast.benchmark.clock import Clock
+from deit_fast.benchmark.operator_cases import OperatorCase
+from deit_fast.kernels import launch
+from deit_fast.kernels.replay import Replayed
+from deit_fast.kernels.tuned import Choice
+
+# What is not faster by as much is noise, and what is shipped stays.
+LEAST_GAIN = 0.02
+# Of the shipped result's norm; other tiles add up in another order, wrong ones are further away.
+_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+_FINALISTS = 3
+
+
+@dataclass
+class Tuned:
+    """What was found for one operator. seconds: the medians, by what ran: "stock", "shipped", "tuned"."""
+
+    case: OperatorCase
+    choice: Choice
+    seconds: dict[str, float]
+    tried: int
+    failure: str | None = None
+
+
+def tune(cases: list[OperatorCase], clock: Clock, rounds: int, say: Callable[[str], None]) -> Iterator[Tuned]:
+    """One result for each of `cases`, as soon as it is there."""
+    for i, case in enumerate(cases):
+        say(f"{i + 1} of {len(cases)}: {case.title}")
+        with torch.no_grad():
+            result = _tuned(case, clock, rounds)
+        yield result
+
+
+def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
+    operator, arguments = case.operator, case.arguments
+
+    def stock() -> object:
+        return operator.stock(*arguments)
+
+    reason = operator.unsupported(*arguments)
+    if reason is not None:
+        return Tuned(case, Choice(True, {}), {}, 0, reason)
+    shipped: dict[str, object] = {}
+    shipped_call = _prepared(case, {}, None, shipped)
+    if isinstance(shipped_call, str):
+        return Tuned(case, Choice(True, {}), {}, 0, shipped_call)
+    # Of packed tensors what lies past the kept samples is anything.
+    packed = "kept" in operator.parameters and arguments[operator.parameters.index("kept")] is not None
+    expected = None if packed else shipped_call()
+
+    best: dict[str, object] = {}
+    timed = {(): _once(shipped_call, clock)}
+    calls: dict[tuple, Callable[[], object]] = {(): shipped_call}
+    for asked, setting in shipped.items():
+        if tunable(asked):
+            best = _climb(case, asked, setting, best, expected, timed, calls, clock)
+
+    finalists = sorted(timed, key=timed.get)[:_FINALISTS]
+    contenders = {"stock": stock, (): shipped_call, **{key: calls[key] for key in finalists}}
+    counts = {name: clock.calls(call) for name, call in contenders.items()}
+    seconds: dict[object, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            seconds[name].append(clock.seconds(call, counts[name]))
+    medians = {name: median(values) for name, values in seconds.items()}
+    fastest = min((key for key in medians if key != "stock"), key=medians.get)
+    if medians[fastest] > (1 - LEAST_GAIN) * medians[()]:
+        fastest = ()
+    found = {"stock": medians["stock"], "shipped": medians[()], "tuned": medians[fastest]}
+    choice = Choice(medians["stock"] < medians[fastest], {} if medians["stock"] < medians[fastest] else dict(fastest))
+    return Tuned(case, _as_json(choice), found, len(timed) - 1)
+
+
+def _climb(case, asked, setting, best, expected, timed, calls, clock) -> dict[str, object]:
+    """From the shipped setting to the fastest neighbour, as long as there is one; the other settings as in `best`."""
+    current = setting
+    while True:
+        start = timed[_key(best)]
+        for other in neighbours(asked, current):
+            chosen = {**best, asked: other}
+            key = _key(chosen)
+            if key in timed or other == setting:
+                continue
+            call = _prepared(case, chosen, expected)
+            timed[key] = float("inf") if isinstance(call, str) else _once(call, clock)
+            if not isinstance(call, str):
+                calls[key] = call
+        around = {key: seconds for key, seconds in timed.items() if dict(key).keys() == {*best, asked}}
+        fastest = min(around, key=around.get, default=None)
+        if fastest is None or around[fastest] >= (1 - LEAST_GAIN) * start:
+            return best
+        best, current = dict(fastest), dict(fastest)[asked]
+
+
+def _key(settings: dict[str, object]) -> tuple:
+    return tuple(sorted(settings.items(), key=lambda item: item[0]))
+
+
+def _once(call: Callable[[], object], clock: Clock) -> float:
+    return clock.seconds(call, clock.calls(call))
+
+
+def _prepared(
+    case: OperatorCase, settings: dict[str, object], expected: object, asked: dict[str, object] | None = None
+) -> Callable[[], object] | str:
+    """The operator's launches with `settings`, to be made again and again; or why they are out of the question.
+
+    expected: what they must compute, unless None. asked: fills with the settings that the launcher asked for.
+    """
+    operator, arguments = case.operator, case.arguments
+    replayed = Replayed(operator.launcher)
+    try:
+        with launch.settings(settings) as questions, launch.recorded() as launches:
+            found = operator.launcher(*arguments)
+        spilled = max((getattr(each.compiled, "n_spills", 0) or 0 for each in launches), default=0)
+        if spilled:
+            return f"spills {spilled} registers"
+        with launch.settings(settings):
+            key = replayed.plan(arguments)[1]
+            replayed(key, arguments)
+        if expected is not None and not _agree(found, expected):
+            return "computes something else"
+    except Exception as error:  # whatever a compiler or a driver raises: the others are still wanted
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    if asked is not None:
+        asked.update(questions)
+    plan = replayed.plans.get(key)
+    if plan is not None:
+        return lambda: plan.run(replayed.plan(arguments)[2])
+
+    def call() -> object:
+        with launch.settings(settings):
+            return operator.launcher(*arguments)
+
+    return call
+
+
+def _agree(found: object, expected: object) -> bool:
+    pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
+    largest = max((theirs.double().norm() for _, theirs in pairs), default=0.0)
+    # The gradient of a key's bias is nothing but rounding: it is held to the size of the others.
+    return all(
+        (ours.double() - theirs.double()).norm() <= _ALLOWED[theirs.dtype] * max(theirs.double().norm(), largest / 100)
+        for ours, theirs in pairs
+    )
+
+
+def _tensors(result: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.dtype in _ALLOWED]
+
+
+def _as_json(choice: Choice) -> Choice:
+    """Tiles by the names of their fields."""
+
+    def plain(setting):
+        if hasattr(setting, "_asdict"):
+            return setting._asdict()
+        return [plain(part) for part in setting] if isinstance(setting, tuple) else setting
+
+    return Choice(choice.stock, {asked: plain(setting) for asked, setting in choice.settings.items()})

@@ -1,0 +1,84 @@
+"""`deit-fast tune`: measures on this GPU what the kernels are launched with, and keeps what is fastest."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from deit_fast._extras import require
+from deit_fast.cli.cases import MODEL_SUITES, add_arguments, cases
+from deit_fast.cli.demo import writable_folder
+from deit_fast.cli.errors import UserError, user_input
+from deit_fast.cli.predict import find_device
+from deit_fast.kernels import launch, replay, tuned
+
+ROUNDS = 7
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand and its arguments."""
+    parser = commands.add_parser(
+        "tune",
+        help="measure the launch settings of a model's operators on this GPU and keep the fastest",
+        description="For every operator of the models' steps, measures other launch settings and the stock operators "
+        "beside the shipped ones, and writes the fastest to files that deit_fast reads from then on (in "
+        "$DEIT_FAST_TUNED, or deit_fast/tuned in the user's cache). What spills registers is not measured.",
+    )
+    parser.add_argument("--suite", action="append", choices=MODEL_SUITES, help="default: both")
+    add_arguments(parser, dtype="bfloat16", batch="64")
+    parser.add_argument("--device", help="default: the GPU")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write after every operator, and print."""
+    with user_input():
+        for module in ("timm", "rich"):
+            require(module, extra="bench")
+    from rich.console import Console
+
+    from deit_fast.benchmark.clock import GpuClock
+
+    device = find_device(args.device)
+    if device.type != "cuda":
+        raise UserError("tune measures a GPU, and there is none here: on a CPU the stock operators run")
+    with user_input():
+        found = cases(args, args.suite or MODEL_SUITES)
+        writable_folder(tuned.folder(), "$DEIT_FAST_TUNED")
+    console = Console(highlight=False)
+    try:
+        for case in found:
+            tune_case(case, device, GpuClock(device), console)
+    except KeyboardInterrupt:
+        console.print("Interrupted: what was measured so far is kept.")
+    console.print(f"Written to {tuned.folder()}", soft_wrap=True)
+    return 0
+
+
+def tune_case(case, device: torch.device, clock, console) -> None:
+    """Tunes every operator of a step, and writes each as soon as it is measured."""
+    from rich.table import Table
+
+    from deit_fast.benchmark.operator_cases import operator_cases
+    from deit_fast.benchmark.tune import tune
+
+    table = Table("operator", "batch", "stock µs", "shipped µs", "tuned µs", "tried", "fastest", box=None)
+    with console.status(f"{case.title}: its operators") as status:
+        operators = operator_cases(case, device)
+        for result in tune(operators, clock, ROUNDS, lambda what: status.update(f"tuning {what}")):
+            operator = result.case
+            if result.failure is None:
+                name, driver = launch.device_name(device), launch.driver_version()
+                tuned.write(operator.operator.name, operator.shape, name, driver, operator.batch, result.choice)
+            times = [f"{1e6 * result.seconds[what]:.1f}" if result.seconds else "" for what in result.seconds]
+            table.add_row(
+                f"{operator.operator.name} {operator.shape.replace(',', ' ')}",
+                str(operator.batch),
+                *(times or [""] * 3),
+                str(result.tried),
+                result.failure
+                or ("stock" if result.choice.stock else "tuned" if result.choice.settings else "shipped"),
+            )
+    replay.forget()
+    console.print(f"\n[bold]{case.title}[/]", soft_wrap=True)
+    console.print(table)

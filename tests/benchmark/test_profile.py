@@ -1,0 +1,69 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deit_fast.benchmark import profile
+from deit_fast.benchmark.profile import KernelTime, by_kernel
+
+METADATA = [
+    {"name": "linear_kernel 4×8 bfloat16", "flops16": 100, "bytes": 10},
+    {"name": "attention_kernel 4×8 bfloat16", "flops16": 50, "bytes": 20},
+    {"name": "linear_kernel 4×16 bfloat16", "flops16": 300, "bytes": 30},
+]
+KERNELS = [("linear_kernel", 1.0), ("copy", 0.5), ("attention_kernel", 4.0), ("linear_kernel", 2.0)]
+
+
+def test_launches_of_one_kernel_are_told_apart_by_their_shapes():
+    assert by_kernel(KERNELS * 2, METADATA * 2, steps=2) == [
+        KernelTime("attention_kernel 4×8 bfloat16", 1, 4.0, 50, 20),
+        KernelTime("linear_kernel 4×16 bfloat16", 1, 2.0, 300, 30),
+        KernelTime("linear_kernel 4×8 bfloat16", 1, 1.0, 100, 10),
+        KernelTime("copy", 1, 0.5),
+    ]
+
+
+def test_a_step_is_profiled_and_its_launches_noted(monkeypatch):
+    """On a stand-in for the profiler, whose events come in no order, and for Triton's hook."""
+    hooks = []
+    hook = SimpleNamespace(add=hooks.append, remove=hooks.remove)
+    monkeypatch.setattr(profile.triton.knobs.runtime, "launch_enter_hook", hook)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    class Profiler:
+        def __init__(self, activities) -> None:
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception) -> None: ...
+
+        def events(self):
+            found = [
+                SimpleNamespace(
+                    name=name, device_type=gpu, device_time=1e6 * seconds, time_range=SimpleNamespace(start=i)
+                )
+                for i, (name, seconds) in enumerate(KERNELS * profile.STEPS)
+            ]
+            return [SimpleNamespace(name="aten::mm", device_type=cpu), *reversed(found)]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+
+    def step() -> None:
+        for each in METADATA:
+            for call in hooks:
+                call(SimpleNamespace(get=lambda each=each: each))
+
+    found = profile.profiled(step)
+    assert [(each.name, each.calls, each.seconds) for each in found] == [
+        (name, pytest.approx(1), pytest.approx(seconds))
+        for name, seconds in (
+            ("attention_kernel 4×8 bfloat16", 4.0),
+            ("linear_kernel 4×16 bfloat16", 2.0),
+            ("linear_kernel 4×8 bfloat16", 1.0),
+            ("copy", 0.5),
+        )
+    ]
+    assert hooks == []

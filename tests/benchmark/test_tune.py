@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from deit_fast.benchmark.candidates import neighbours, tunable
+from deit_fast.benchmark.tune import _agree
+from deit_fast.kernels.launch import AttentionTile, Tile
+from tests.support.compiled import printed_by
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict:
+    return printed_by("-m", "tests.benchmark.tune_checks")
+
+
+def test_the_fastest_settings_are_found_and_kept(seen):
+    for name in ("layer_norm_linear", "linear_residual", "patch_embed"):
+        for found in seen["found"][name]:
+            (tile,) = found["settings"].values()
+            assert (tile["rows"], tile["depth"]) == (64, 32)
+            assert found["seconds"] == {"stock": 2.0, "shipped": found["seconds"]["shipped"], "tuned": 1.0}
+
+
+def test_an_operator_with_several_settings_has_each_tuned(seen):
+    for found in seen["found"]["linear_backward"]:
+        assert {asked.partition("(")[0] for asked in found["settings"]} == {"input_gradient", "weight_gradient"}
+
+
+def test_where_the_stock_operators_are_fastest_they_are_chosen(seen):
+    (found,) = seen["found"]["attention"]
+    assert found["stock"] and found["settings"] == {}
+
+
+def test_what_gains_nothing_stays_as_shipped(seen):
+    (found,) = seen["found"]["layer_norm"]
+    assert found["settings"] == {} and not found["stock"] and found["seconds"]["tuned"] == found["seconds"]["shipped"]
+
+
+def test_a_step_then_launches_what_was_chosen_and_as_shipped_while_that_is_off(seen):
+    assert ["linear_kernel", 128, 64] in seen["untuned"] and ["attention_kernel", None, None] in seen["untuned"]
+    assert next(kernel for kernel in seen["heeded"] if kernel[0] == "linear_kernel") == ["linear_kernel", 64, 32]
+    assert "attention_kernel" not in {kernel for kernel, *_ in seen["heeded"]}
+
+
+def test_a_setting_that_does_not_run_gives_way_to_the_shipped_one_and_says_so_once(seen):
+    (said,) = seen["broken"]["said"]
+    assert "linear does not run with what was measured for it (ValueError: a setting has rows; the table has" in said
+    assert seen["broken"]["launches"] == ["linear_kernel"] * 2
+
+
+def test_neighbours_are_a_step_away_and_within_bounds():
+    found = list(neighbours("gemm(1, 2)", Tile(64, 16, 32, 8, 1)))
+    assert Tile(128, 16, 32, 8, 1) in found and Tile(64, 16, 32, 8, 2) in found and Tile(32, 16, 32, 4, 1) in found
+    assert len(found) == len(set(found))
+    assert all(tile.columns >= 16 and tile.num_stages >= 1 and tile.num_warps <= 8 for tile in found)
+
+
+def test_of_two_tiles_one_at_a_time_moves():
+    tiles = (AttentionTile(64, 32, 4, 2), AttentionTile(32, 64, 4, 2))
+    for other in neighbours("attention_backward(64, 2, sm_90)", tiles):
+        assert sum(ours != theirs for ours, theirs in zip(other, tiles, strict=True)) == 1
+
+
+def test_what_follows_from_the_shape_is_not_tuned():
+    assert tunable("mlp(192, sm_90)") and not tunable("finish_layer_norm_linear(sm_90)")
+    assert all(tile.depth == 192 for tile in neighbours("mlp(192, sm_90)", Tile(64, 32, 192, 8, 1)))
+    assert set(neighbours("layer_norm_rows(384, (2,), sm_90)", (4, 4))) == {(2, 4), (8, 4), (4, 2), (4, 8)}
+
+
+def test_results_that_differ_by_more_than_rounding_do_not_agree():
+    torch.manual_seed(0)
+    expected = [torch.randn(100), torch.randn(100) * 1e-9]
+    assert _agree([expected[0] * (1 + 1e-5), torch.zeros(100)], expected)
+    assert not _agree([expected[0] * 1.01, expected[1]], expected)
+    assert not _agree([expected[0] * float("nan"), expected[1]], expected)

@@ -1,0 +1,118 @@
+"""Tunes a small model's operators on a stand-in for a GPU, whose clock has its own taste, and runs them tuned.
+
+Prints what was chosen and launched, as JSON for `test_tune`. A program of its own because the test process has
+TRITON_INTERPRET set.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from unittest import mock
+
+import torch
+
+from deit_fast.benchmark import tune
+from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.operator_cases import operator_cases
+from deit_fast.benchmark.standin_driver import recording
+from deit_fast.benchmark.targets import TARGETS
+from deit_fast.kernels import launch, replay, tuned
+from deit_fast.ops import backend
+from deit_fast.ops.registration import OPERATORS
+
+CASE = Case("deit_tiny_distilled_patch16_224", 4, 32, "bfloat16", training=True)
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Likes rows of 64, steps of 32, and the stock operators for attention."""
+
+    def __init__(self, launches: list) -> None:
+        self.launches = launches
+
+    def calls(self, call) -> int:
+        call()
+        return 1
+
+    def seconds(self, call, calls: int) -> float:
+        self.launches.clear()
+        call()
+        if not self.launches:
+            return 2.0
+        return sum(self._taste(each) for each in self.launches) / len(self.launches)
+
+    def _taste(self, each) -> float:
+        if "attention" in each.kernel:
+            return 3.0
+        options = each.constexprs
+        return 1 + abs(options.get("ROW_BLOCK", 64) - 64) / 1000 + abs(options.get("DEPTH_BLOCK", 32) - 32) / 100
+
+
+def tuned_settings(launches: list) -> dict:
+    """Every operator of the step by name: whether stock was chosen, the settings, how many were tried."""
+    found = {}
+    cases = operator_cases(CASE, CPU)
+    # Nothing runs here, so nothing is computed to compare.
+    with mock.patch.object(tune, "_agree", lambda found, expected: True):
+        for result in tune.tune(cases, Clock(launches), 3, lambda what: None):
+            name, case = result.case.operator.name, result.case
+            if result.failure is None:
+                tuned.write(name, case.shape, "sm_90", launch.driver_version(), case.batch, result.choice)
+            found.setdefault(name, []).append(
+                {"stock": result.choice.stock, "settings": result.choice.settings, "tried": result.tried,
+                 "seconds": result.seconds, "failure": result.failure}
+            )  # fmt: skip
+    return found
+
+
+def launched(launches: list) -> list:
+    """Kernels of a step, each with its rows and depth."""
+    replay.forget()
+    launches.clear()
+    operator_cases(CASE, CPU)
+    untuned = [_shown(each) for each in launches]
+    launches.clear()
+    with mock.patch.object(tuned, "enabled", lambda on: mock.MagicMock()):
+        operator_cases(CASE, CPU)
+    return [untuned, [_shown(each) for each in launches]]
+
+
+def _shown(each) -> list:
+    return [each.kernel, each.constexprs.get("ROW_BLOCK"), each.constexprs.get("DEPTH_BLOCK")]
+
+
+def refused(launches: list) -> dict:
+    """What happens where a file's setting does not fit the table."""
+    arguments = (*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 192), (64, 192))), None, "none", "none")
+    shape, batch = tuned.described(OPERATORS["linear"].parameters, arguments)
+    settings = {"gemm(64, 192, 2, sm_90, none)": {"rows": 1}}
+    tuned.write("linear", shape, "sm_90", launch.driver_version(), batch, tuned.Choice(False, settings))
+    replay.forget()
+    launches.clear()
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.ops.deit_fast.linear(*arguments)
+    return {"said": [str(each.message) for each in said], "launches": [each.kernel for each in launches]}
+
+
+def main() -> None:
+    import timm
+
+    create = timm.create_model
+    with (
+        mock.patch.object(timm, "create_model", lambda name, **options: create(name, depth=2, **options)),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, {"DEIT_FAST_TUNED": folder}),
+        recording(TARGETS["sm_90"], compiling=False) as launches,
+        backend.forced("triton"),
+    ):
+        found = tuned_settings(launches)
+        untuned, heeded = launched(launches)
+        broken = refused(launches)
+    print(json.dumps({"found": found, "untuned": untuned, "heeded": heeded, "broken": broken}))
+
+
+if __name__ == "__main__":
+    main()
