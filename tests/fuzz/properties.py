@@ -269,6 +269,28 @@ def not_finite_attention(draw) -> Case:
     return Case((qkv, 0.125), ())
 
 
+def projected(draw, x: Recipe, heads: int, width: int, dtype: torch.dtype) -> tuple:
+    """Arguments from x on of an operator that projects to q, k and v itself, without the heads and the scale."""
+    into = x.shape[-1]
+    projections = [
+        draw(recipes(shape, dtype, into ** (0.5 - len(shape) / 2), layouts=OF_WEIGHTS))
+        for _ in range(3)
+        for shape in ((width, into), (width,))
+    ]
+    return (x, *norm_parameters(draw, into, dtype), *projections)
+
+
+@operator("layer_norm_attention_qkv")
+@st.composite
+def layer_norm_attention_qkv(draw) -> Case:
+    (batch, tokens), dtype = leading(draw, ATTENDED), draw(DTYPE)
+    heads, head_dim = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((32, 64)))
+    x = draw(recipes((batch, tokens, draw(WIDTHS)), dtype))
+    arguments = (*projected(draw, x, heads, heads * head_dim, dtype), heads, head_dim**-0.5)
+    # In float32 its backward's rounding is that of three operators, each of which is drawn by itself.
+    return Case(arguments, differentiable(arguments, 7) if tokens > 1 and dtype is not torch.float32 else ())
+
+
 def stock_readout(x, norm_weight, norm_bias, eps, q, q_bias, k, k_bias, v, v_bias, rows, heads, scale):
     """What a model's own modules compute."""
     normalised = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
@@ -297,12 +319,7 @@ def readout_attention_qkv(draw) -> Case:
     width = heads * draw(st.sampled_from((32, 64)))
     rows = draw(st.integers(1, min(2, tokens)))
     x = draw(recipes((batch, tokens, width), dtype, extremes=NOT_FINITE))
-    projections = [
-        draw(recipes(shape, dtype, width ** (0.5 - len(shape) / 2), layouts=OF_WEIGHTS))
-        for _ in range(3)
-        for shape in ((width, width), (width,))
-    ]
-    arguments = (x, *norm_parameters(draw, width, dtype), *projections, rows, heads, (width // heads) ** -0.5)
+    arguments = (*projected(draw, x, heads, width, dtype), rows, heads, (width // heads) ** -0.5)
     # The values' bias has the gradient of Σ p = 1, also where p is NaN.
     return Case(arguments, differentiable(arguments, 7) if tokens > 1 and not x.extremes else ())
 
