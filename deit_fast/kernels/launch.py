@@ -15,7 +15,11 @@ _SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942"
 # Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
 _MMA_SYNC = frozenset({"sm_80", "sm_86", "sm_89", "sm_120"})
 _WAVES_OF_64 = frozenset({"gfx90a", "gfx942", "gfx950"})
+# 256 registers a lane, and lanes half as many as of the other AMD GPUs: a tile takes twice what it takes there.
+_WAVES_OF_32 = frozenset({"gfx1200"})
 NO_FLOAT32_PRODUCTS = frozenset({"gfx1200"})
+# The longest row whose read-out queries fit in a wave's registers, where the others' do not.
+NARROW_READOUT = {"gfx1200": 192}
 # The interpreter is quickest with the largest tiles.
 _INTERPRETED_AS = "sm_90"
 
@@ -219,7 +223,7 @@ def mlp(width: int, arch: str) -> Tile:
     if arch in _MMA_SYNC:
         return Tile(32, 32, width, 8, 1)
     if is_amd(arch):
-        return Tile(32, 32, width, 4, 1)
+        return Tile(32, 16 if arch in _WAVES_OF_32 else 32, width, 4, 1)
     return Tile(64, 16 if arch == "sm_100" else 32, width, 8, 1)
 
 
@@ -257,7 +261,8 @@ def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[Attenti
     """
     if itemsize == 2:
         stages = 1 if is_amd(arch) else 2
-        return AttentionTile(64, 32, 4, stages), AttentionTile(32, 64, 4, stages)
+        queries = 16 if head_dim > 64 and arch in _WAVES_OF_32 else 32
+        return AttentionTile(64, 32, 4, stages), AttentionTile(queries, 64, 4, stages)
     if head_dim > 80 and not is_amd(arch):
         # Split into what TF32 multiplies, 64 rows this wide fit neither in registers nor in shared memory.
         return AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 1)
@@ -320,7 +325,7 @@ def weight_gradient(
         return Tile(rows, 64, 32, 8 if rows > 64 else 4, stages)
     rows, columns = (128 if n % 128 == 0 else 64 for n in (out_features, in_features))
     if rows * columns == 64 * 64:
-        return Tile(rows, columns, 32, 4, 2)
+        return Tile(rows, columns, 32, 8 if x_itemsize > itemsize and arch in _WAVES_OF_32 else 4, 2)
     # mma.sync's operands are in registers: a float32 x, normalised, and what it is cast to side by side.
     short = (rows * columns == 128 * 128 and stages == 2) or (x_itemsize > itemsize and arch in _MMA_SYNC)
     return Tile(rows, columns, 32 if short else 64, 8, stages)

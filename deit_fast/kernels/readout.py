@@ -205,6 +205,14 @@ def unsupported(width: int, dtype: torch.dtype | None = None) -> str | None:
     return f"rows of {width} do not fit on chip (at most {widest})" if width > widest else None
 
 
+def forward_unsupported(x: Tensor, dtype: torch.dtype) -> str | None:
+    """`unsupported` of forward, whose queries every wave holds whole."""
+    arch, width = launch.architecture(x), x.shape[-1]
+    if arch in launch.NARROW_READOUT and width > launch.NARROW_READOUT[arch]:
+        return f"rows of {width} do not fit in registers on {arch} (at most {launch.NARROW_READOUT[arch]})"
+    return unsupported(width, dtype)
+
+
 def readout(
     x: Tensor, absorbed: Tensor, norm_weight: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def _check_qkv(x, norm_weight, norm_bias, eps, *rest):
 
 
 def _unsupported(x, norm_weight, norm_bias, eps, *rest):
-    return kernels.unsupported(x.shape[-1], rest[0].dtype) or checks.kernel_products(
+    return kernels.forward_unsupported(x, rest[0].dtype) or checks.kernel_products(
         *rest[:-3], x, norm_weight, norm_bias
     )
 
