@@ -81,6 +81,7 @@ def plot(pyplot, case: Case, rows: list[OperatorRow], peaks: Peaks | None):
     if marks:
         axis.plot([x for _, x in marks], [y for y, _ in marks], "k|", markersize=9, label=f"roofline: {peaks.source}")
         axis.legend(fontsize=7)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set_xlabel("ms a step", fontsize=9)
     axis.set_title(case.title, fontsize=9, loc="left")

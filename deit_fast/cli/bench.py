@@ -158,14 +158,20 @@ def _measure_operators(case, device, clock, rounds: int, say: Callable[[str], No
 
 
 def _operator_table(case, results):
+    """What fits a terminal; the page has the rest."""
     from rich.table import Table
 
     from deit_fast.benchmark import operator_results
 
     rows = operator_results.by_case(results.operators)[case]
-    table = Table(*operator_results.HEADER[:-1], box=None)
+    table = Table("operator", "of", "contender", "µs a call", "faster", "roofline", box=None)
     for row in rows:
-        table.add_row(*operator_results.cells(row, rows, results.peaks)[:-1])
+        _, contender, time, faster, _, _, roofline, _ = operator_results.cells(row, rows, results.peaks)
+        weights = [part for part in row.shape.split(",") if "weight" in part and "=" in part]
+        of = (weights or row.shape.split(","))[0].partition("=")[2]
+        table.add_row(
+            f"{row.times} × {row.operator}", of, contender, time.partition(" (")[0], faster.partition(" ")[0], roofline
+        )
     return table
 
 
