@@ -1,4 +1,7 @@
-"""Training a swapped model with what people train with: checkpointing, averages, scalers, wrappers, compilers."""
+"""Training a swapped model with what people train with: checkpointing, averages, scalers, wrappers, compilers.
+
+On our operators with stock PyTorch behind them: left to itself, a CPU has nothing of ours to compose with.
+"""
 
 import copy
 from collections import Counter
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from deit_fast.ops import backend
 from deit_fast.swap import swap
 from tests.swap.helpers import assert_close, assert_same_gradients, gradients, operator_calls, randomise
 
@@ -21,6 +25,13 @@ timm = pytest.importorskip("timm")
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def operators() -> Iterator[None]:
+    with backend.forced("torch"):
+        yield
+
 
 CLASSES = 10
 in_both_memories = pytest.mark.parametrize("memory", ["balanced", "low"])
@@ -479,6 +490,11 @@ SETUPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def train_in_parallel(rank: int, folder: str) -> None:
     """Every setup trains on this rank's part of the batch; losses, last gradients and operator calls are saved."""
     torch.set_num_threads(1)
+    with backend.forced("torch"):
+        train_every_setup(rank, folder)
+
+
+def train_every_setup(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     images, labels = batch(RANKS * LOCAL_BATCH)
     mine = slice(rank * LOCAL_BATCH, (rank + 1) * LOCAL_BATCH)
