@@ -325,9 +325,10 @@ def weight_gradient(
         return Tile(rows, 64, 32, 8 if rows > 64 else 4, stages)
     rows, columns = (128 if n % 128 == 0 else 64 for n in (out_features, in_features))
     if rows * columns == 64 * 64:
-        return Tile(rows, columns, 32, 8 if x_itemsize > itemsize and arch in _WAVES_OF_32 else 4, 2)
+        return Tile(rows, columns, 32, 4, 2)
     # mma.sync's operands are in registers: a float32 x, normalised, and what it is cast to side by side.
-    short = (rows * columns == 128 * 128 and stages == 2) or (x_itemsize > itemsize and arch in _MMA_SYNC)
+    in_registers = arch in _MMA_SYNC or arch in _WAVES_OF_32
+    short = (rows * columns == 128 * 128 and stages == 2) or (x_itemsize > itemsize and in_registers)
     return Tile(rows, columns, 32 if short else 64, 8, stages)
 
 
