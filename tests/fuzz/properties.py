@@ -517,6 +517,9 @@ LOSS = Ways("distillation_loss", ops.distillation_loss, stock_loss, exact_loss)
 def distillation_loss(draw) -> Case:
     batch, dtype = draw(st.integers(1, 6)), draw(DTYPE)
     classes = draw(st.one_of(st.integers(10, 40), st.sampled_from((1000, 2048, 2049))))
+    if dtype is torch.float16:
+        # Of more logits the soft loss's sum, before stock divides it, passes 65504.
+        batch = min(batch, max(1, 4096 // classes))
     logits, dist_logits, teacher = (draw(recipes((batch, classes), dtype, scale)) for scale in (1.0, 3.0, 3.0))
     labels = draw(recipes((batch,), torch.int64, classes, layouts=("dense", "strided")))
     options = (
