@@ -20,7 +20,7 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make format    ruff: mend what can be mended"
-	@echo "make kernels   compile the bfloat16 launches of Ti, S and B for ten GPUs, compare with the table in bench/results;"
+	@echo "make kernels   compile Ti's, S's and B's bfloat16 launches for ten GPUs, compare with the table in bench/results;"
 	@echo "               kernels-all: every launch, to write that table"
 	@echo "make versions  the kernels with the oldest and the newest Triton that are supported"
 	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
@@ -52,38 +52,6 @@ format: $(STAMP)
 # The bfloat16 launches of DeiT-Ti, -S and -B, compared with the table in bench/results, which kernels-all writes.
 kernels: $(STAMP)
 	$(RUN) -m bench.kernels --models tiny,small,base,tiny-384,small-384,base-384,transformers-small --precisions bf16 --against bench/results/kernels.json
-
-kernels-all: every launch, to write that table"
-	@echo "make versions  the kernels with the oldest and the newest Triton that are supported"
-	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
-	@echo "make sanitize  every operator's launches executed with bounds and races checked, compiler passes compared"
-	@echo "make traffic   count operator calls and bytes of stock and swapped models"
-	@echo "make clean     remove build outputs and caches (keeps $(VENV))"
-
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned versions in constraints.txt need Python 3.11 or newer; choose one with make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -c constraints.txt -e ".[dev]"
-	@touch $@
-
-demo: $(STAMP)
-	$(VENV)/bin/deit-fast demo
-
-# One thread a worker: the workers already share the cores.
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
-
-lint: $(STAMP)
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-
-format: $(STAMP)
-	$(RUN) -m ruff check --fix .
-	$(RUN) -m ruff format .
-
-# Every bfloat16 launch, compared with the table in bench/results, which kernels-all writes.
-kernels: $(STAMP)
-	$(RUN) -m bench.kernels --precisions bf16 --against bench/results/kernels.json
 
 kernels-all: $(STAMP)
 	$(RUN) -m bench.kernels --out bench/results
