@@ -22,8 +22,8 @@ import multiprocessing
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,8 +41,20 @@ DEFAULT_PRECISIONS = "bf16,autocast-bf16,fp16,fp32"
 WORKERS = 2
 # Fresh processes: whatever the product remembers of its device is forgotten with them.
 SPAWN = multiprocessing.get_context("spawn")
-# Of one process, which would else keep the memory of all it compiled.
-COMPILED_BY_ONE = 400
+# Its processes would else keep the memory of all they compiled. (max_tasks_per_child can wait for ever: in Python 3.11
+# a pool whose processes end at one time starts no other.)
+COMPILED_BY_A_POOL = 200
+
+
+def each_alone(function: Callable, calls: Sequence[tuple]) -> list:
+    """What `function` returns for each of `calls`, every one in a process of its own, WORKERS at a time."""
+
+    def alone(arguments: tuple) -> object:
+        with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+            return pool.submit(function, *arguments).result()
+
+    with ThreadPoolExecutor(WORKERS) as threads:
+        return list(threads.map(alone, calls))
 
 
 def launches_on(target: str, *what) -> tuple[dict[str, dict], list[str]]:
@@ -250,16 +262,12 @@ def main() -> None:
     before = _earlier(arguments.against) if arguments.against else {}
 
     rows, start = [], time.perf_counter()
-    with ProcessPoolExecutor(WORKERS, mp_context=SPAWN, max_tasks_per_child=1) as pool:
-        found = dict(
-            zip(targets, pool.map(launches_on, targets, *([each] * len(targets) for each in what)), strict=True)
-        )
+    found = dict(zip(targets, each_alone(launches_on, [(target, *what) for target in targets]), strict=True))
     waiting = [row for launches, _ in found.values() for row in launches.values()]
-    with ProcessPoolExecutor(WORKERS, mp_context=SPAWN, max_tasks_per_child=COMPILED_BY_ONE) as pool:
-        for row in pool.map(compiled, waiting):
-            rows.append(row)
-            if len(rows) % 100 == 0:
-                print(f"{len(rows)} of {len(waiting)} compiled, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    for first in range(0, len(waiting), COMPILED_BY_A_POOL):
+        with ProcessPoolExecutor(WORKERS, mp_context=SPAWN) as pool:
+            rows += pool.map(compiled, waiting[first : first + COMPILED_BY_A_POOL])
+        print(f"{len(rows)} of {len(waiting)} compiled, {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
     rows.sort(key=_order)
     print(markdown(rows), summary(rows), sep="\n\n")

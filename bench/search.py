@@ -11,7 +11,7 @@ import argparse
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-from bench.kernels import SPAWN, WORKERS, compiled, launches_on, problem
+from bench.kernels import SPAWN, WORKERS, compiled, each_alone, launches_on, problem
 from bench.launches import MODELS, PRECISIONS, SUITES
 from bench.models import choices
 from deit_fast.benchmark.targets import TARGETS
@@ -73,12 +73,9 @@ def main() -> None:
     )
     for target in choices(arguments.targets, TARGETS, "target"):
         print(target)
-        with ProcessPoolExecutor(WORKERS, mp_context=SPAWN, max_tasks_per_child=1) as pool:
-            found = [
-                pool.submit(rows_with, arguments.function, candidate, target, *what)
-                for candidate in (None, *arguments.candidates)
-            ]
-        tried = dict(zip((None, *arguments.candidates), (each.result() for each in found), strict=True))
+        candidates = (None, *arguments.candidates)
+        found = each_alone(rows_with, [(arguments.function, candidate, target, *what) for candidate in candidates])
+        tried = dict(zip(candidates, found, strict=True))
         # Shipped launches that some candidate changes; of a candidate, those that are not shipped.
         changed = {key for rows in list(tried.values())[1:] for key in tried[None].keys() - rows.keys()}
         with ProcessPoolExecutor(WORKERS, mp_context=SPAWN) as pool:

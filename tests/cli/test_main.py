@@ -1,5 +1,8 @@
 """The command line itself."""
 
+import subprocess
+import sys
+
 import pytest
 
 import deit_fast
@@ -40,3 +43,13 @@ def test_errors_of_the_program_are_not_taken_for_the_users(monkeypatch):
     monkeypatch.setattr(demo, "find_device", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["demo"])
+
+
+def test_a_reader_that_has_read_enough_is_no_traceback():
+    program = (
+        "import sys; from deit_fast.cli import check, main; "
+        "check.run = lambda args: print('x' * 10**6) or 0; sys.exit(main.main(['check']))"
+    )
+    command = f'"{sys.executable}" -c "{program}" | head -c 1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout == "x" and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
