@@ -1,6 +1,7 @@
 """Entry point of `deit-fast`: the arguments of each subcommand."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,10 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"deit-fast: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads has read enough, as `head` does; Python would flush once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ it is given, never by values, so a plan, the memory it allocated and the kernels
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -40,19 +41,14 @@ class Empty(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel: `arguments` with the `pointers` left open, each (position, slot, bytes past the slot's pointer).
-
-    Slots are the tensors given, in their order, those allocated for the result, and all other memory, in one piece.
-    `compiled` holds what `run` starts.
-    """
+    """One kernel. `arguments` picks them out of the plan's values; `compiled` holds what `run` starts."""
 
     compiled: object
     run: Callable[..., None]
     function: object
     metadata: object
     programs: int
-    arguments: tuple
-    pointers: tuple[tuple[int, int, int], ...]
+    arguments: Callable[[list], tuple]
 
 
 class Output(NamedTuple):
@@ -63,10 +59,16 @@ class Output(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """A plan's values are addresses, then `constants`: of the tensors given, in their order, of those allocated for the
+    result, of all other memory, in one piece, and of what lies `inside` these, each (which of them, bytes past it).
+    """
+
     device: int
     empties: tuple[Empty, ...]
     scratch: int  # bytes that no result is in
     on: torch.device
+    inside: tuple[tuple[int, int], ...]
+    constants: tuple
     launches: tuple[Launch, ...]
     outputs: tuple[Output | None, ...]
     returns: Callable[[list], object]
@@ -82,11 +84,9 @@ class Plan(NamedTuple):
             scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.on)
             pointers.append(scratch.data_ptr())
         stream = driver.active.get_current_stream(self.device)
-        for _, run, function, metadata, programs, arguments, open_pointers in self.launches:
-            filled = list(arguments)
-            for position, slot, offset in open_pointers:
-                filled[position] = pointers[slot] + offset
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *filled)
+        values = [*pointers, *[pointers[slot] + offset for slot, offset in self.inside], *self.constants]
+        for _, run, function, metadata, programs, arguments in self.launches:
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments(values))
         if self.only is not None:
             return allocated[self.only]
         return self.returns(
@@ -224,23 +224,42 @@ def _planned(arguments: tuple, allocated: list[Tensor], launches: list[launch.Re
     for tensor in rest:
         bases.append(bases[-1] + -(-_extent(tensor) // _ALIGNMENT) * _ALIGNMENT)
     first_of_rest = len(given) + len(results)
+    scratch = max(bases[-1], 1) if rest else 0
 
-    found: list[Launch] = []
-    for compiled, programs, arguments_, _ in launches:
-        open_pointers, constants = [], []
-        for position, argument in enumerate(arguments_):
-            if isinstance(argument, Tensor):
-                place = _place(argument, slots)
-                if place is None:
-                    return None
-                slot, offset = place
-                if slot >= first_of_rest:
-                    slot, offset = first_of_rest, offset + bases[slot - first_of_rest]
-                open_pointers.append((position, slot, offset))
-                argument = None
-            constants.append(argument)
-        runner = (compiled, compiled.run, compiled.function, compiled.packed_metadata)
-        found.append(Launch(*runner, programs, tuple(constants), tuple(open_pointers)))
+    inside: dict[tuple[int, int], int] = {}
+    constants: list = []
+    picked: list[list[tuple[str, int]]] = []
+    for _, _, arguments_, _ in launches:
+        places = []
+        for argument in arguments_:
+            if not isinstance(argument, Tensor):
+                places.append(("constant", len(constants)))
+                constants.append(argument)
+                continue
+            place = _place(argument, slots)
+            if place is None:
+                return None
+            slot, offset = place
+            if slot >= first_of_rest:
+                slot, offset = first_of_rest, offset + bases[slot - first_of_rest]
+            if offset == 0:
+                places.append(("slot", slot))
+            else:
+                places.append(("inside", inside.setdefault((slot, offset), len(inside))))
+        picked.append(places)
+    first = {"slot": 0, "inside": first_of_rest + bool(scratch)}
+    first["constant"] = first["inside"] + len(inside)
+    found = [
+        Launch(
+            compiled,
+            compiled.run,
+            compiled.function,
+            compiled.packed_metadata,
+            programs,
+            itemgetter(*(first[kind] + index for kind, index in places)),
+        )
+        for (compiled, programs, _, _), places in zip(launches, picked, strict=True)
+    ]
 
     outputs = [None if tensor is None else _output(tensor, results) for tensor in tensors]
     if not found or any(output is None for output, tensor in zip(outputs, tensors, strict=True) if tensor is not None):
@@ -248,7 +267,18 @@ def _planned(arguments: tuple, allocated: list[Tensor], launches: list[launch.Re
     returns = {list: list, tuple: tuple}.get(type(result), _only)
     empties = tuple(Empty(tuple(t.shape), t.stride(), t.dtype, t.device) for t in results)
     alone = outputs[0].allocated if returns is _only and outputs[0].view is None else None
-    return Plan(launches[0].device, empties, bases[-1], given[0].device, tuple(found), tuple(outputs), returns, alone)
+    return Plan(
+        launches[0].device,
+        empties,
+        scratch,
+        given[0].device,
+        tuple(inside),
+        tuple(constants),
+        tuple(found),
+        tuple(outputs),
+        returns,
+        alone,
+    )
 
 
 def _only(tensors: list) -> object:
