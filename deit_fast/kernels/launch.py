@@ -1,5 +1,6 @@
 """The one table of launch settings, by kernel, shape, dtype and architecture, and how a kernel is launched."""
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,10 +107,15 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def driver_version() -> str:
-    """Of CUDA's interface to the driver, or of ROCm."""
+    """Of the interface to CUDA's driver, 12080, or of ROCm; "none" where there is no driver."""
     if torch.version.hip:
         return torch.version.hip
-    return str(torch._C._cuda_getDriverVersion()) if torch.cuda.is_available() else "none"
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "none"
+    return str(version.value)
 
 
 def is_amd(arch: str) -> bool:

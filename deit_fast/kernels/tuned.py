@@ -73,9 +73,14 @@ def forget() -> None:
     _measured.cache_clear()
 
 
+def is_there() -> bool:
+    """Whether anything was measured, and is to be heeded."""
+    return _enabled and bool(_names())
+
+
 def choice(op: str, names: Sequence[str], arguments: tuple, device_name: str, driver: str) -> Choice | None:
     """What was measured for `op`, whose `arguments` are called `names`; None where nothing was."""
-    if not _enabled or not _names():
+    if not is_there():
         return None
     shape, batch = described(names, arguments)
     file = _names().get(file_name(op, shape, device_name))

@@ -258,7 +258,7 @@ def _implementation(operator: Operator, check: Callable, replayed: Replayed) -> 
 
 def _measured(operator: Operator, args: tuple) -> tuned.Choice | None:
     """What `deit-fast tune` found for these arguments on their device."""
-    if launch.interpreted():
+    if launch.interpreted() or not tuned.is_there():
         return None
     device = launch.device_name(args[0].device)
     return tuned.choice(operator.name, operator.parameters, args, device, launch.driver_version())

@@ -69,3 +69,24 @@ def test_a_setting_with_other_fields_is_refused(given):
         pytest.raises(ValueError, match=r"a setting has .*; the table has"),
     ):
         launch.mlp(192, "sm_90")
+
+
+def test_the_drivers_version_is_asked_of_the_driver(monkeypatch):
+    """On a stand-in for libcuda, and where there is none."""
+
+    class Library:
+        def __init__(self, name: str) -> None:
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, version) -> None:
+            version._obj.value = 12080
+
+    def missing(name: str):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(launch.torch.version, "hip", None)
+    for library, version in ((Library, "12080"), (missing, "none")):
+        monkeypatch.setattr(launch.ctypes, "CDLL", library)
+        assert launch.driver_version.__wrapped__() == version
+    monkeypatch.setattr(launch.torch.version, "hip", "6.4")
+    assert launch.driver_version.__wrapped__() == "6.4"
