@@ -52,7 +52,10 @@ def launches() -> Iterator[list[dict]]:
 def _kernels(profiler) -> list[tuple[str, float]]:
     """Name and seconds of what ran on the GPU, in order."""
     on_gpu = [event for event in profiler.events() if event.device_type != torch.autograd.DeviceType.CPU]
-    return [(event.name, event.device_time * 1e-6) for event in sorted(on_gpu, key=attrgetter("time_range.start"))]
+    return [
+        (event.name, event.time_range.elapsed_us() * 1e-6)
+        for event in sorted(on_gpu, key=attrgetter("time_range.start"))
+    ]
 
 
 def by_kernel(kernels: Iterable[tuple[str, float]], metadata: Iterable[dict], steps: int) -> list[KernelTime]:

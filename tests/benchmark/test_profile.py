@@ -31,6 +31,10 @@ def test_a_step_is_profiled_and_its_launches_noted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
+    class TimeRange:
+        def __init__(self, start: int, seconds: float) -> None:
+            self.start, self.elapsed_us = start, lambda: 1e6 * seconds
+
     class Profiler:
         def __init__(self, activities) -> None:
             assert activities == [torch.profiler.ProfilerActivity.CUDA]
@@ -42,9 +46,7 @@ def test_a_step_is_profiled_and_its_launches_noted(monkeypatch):
 
         def events(self):
             found = [
-                SimpleNamespace(
-                    name=name, device_type=gpu, device_time=1e6 * seconds, time_range=SimpleNamespace(start=i)
-                )
+                SimpleNamespace(name=name, device_type=gpu, time_range=TimeRange(i, seconds))
                 for i, (name, seconds) in enumerate(KERNELS * profile.STEPS)
             ]
             return [SimpleNamespace(name="aten::mm", device_type=cpu), *reversed(found)]
