@@ -21,6 +21,7 @@ _WAVES_OF_32 = frozenset({"gfx1200"})
 NO_FLOAT32_PRODUCTS = frozenset({"gfx1200"})
 # The longest row whose read-out queries fit in a wave's registers, where the others' do not.
 NARROW_READOUT = {"gfx1200": 192}
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # The interpreter is quickest with the largest tiles.
 _INTERPRETED_AS = "sm_90"
 
@@ -126,6 +127,13 @@ def no_products(weight: torch.Tensor) -> str | None:
     """Why no kernel multiplies matrices of weight's dtype on its device, or None."""
     if weight.dtype is torch.float32 and not interpreted() and architecture(weight) in NO_FLOAT32_PRODUCTS:
         return f"{architecture(weight)} has no matrix instructions for float32"
+    return None
+
+
+def no_separate_projections(weight: torch.Tensor) -> str | None:
+    """Why no kernel takes q, k and v as three projections, by choosing among their pointers, or None."""
+    if _TRITON < (3, 7) and not interpreted() and is_amd(architecture(weight)):
+        return f"Triton {triton.__version__} does not compile three projections in one for AMD GPUs; Triton 3.7 does"
     return None
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import attention as attention_kernels
+from deit_fast.kernels import launch
 from deit_fast.kernels import layer_norm_attention as kernels
 from deit_fast.ops import checks
 from deit_fast.ops.attention_backward import attention_backward, attention_qkv_backward
@@ -71,8 +72,10 @@ def _check_qkv(x, norm_weight, norm_bias, eps, *rest):
 def _unsupported(x, norm_weight, norm_bias, eps, *rest):
     *projections, heads, scale = rest
     width = projections[0].shape[0] // (3 if len(projections) == 2 else 1)
-    return attention_kernels.unsupported(width // heads, scale, projections[0]) or checks.kernel_products(
-        *projections, x, norm_weight, norm_bias
+    return (
+        (launch.no_separate_projections(projections[0]) if len(projections) > 2 else None)
+        or attention_kernels.unsupported(width // heads, scale, projections[0])
+        or checks.kernel_products(*projections, x, norm_weight, norm_bias)
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deit_fast.kernels import launch
 from deit_fast.kernels import linear as kernels
 from deit_fast.ops import checks, drop_path
 from deit_fast.ops.activation import apply as apply_activation
@@ -303,8 +304,9 @@ _layer_norm_qkv = register(
     check=_check_layer_norm_qkv,
     stock=stock_layer_norm_qkv,
     triton=kernels.layer_norm_qkv,
-    unsupported=lambda x, norm_weight, norm_bias, eps, *projections: checks.kernel_products(
-        *projections, x, norm_weight, norm_bias
+    unsupported=lambda x, norm_weight, norm_bias, eps, *projections: (
+        launch.no_separate_projections(projections[0])
+        or checks.kernel_products(*projections, x, norm_weight, norm_bias)
     ),
     fake=_fake_layer_norm_qkv,
     autocast=autocast_layer_norm_qkv,

@@ -7,6 +7,7 @@ that order: a frozen weight costs nothing.
 import torch
 from torch import Tensor
 
+from deit_fast.kernels import launch
 from deit_fast.kernels import layer_norm_backward as layer_norm_kernels
 from deit_fast.kernels import linear_backward as kernels
 from deit_fast.ops import activation, checks, drop_path
@@ -203,8 +204,9 @@ layer_norm_linear_backward = register_backward(
     "Tensor?[] biases, Tensor? kept, bool[] needs) -> Tensor[]",
     stock=_stock_layer_norm_linear_backward,
     triton=_triton_layer_norm_linear_backward,
-    unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, *_: checks.kernel_products(
-        *weights, x, norm_weight, norm_bias, *grads, *biases
+    unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, *_: (
+        (launch.no_separate_projections(weights[0]) if len(weights) > 1 else None)
+        or checks.kernel_products(*weights, x, norm_weight, norm_bias, *grads, *biases)
     ),
     fake=_fake_layer_norm_linear_backward,
 )

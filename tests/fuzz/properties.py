@@ -10,13 +10,15 @@ What is not drawn, and why:
 - Where the true gradient is 0 and what is left is rounding noise, it is not asked for: LayerNorm of one or two columns,
   queries and keys where there is one key.
 - Few float32 numbers at the end of long sums are no sample of an error, so outputs have 64 columns where sums of
-  float32 cancel.
+  float32 cancel, and attention's float32 gradients are asked for where there are a thousand scores.
+- Stock's gradient of a scaled branch rounds to float16 what LayerScale makes small, and 0 times an infinite input is
+  NaN; ours scales what was summed. So with such inputs float16's gradients of it are not asked for.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +196,7 @@ def linear_residual(draw) -> Case:
         draw(recipes((batch, tokens, out), dtype, extremes=ANY)),
         *(vector(draw, out, dtype), drop_path_scale(draw, batch, dtype), draw(ACTIVATIONS)),
     )
-    return Case(arguments, differentiable(arguments, 5))
+    return Case(arguments, of_scaled_branch(arguments, 5))
 
 
 def mlp_arguments(draw, batch: int, tokens: int, dtype: torch.dtype) -> tuple:
@@ -217,10 +219,21 @@ def mlp(draw) -> Case:
         drop_path_scale(draw, batch, dtype),
         draw(st.sampled_from(("gelu", "gelu_tanh"))),
     )
-    return Case(arguments, differentiable(arguments, 9))
+    return Case(arguments, of_scaled_branch(arguments, 9))
+
+
+def of_scaled_branch(arguments: tuple, drop_path_scale: int) -> tuple[int, ...]:
+    x = arguments[0]
+    infinite = x.dtype is torch.float16 and any(not isfinite(value) for _, value in x.extremes)
+    return () if infinite else differentiable(arguments, drop_path_scale)
 
 
 # Attention --------------------------------------------------------------------------------------------------------
+
+
+def enough_weights(weights: int, dtype: torch.dtype) -> bool:
+    """Whether the softmax has enough of them that their rounding, all there is to a float32 gradient, is a sample."""
+    return weights >= 1024 or dtype is not torch.float32
 
 
 @operator("attention")
@@ -231,7 +244,8 @@ def attention(draw) -> Case:
     # Few log-sum-exps are no sample: there the scores are exact.
     coarse = batch * heads * tokens < 64
     qkv = draw(recipes((batch, tokens, 3, heads, head_dim), dtype, coarse=coarse))
-    return Case((qkv, draw(st.sampled_from((0.125, head_dim**-0.5)))), (0,) if tokens > 1 else ())
+    sampled = tokens > 1 and enough_weights(batch * heads * tokens * tokens, dtype)
+    return Case((qkv, draw(st.sampled_from((0.125, head_dim**-0.5)))), (0,) if sampled else ())
 
 
 @operator("attention_qkv")
@@ -243,7 +257,10 @@ def attention_qkv(draw) -> Case:
     q = draw(recipes((batch, queries, heads, head_dim), dtype, coarse=coarse))
     k = draw(recipes((batch, keys, heads, head_dim), dtype, coarse=coarse))
     v = draw(recipes((batch, keys, heads, head_dim), dtype, extremes=ANY))
-    return Case((q, k, v, draw(st.sampled_from((0.125, head_dim**-0.5)))), (0, 1, 2) if keys > 1 else (2,))
+    scale = draw(st.sampled_from((0.125, head_dim**-0.5)))
+    if not enough_weights(batch * heads * queries * keys, dtype):
+        return Case((q, k, v, scale), ())
+    return Case((q, k, v, scale), (0, 1, 2) if keys > 1 else (2,))
 
 
 def attention_formula(qkv: Tensor, scale: float) -> Tensor:
@@ -442,7 +459,8 @@ def kept_attention(draw) -> Case:
     samples = sum(kept.pattern)
     coarse = samples * heads * tokens < 64
     qkv = draw(recipes((samples, tokens, 3, heads, head_dim), dtype, coarse=coarse))
-    return Case((qkv, head_dim**-0.5), kept=kept)
+    sampled = enough_weights(samples * heads * tokens * tokens, dtype)
+    return Case((qkv, head_dim**-0.5), (0,) if sampled else (), kept)
 
 
 def mlp_of(kept: Kept) -> Ways:

@@ -23,6 +23,8 @@ DTYPE = torch.bfloat16
 
 def main() -> None:
     warnings.filterwarnings("error", message="deit_fast")
+    # What this release is known not to compile (`launch.no_separate_projections`) stock PyTorch computes.
+    warnings.filterwarnings("ignore", message="deit_fast.*; Triton 3.7 does")
     with recording(TARGETS[sys.argv[1]]) as launches:
         for op in OPS:
             for case in cases(op, SIZE, DTYPE, torch.device("cpu")):
