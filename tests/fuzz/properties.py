@@ -99,13 +99,19 @@ def operator(subject: str | Ways | Callable[[Kept], Ways]):
             with warnings.catch_warnings(action="error", category=UserWarning):
                 with torch.no_grad():
                     assert_op_is_right(ways, *arguments)
-                if case.wrt != ():
+                if case.wrt != () and subnormal(case.arguments) < 2:
                     assert_gradients_are_right(ways, *arguments, wrt=case.wrt)
 
         PROPERTIES[cases.__name__] = cases(), check
         return cases
 
     return register
+
+
+def subnormal(arguments: tuple) -> int:
+    """How many of the tensors are: where two are multiplied, rounding is all that is left of their gradients."""
+    tensors = [a for a in arguments if isinstance(a, Recipe) and a.dtype.is_floating_point]
+    return sum(tensor.scale <= torch.finfo(tensor.dtype).tiny for tensor in tensors)
 
 
 def maybe(draw, strategy: st.SearchStrategy):
@@ -304,8 +310,10 @@ def layer_norm_attention_qkv(draw) -> Case:
     heads, head_dim = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((32, 64)))
     x = draw(recipes((batch, tokens, draw(WIDTHS)), dtype))
     arguments = (*projected(draw, x, heads, heads * head_dim, dtype), heads, head_dim**-0.5)
-    # In float32 its backward's rounding is that of three operators, each of which is drawn by itself.
-    return Case(arguments, differentiable(arguments, 7) if tokens > 1 and dtype is not torch.float32 else ())
+    # In float32 its backward's rounding is that of three operators, each of which is drawn by itself. Where values or
+    # scores vanish, attention's part of the gradient cancels to it.
+    sampled = tokens > 1 and dtype is not torch.float32 and not subnormal(arguments)
+    return Case(arguments, differentiable(arguments, 7) if sampled else ())
 
 
 def stock_readout(x, norm_weight, norm_bias, eps, q, q_bias, k, k_bias, v, v_bias, rows, heads, scale):
