@@ -2,14 +2,12 @@
 
     python -m bench.gpu_page
 
-A GPU's results are a folder in bench/results/gpu/, which one command fills on a machine that has it:
-
-    deit-fast bench --dtype bfloat16 --batch 1,8,64,256 --profile --out bench/results/gpu/NAME
+A GPU's results are a folder in bench/results/gpu/, which `COMMAND` fills on a machine that has it.
 """
 
 from pathlib import Path
 
-from deit_fast.benchmark.results import Results, by_case, cells
+from deit_fast.benchmark.results import HEADER, Results, by_case, cells
 
 RESULTS = Path(__file__).with_name("results")
 COLUMNS = ("contender", "images/s", "times faster than", "TFLOP/s (of peak)")
@@ -29,17 +27,11 @@ def page(folder: Path) -> str:
         parts.append(f"## {results.environment['device']}\n\n[All of it](gpu/{name}/results.md)")
         parts.append(f"`{results.environment['command']}`, commit {results.environment['commit']}")
         for case, group in by_case(results.rows).items():
-            found = [dict(zip(_header(), cells(line, results.peaks), strict=True)) for line in group]
+            found = [dict(zip(HEADER, cells(line, results.peaks), strict=True)) for line in group]
             lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1))]
             lines += [tuple(row[name] for name in COLUMNS) for row in found]
             parts.append(f"### {case.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
-
-
-def _header() -> tuple[str, ...]:
-    from deit_fast.benchmark.results import HEADER
-
-    return HEADER
 
 
 def main() -> None:

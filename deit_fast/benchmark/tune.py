@@ -59,15 +59,18 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
     packed = "kept" in operator.parameters and arguments[operator.parameters.index("kept")] is not None
     expected = None if packed else shipped_call()
 
+    tries = _Tries(case, clock, expected, shipped_call)
     best: dict[str, object] = {}
-    timed = {(): _once(shipped_call, clock)}
-    calls: dict[tuple, Callable[[], object]] = {(): shipped_call}
     for asked, setting in shipped.items():
         if tunable(asked):
-            best = _climb(case, asked, setting, best, expected, timed, calls, clock)
+            best = _climb(tries, asked, setting, best)
 
-    finalists = sorted(timed, key=timed.get)[:_FINALISTS]
-    contenders = {"stock": stock, (): shipped_call, **{key: calls[key] for key in finalists}}
+    finalists = sorted(tries.timed, key=tries.timed.get)[:_FINALISTS]
+    contenders = {
+        "stock": stock,
+        (): shipped_call,
+        **{key: tries.calls[key] for key in finalists if key in tries.calls},
+    }
     counts = {name: clock.calls(call) for name, call in contenders.items()}
     seconds: dict[object, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -79,36 +82,39 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
         fastest = ()
     found = {"stock": medians["stock"], "shipped": medians[()], "tuned": medians[fastest]}
     choice = Choice(medians["stock"] < medians[fastest], {} if medians["stock"] < medians[fastest] else dict(fastest))
-    return Tuned(case, _as_json(choice), found, len(timed) - 1)
+    return Tuned(case, _as_json(choice), found, len(tries.timed) - 1)
 
 
-def _climb(case, asked, setting, best, expected, timed, calls, clock) -> dict[str, object]:
-    """From the shipped setting to the fastest neighbour, as long as there is one; the other settings as in `best`."""
-    current = setting
+class _Tries:
+    """What one call takes with settings that were tried, infinity where they are out of the question; the calls."""
+
+    def __init__(self, case: OperatorCase, clock: Clock, expected: object, shipped: Callable[[], object]) -> None:
+        self.case, self.clock, self.expected = case, clock, expected
+        self.calls: dict[tuple, Callable[[], object]] = {(): shipped}
+        self.timed: dict[tuple, float] = {(): self._once(shipped)}
+
+    def seconds(self, settings: dict[str, object]) -> float:
+        key = tuple(sorted(settings.items(), key=lambda item: item[0]))
+        if key not in self.timed:
+            call = _prepared(self.case, settings, self.expected)
+            if isinstance(call, str):
+                self.timed[key] = float("inf")
+            else:
+                self.calls[key], self.timed[key] = call, self._once(call)
+        return self.timed[key]
+
+    def _once(self, call: Callable[[], object]) -> float:
+        return self.clock.seconds(call, self.clock.calls(call))
+
+
+def _climb(tries: _Tries, asked: str, setting: object, best: dict[str, object]) -> dict[str, object]:
+    """`best`, with the answer to `asked` that is faster than all its neighbours; `setting` is the shipped one."""
     while True:
-        start = timed[_key(best)]
-        for other in neighbours(asked, current):
-            chosen = {**best, asked: other}
-            key = _key(chosen)
-            if key in timed or other == setting:
-                continue
-            call = _prepared(case, chosen, expected)
-            timed[key] = float("inf") if isinstance(call, str) else _once(call, clock)
-            if not isinstance(call, str):
-                calls[key] = call
-        around = {key: seconds for key, seconds in timed.items() if dict(key).keys() == {*best, asked}}
-        fastest = min(around, key=around.get, default=None)
-        if fastest is None or around[fastest] >= (1 - LEAST_GAIN) * start:
+        others = (other for other in neighbours(asked, best.get(asked, setting)) if other != setting)
+        fastest = min(({**best, asked: other} for other in others), key=tries.seconds, default=best)
+        if tries.seconds(fastest) >= (1 - LEAST_GAIN) * tries.seconds(best):
             return best
-        best, current = dict(fastest), dict(fastest)[asked]
-
-
-def _key(settings: dict[str, object]) -> tuple:
-    return tuple(sorted(settings.items(), key=lambda item: item[0]))
-
-
-def _once(call: Callable[[], object], clock: Clock) -> float:
-    return clock.seconds(call, clock.calls(call))
+        best = fastest
 
 
 def _prepared(
@@ -121,14 +127,12 @@ def _prepared(
     operator, arguments = case.operator, case.arguments
     replayed = Replayed(operator.launcher)
     try:
+        key = replayed.plan(arguments)[1]
         with launch.settings(settings) as questions, launch.recorded() as launches:
-            found = operator.launcher(*arguments)
+            found = replayed(key, arguments)
         spilled = max((getattr(each.compiled, "n_spills", 0) or 0 for each in launches), default=0)
         if spilled:
             return f"spills {spilled} registers"
-        with launch.settings(settings):
-            key = replayed.plan(arguments)[1]
-            replayed(key, arguments)
         if expected is not None and not _agree(found, expected):
             return "computes something else"
     except Exception as error:  # whatever a compiler or a driver raises: the others are still wanted

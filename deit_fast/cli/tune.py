@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
         writable_folder(tuned.folder(), "$DEIT_FAST_TUNED")
     console = Console(highlight=False)
     try:
+        clock = GpuClock(device)
         for case in found:
-            tune_case(case, device, GpuClock(device), console)
+            tune_case(case, device, clock, console)
     except KeyboardInterrupt:
         console.print("Interrupted: what was measured so far is kept.")
     console.print(f"Written to {tuned.folder()}", soft_wrap=True)
@@ -70,7 +71,7 @@ def tune_case(case, device: torch.device, clock, console) -> None:
             if result.failure is None:
                 name, driver = launch.device_name(device), launch.driver_version()
                 tuned.write(operator.operator.name, operator.shape, name, driver, operator.batch, result.choice)
-            times = [f"{1e6 * result.seconds[what]:.1f}" if result.seconds else "" for what in result.seconds]
+            times = [f"{1e6 * seconds:.1f}" for seconds in result.seconds.values()]
             table.add_row(
                 f"{operator.operator.name} {operator.shape.replace(',', ' ')}",
                 str(operator.batch),

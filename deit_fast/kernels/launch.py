@@ -166,9 +166,9 @@ def setting(function: Callable) -> Callable:
         if given is None:
             return found
         asked = f"{function.__name__}({', '.join(map(str, arguments))})"
-        chosen, answered = given
-        if asked in chosen:
-            found = _like(found, chosen[asked])
+        answers, answered = given
+        if asked in answers:
+            found = _like(found, answers[asked])
         answered[asked] = found
         return found
 
@@ -427,13 +427,15 @@ class Recorded(NamedTuple):
 
 @contextmanager
 def recorded() -> Iterator[list[Recorded]]:
-    """The list fills with this thread's launches within the block."""
+    """The list fills with this thread's launches within the block; a block around it has them afterwards."""
     outer = getattr(_thread, "launches", None)
-    _thread.launches = []
+    _thread.launches = inner = []
     try:
-        yield _thread.launches
+        yield inner
     finally:
         _thread.launches = outer
+        if outer is not None:
+            outer += inner
 
 
 def run(kernel, programs: int, device: torch.device, *args, **options) -> None:
