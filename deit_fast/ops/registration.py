@@ -5,6 +5,7 @@ A light style: Python functions at the CPU, CUDA, Autograd and Autocast keys of 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -66,8 +67,8 @@ def register(
     op = getattr(torch.ops.deit_fast, name).default
     replayed = Replayed(triton)
     OPERATORS[name] = Operator(name, _parameters(op), stock, triton, unsupported)
-    implementation = _implementation(OPERATORS[name], check, replayed)
-    below_autograd = _below_autograd(op, replayed, implementation)
+    implementation, anew = _implementation(OPERATORS[name], check, replayed)
+    below_autograd = _below_autograd(op, name, replayed, implementation, anew)
 
     def checked_fake(*args):
         check(*args)
@@ -144,8 +145,8 @@ def register_backward(
     op = getattr(torch.ops.deit_fast, name).default
     replayed = Replayed(triton)
     OPERATORS[name] = Operator(name, _parameters(op), stock, triton, unsupported)
-    implementation = _implementation(OPERATORS[name], _no_check, replayed)
-    below_autograd = _below_autograd(op, replayed, implementation)
+    implementation, anew = _implementation(OPERATORS[name], _no_check, replayed)
+    below_autograd = _below_autograd(op, name, replayed, implementation, anew)
 
     def autograd(*args):
         if torch.is_grad_enabled() and any(
@@ -177,14 +178,16 @@ def _no_check(*args) -> None:
     """Backward operators get what a forward operator has already checked."""
 
 
-def _below_autograd(op, replayed: Replayed, implementation: Callable) -> Callable:
+def _below_autograd(op, name: str, replayed: Replayed, implementation: Callable, anew: Callable) -> Callable:
     """The operator without gradients: by its plan if it has one, and past the dispatcher where nobody looks at that."""
+    failed = backend.failed
 
     def below_autograd(*args):
         if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
-        if backend.use_triton(args[0]) and not backend.failed:
+        launches, key = backend.use_triton(args[0]) and name not in failed, None
+        if launches:
             plan, key, pointers = replayed.plan(args)
             if plan is not None:
                 try:
@@ -193,7 +196,9 @@ def _below_autograd(op, replayed: Replayed, implementation: Callable) -> Callabl
                     # Through the launcher the fault is met again, and reported.
                     replayed.plans.pop(key, None)
         with torch._C._AutoDispatchBelowAutograd():
-            return implementation(*args) if _plain(args) else op(*args)
+            if not _plain(args):
+                return op(*args)
+            return anew(key, args) if launches else implementation(*args)
 
     return below_autograd
 
@@ -214,7 +219,8 @@ def _parameters(op) -> tuple[str, ...]:
     return tuple(argument.name for argument in op._schema.arguments)
 
 
-def _implementation(operator: Operator, check: Callable, replayed: Replayed) -> Callable:
+def _implementation(operator: Operator, check: Callable, replayed: Replayed) -> tuple[Callable, Callable]:
+    """The operator below autograd, and what it does for arguments on its kernels' device that have no plan: by key."""
     name, _, stock, _, unsupported = operator
     failed = backend.failed  # found faster here
 
@@ -223,37 +229,41 @@ def _implementation(operator: Operator, check: Callable, replayed: Replayed) -> 
             check(*args)
             return stock(*args)
         plan, key, pointers = replayed.plan(args)
-        choice = None
         if plan is None:
-            choice = replayed.choices.get(key)
-            if choice is not None and choice.stock:
-                return stock(*args)
-            check(*args)
-            reason = unsupported(*args)
-            if reason is not None:
-                backend.warn_fallback(name, reason)
-                return stock(*args)
-            if key is not None and key not in replayed.choices:
-                choice = replayed.choices[key] = _measured(operator, args)
-                if choice is not None and choice.stock:
-                    return stock(*args)
+            return anew(key, args)
         try:
-            if plan is not None:
-                return plan.run(pointers)
-            if choice is not None:
-                with launch.settings(choice.settings):
-                    return replayed(key, args)
-            return replayed(key, args)
-        except Exception as error:  # whatever Triton, ptxas or a driver raises on a user's GPU
-            if choice is not None and not backend.ran_out_of_memory(error):
-                tuned.refuse(name, backend.in_a_line(error))
-                replayed.choices[key] = None
-                return implementation(*args)
+            return plan.run(pointers)
+        except Exception as error:
             if not backend.gives_up(name, error):
                 raise
         return stock(*args)
 
-    return implementation
+    def anew(key: tuple | None, args: tuple):
+        choice = replayed.choices.get(key)
+        if choice is not None and choice.stock:
+            return stock(*args)
+        check(*args)
+        reason = unsupported(*args)
+        if reason is not None:
+            backend.warn_fallback(name, reason)
+            return stock(*args)
+        if key is not None and key not in replayed.choices:
+            choice = replayed.choices[key] = _measured(operator, args)
+            if choice is not None and choice.stock:
+                return stock(*args)
+        try:
+            with nullcontext() if choice is None else launch.settings(choice.settings):
+                return replayed(key, args)
+        except Exception as error:  # whatever Triton, ptxas or a driver raises on a user's GPU
+            if choice is not None and not backend.ran_out_of_memory(error):
+                tuned.refuse(name, backend.in_a_line(error))
+                replayed.choices[key] = None
+                return anew(key, args)
+            if not backend.gives_up(name, error):
+                raise
+        return stock(*args)
+
+    return implementation, anew
 
 
 def _measured(operator: Operator, args: tuple) -> tuned.Choice | None:
