@@ -8,6 +8,7 @@ A GPU's results are a folder in bench/results/gpu/, which `COMMAND` fills on a m
 from pathlib import Path
 
 from deit_fast.benchmark.results import HEADER, Results, by_case, cells
+from deit_fast.benchmark.tables import figures, table
 
 RESULTS = Path(__file__).with_name("results")
 COLUMNS = ("contender", "images/s", "times faster than", "TFLOP/s (of peak)")
@@ -27,10 +28,9 @@ def page(folder: Path) -> str:
         parts.append(f"## {results.environment['device']}\n\n[All of it](gpu/{name}/results.md)")
         parts.append(f"`{results.environment['command']}`, commit {results.environment['commit']}")
         for case, group in by_case(results.rows).items():
-            found = [dict(zip(HEADER, cells(line, results.peaks), strict=True)) for line in group]
-            lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1))]
-            lines += [tuple(row[name] for name in COLUMNS) for row in found]
-            parts.append(f"### {case.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+            shown = [HEADER.index(name) for name in COLUMNS]
+            rows = ([found[i] for i in shown] for found in (cells(line, results.peaks) for line in group))
+            parts.append(f"### {case.title}\n\n{table((COLUMNS[0], *figures(COLUMNS[1:])), rows)}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,13 +9,14 @@ once a batch. The formulas below are these counts; the tests hold them to a swap
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, log10
 from pathlib import Path
 
 from bench.models import IMAGE_SIZE
 from deit_fast.benchmark.devices import Device, device
+from deit_fast.benchmark.tables import table
 from deit_fast.kernels import layer_norm_attention as attention_kernels
 from deit_fast.kernels import mlp as mlp_kernels
 from deit_fast.models.config import DeiTConfig
@@ -264,16 +265,6 @@ def figure(value: float) -> str:
     """Three significant digits."""
     decimals = 2 - floor(log10(value)) if value else 0
     return f"{round(value, decimals):,.{max(0, decimals)}f}"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown; a column whose name ends in a colon is one of figures."""
-    lines = [
-        [name.rstrip(":") for name in columns],
-        ["---:" if name.endswith(":") else "---" for name in columns],
-        *rows,
-    ]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def peaks_table(gpus: Sequence[Device]) -> str:

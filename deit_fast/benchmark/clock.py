@@ -77,3 +77,10 @@ def interval(values: list[float]) -> Interval:
         rank += 1
     rank = max(rank - 1, 0)
     return Interval(median(ordered), ordered[rank], ordered[n - 1 - rank])
+
+
+def faster(ours: list[float], theirs: list[float]) -> Interval | None:
+    """How many times faster, round by round; None where rounds are missing."""
+    if not ours or len(ours) != len(theirs):
+        return None
+    return interval([other / own for own, other in zip(ours, theirs, strict=True)])

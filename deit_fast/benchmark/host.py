@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast.benchmark.standin_driver import current_device
+from deit_fast.benchmark.tables import figures
+from deit_fast.benchmark.tables import table as markdown_table
 from deit_fast.benchmark.targets import TARGETS
 from deit_fast.ops import backend
 from deit_fast.swap import restore, swap
@@ -128,9 +130,7 @@ def _seconds(call: Callable[[], None], calls: int) -> float:
 
 
 def table(times: list[HostTime]) -> str:
-    lines = [
-        "| Python and dispatcher, µs | step | stock | swapped | swapped / stock |",
-        "|---|---|---:|---:|---:|",
-        *(f"| {t.what} | {t.step} | {t.stock:.0f} | {t.swapped:.0f} | {t.ratio:.2f} |" for t in times),
-    ]
-    return "\n".join(lines)
+    rows = ((t.what, t.step, f"{t.stock:.0f}", f"{t.swapped:.0f}", f"{t.ratio:.2f}") for t in times)
+    return markdown_table(
+        ("Python and dispatcher, µs", "step", *figures(("stock", "swapped", "swapped / stock"))), rows
+    )

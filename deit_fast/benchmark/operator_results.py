@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 
-from deit_fast.benchmark.clock import Interval, interval
+from deit_fast.benchmark.clock import Interval, faster, interval
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.operators import OperatorRow
 from deit_fast.benchmark.peaks import Peaks
+from deit_fast.benchmark.tables import figures, table
 
 HEADER = (
     "operator", "contender", "µs a call", "times faster than stock", "TFLOP/s", "GB/s", "of the roofline", "error",
@@ -27,9 +28,7 @@ def ratio(row: OperatorRow, rows: Iterable[OperatorRow]) -> Interval | None:
     """Of the stock operator's time to the row's, round by round."""
     what = (row.case, row.operator, row.shape, "stock")
     stock = next((r for r in rows if (r.case, r.operator, r.shape, r.contender) == what), row)
-    if stock is row or not row.seconds or len(stock.seconds) != len(row.seconds):
-        return None
-    return interval([theirs / ours for theirs, ours in zip(stock.seconds, row.seconds, strict=True)])
+    return None if stock is row else faster(row.seconds, stock.seconds)
 
 
 def cells(row: OperatorRow, rows: list[OperatorRow], peaks: Peaks | None) -> tuple[str, ...]:
@@ -37,12 +36,12 @@ def cells(row: OperatorRow, rows: list[OperatorRow], peaks: Peaks | None) -> tup
     name = f"{row.times} × {row.operator} {row.shape.replace(',', ' ')}"
     if not row.seconds:
         return (name, row.contender, row.failure or "not timed", *[""] * (len(HEADER) - 3))
-    seconds, faster, part = interval(row.seconds), ratio(row, rows), share(row, peaks)
+    seconds, times, part = interval(row.seconds), ratio(row, rows), share(row, peaks)
     return (
         name,
         row.contender,
         f"{1e6 * seconds.median:.1f} ({1e6 * seconds.low:.1f}–{1e6 * seconds.high:.1f})",
-        "" if faster is None else f"{faster.median:.2f} ({faster.low:.2f}–{faster.high:.2f})",
+        "" if times is None else f"{times.median:.2f} ({times.low:.2f}–{times.high:.2f})",
         "" if not row.flops else f"{row.flops / seconds.median / 1e12:.2f}",
         f"{row.moved / seconds.median / 1e9:.1f}",
         "" if part is None else f"{100 * part:.0f} %",
@@ -61,8 +60,8 @@ def markdown(rows: list[OperatorRow], peaks: Peaks | None) -> list[str]:
     """Parts of the page."""
     parts = ["# Operators", NOTE]
     for case, group in by_case(rows).items():
-        grid = [HEADER, ("---", "---", *["---:"] * (len(HEADER) - 2)), *(cells(row, group, peaks) for row in group)]
-        parts += [f"## {case.title}", "\n".join(f"| {' | '.join(row)} |" for row in grid)]
+        lines = (cells(row, group, peaks) for row in group)
+        parts += [f"## {case.title}", table((*HEADER[:2], *figures(HEADER[2:])), lines)]
     return parts
 
 

@@ -9,6 +9,9 @@ from operator import attrgetter
 import torch
 import triton
 
+from deit_fast.benchmark.tables import figures
+from deit_fast.benchmark.tables import table as markdown_table
+
 STEPS = 3
 
 
@@ -77,12 +80,12 @@ def by_kernel(kernels: Iterable[tuple[str, float]], metadata: Iterable[dict], st
 def table(kernels: list[KernelTime]) -> str:
     """Markdown. Rates are of what the launches say they do; stock kernels do not say."""
     whole = sum(each.seconds for each in kernels)
-    lines = ["| kernel | calls a step | µs a step | of the step | TFLOP/s | GB/s |", "| --- |" + " ---: |" * 5]
+    rows = []
     for each in kernels:
-        rates = [f"{rate / each.seconds / scale:.2f}" if rate and each.seconds else "" for rate, scale in (
-            (each.flops, 1e12), (each.moved, 1e9),
-        )]  # fmt: skip
+        rates = [
+            f"{rate / each.seconds / scale:.2f}" if rate and each.seconds else ""
+            for rate, scale in ((each.flops, 1e12), (each.moved, 1e9))
+        ]
         part = 100 * each.seconds / whole if whole else 0.0
-        cells = (each.name, f"{each.calls:g}", f"{1e6 * each.seconds:.1f}", f"{part:.1f} %", *rates)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((each.name, f"{each.calls:g}", f"{1e6 * each.seconds:.1f}", f"{part:.1f} %", *rates))
+    return markdown_table(("kernel", *figures(("calls a step", "µs a step", "of the step", "TFLOP/s", "GB/s"))), rows)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from deit_fast.benchmark import operator_results
-from deit_fast.benchmark.clock import Interval, interval
+from deit_fast.benchmark.clock import Interval, faster, interval
 from deit_fast.benchmark.contenders import CONTENDERS, Case
 from deit_fast.benchmark.host import HostTime, table
 from deit_fast.benchmark.measure import Row
@@ -16,6 +16,8 @@ from deit_fast.benchmark.operators import OperatorRow
 from deit_fast.benchmark.peaks import Peaks
 from deit_fast.benchmark.profile import KernelTime
 from deit_fast.benchmark.profile import table as kernel_table
+from deit_fast.benchmark.tables import figures
+from deit_fast.benchmark.tables import table as markdown_table
 
 _VERSION = 2
 
@@ -88,9 +90,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     for row in rows:
         against = CONTENDERS[row.contender].stock or "timm"
         other = next((r for r in rows if r.case == row.case and r.contender == against and r.seconds), None)
-        ratio = None
-        if row.seconds and other is not None and other is not row and len(other.seconds) == len(row.seconds):
-            ratio = interval([theirs / ours for theirs, ours in zip(other.seconds, row.seconds, strict=True)])
+        ratio = None if other is None or other is row else faster(row.seconds, other.seconds)
         found.append(Line(row, interval(row.seconds) if row.seconds else None, ratio, against if ratio else None))
     return found
 
@@ -156,8 +156,8 @@ def markdown(results: Results, plots: Iterable[str] = ()) -> str:
     """The page: environment, a table for each case, plots."""
     parts = ["# deit-fast bench", "\n".join(f"- {name}: {value}" for name, value in results.environment.items()), NOTES]
     for case, group in by_case(results.rows).items():
-        grid = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(cells(line, results.peaks) for line in group)]
-        parts += [f"## {case.title}", "\n".join(f"| {' | '.join(row)} |" for row in grid)]
+        rows = (cells(line, results.peaks) for line in group)
+        parts += [f"## {case.title}", markdown_table((HEADER[0], *figures(HEADER[1:])), rows)]
     if results.operators:
         parts += operator_results.markdown(results.operators, results.peaks)
     for title, kernels in results.kernels.items():
