@@ -133,10 +133,17 @@ def check(contender: Contender, model: nn.Module, case: Case, device: torch.devi
     own = stock_model.to(device, DTYPES[case.dtype])
     of_stock = Step(own, still, device, FEW)().double().cpu()
     error, allowed = (((logits - expected).norm() / expected.norm()).item() for logits in (found, of_stock))
-    precision = DTYPES[case.amp or case.dtype]
-    if not error <= max(ERROR_ALLOWED * allowed, LEAST_ERROR[precision]):
-        raise ArithmeticError(f"wrong: error {error:.1e} against float64, the stock model's is {allowed:.1e}")
+    refuse_wrong(error, allowed, DTYPES[case.amp or case.dtype], "model")
     return error
+
+
+def refuse_wrong(error: float, of_stock: float, dtype: torch.dtype, what: str) -> None:
+    """
+    Raises:
+        ArithmeticError: `error` is more than `ERROR_ALLOWED` times that of the stock `what`, in `dtype`.
+    """
+    if not error <= max(ERROR_ALLOWED * of_stock, LEAST_ERROR[dtype]):
+        raise ArithmeticError(f"wrong: error {error:.1e} against float64, the stock {what}'s is {of_stock:.1e}")
 
 
 def count(row: Row, contender: Contender, case: Case) -> None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.flops import flop_counter
-from deit_fast.benchmark.measure import ERROR_ALLOWED, LEAST_ERROR, failures
+from deit_fast.benchmark.measure import failures, refuse_wrong
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
 from deit_fast.kernels import tuned
 
@@ -112,12 +112,11 @@ def _measured(case: Case, each: OperatorCase, device: torch.device, clock: Clock
 
 def _contenders(each: OperatorCase, device: torch.device) -> Iterator[tuple[str, Callable[[], object] | str]]:
     """Names and calls; or why there is none."""
-    operator = getattr(torch.ops.deit_fast, each.operator.name)
 
     def ours(heeding: bool) -> Callable[[], object]:
         def call() -> object:
             with tuned.enabled(heeding):
-                return operator(*each.arguments)
+                return each.operator.call(*each.arguments)
 
         return call
 
@@ -136,7 +135,7 @@ def _check(found: list[Tensor], stock: list[Tensor], expected: list[Tensor]) -> 
     """The largest relative error of a result. Peers return the first result alone.
 
     Raises:
-        ArithmeticError: it is more than `ERROR_ALLOWED` times the stock operator's.
+        ArithmeticError: it is too much larger than the stock operator's (`refuse_wrong`).
     """
     largest = max(float(right.norm()) for right in expected)
     worst = 0.0
@@ -144,8 +143,7 @@ def _check(found: list[Tensor], stock: list[Tensor], expected: list[Tensor]) -> 
         # The gradient of a key's bias is nothing but rounding: it is held to the size of the others.
         size = max(float(right.norm()), largest / 100, torch.finfo(torch.float64).tiny)
         error, allowed = (float((t.double() - right).norm()) / size for t in (ours, theirs))
-        if not error <= max(ERROR_ALLOWED * allowed, LEAST_ERROR.get(theirs.dtype, 1e-6)):
-            raise ArithmeticError(f"wrong: error {error:.1e} against float64, the stock operator's is {allowed:.1e}")
+        refuse_wrong(error, allowed, theirs.dtype, "operator")
         worst = max(worst, error)
     return worst
 
@@ -160,5 +158,5 @@ def _tensors(result: object) -> list[Tensor]:
 
 def _flops(each: OperatorCase) -> int:
     with flop_counter() as counter:
-        getattr(torch.ops.deit_fast, each.operator.name)(*each.arguments)
+        each.operator.call(*each.arguments)
     return counter.get_total_flops()

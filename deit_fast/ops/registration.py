@@ -33,6 +33,11 @@ class Operator(NamedTuple):
     launcher: Callable
     unsupported: Callable[..., str | None]
 
+    @property
+    def call(self) -> Callable:
+        """The operator in the dispatcher."""
+        return getattr(torch.ops.deit_fast, self.name)
+
 
 OPERATORS: dict[str, Operator] = {}
 

@@ -113,3 +113,12 @@ def test_float64_runs_on_the_stock_operators_and_says_so_once(name):
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'triton', 'torch' or None; got 'cuda'"), backend.forced("cuda"):
         pass
+
+
+def test_the_operator_itself_refuses_a_gradient_through_its_epilogues_activation():
+    """`ops.linear` puts the activation behind it instead."""
+    arguments = samples(requires_grad=True)["linear"][:3]
+    with backend.forced("torch"):
+        with pytest.raises(NotImplementedError, match="call ops.linear"):
+            packet("linear")(*arguments, "gelu", "none")
+        assert ops.linear(*arguments, "gelu", "none").requires_grad
