@@ -74,9 +74,10 @@ class Contender:
 
     def prepare(self, case: Case, device: torch.device) -> nn.Module:
         model = self.build(case).to(device, DTYPES[case.dtype]).train(case.training)
-        # In place of `torch.compile(model)`, which hides the model behind another module.
+        # In place of `torch.compile(model)`, which hides the model behind another module. What is timed is compiled
+        # for its own batch, not for any after the one that was checked.
         if self.compiled is not None:
-            model.compile(mode=self.compiled)
+            model.compile(mode=self.compiled, dynamic=False)
         return model
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, dtype: str = "float32", batch
         "--dtype", default=dtype, metavar="TYPES", help=f"of the model: {', '.join(PRECISIONS)}; default: %(default)s"
     )
     parser.add_argument("--amp", default="", metavar="TYPES", help="autocast of a float32 model: bfloat16, float16")
-    parser.add_argument("--drop-path", type=float, metavar="RATE", help="in training; default: that of the recipe")
+    parser.add_argument("--drop-path", metavar="RATES", help="in training; default: that of the recipe")
 
 
 def cases(args: argparse.Namespace, suites: Iterable[str]) -> list[Case]:
@@ -37,8 +37,7 @@ def cases(args: argparse.Namespace, suites: Iterable[str]) -> list[Case]:
     batches = [int(size) if size.isdigit() else 0 for size in args.batch.split(",")]
     if min(batches) < 1:
         raise ValueError(f"--batch must be sizes of at least 1, separated by ',', got {args.batch}")
-    if args.drop_path is not None and not 0 <= args.drop_path < 1:
-        raise ValueError(f"--drop-path must be in [0, 1), got {args.drop_path}")
+    rates = None if args.drop_path is None else _rates(args.drop_path)
     found = []
     for model in models:
         for dtype, amp in [*((dtype, None) for dtype in dtypes), *(("float32", amp) for amp in amps)]:
@@ -48,9 +47,19 @@ def cases(args: argparse.Namespace, suites: Iterable[str]) -> list[Case]:
                     found.append(case)
                 # Nobody trains in float16 alone: small updates would vanish in its weights.
                 if "train" in suites and dtype != "float16":
-                    rate = recipe_drop_path(model) if args.drop_path is None else args.drop_path
-                    found.append(replace(case, training=True, drop_path=rate))
+                    for rate in rates or [recipe_drop_path(model)]:
+                        found.append(replace(case, training=True, drop_path=rate))
     return found
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = [-1.0]
+    if not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(f"--drop-path must be rates in [0, 1), separated by ',', got {text}")
+    return rates
 
 
 def choices(option: str, text: str, known: Collection[str], separator: str = ",") -> list[str]:

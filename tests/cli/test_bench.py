@@ -45,6 +45,13 @@ def test_it_writes_every_form_of_what_it_measured(tmp_path, capsys):
     assert "inference, float32, batch 2" in printed and "deit_fast" in printed
 
 
+def test_each_rate_of_drop_path_is_a_case(tmp_path):
+    arguments = ["bench", *SMALL, "--suite", "train", "--drop-path", "0,0.5", "--peers", "deit_fast"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    cases = [row.case for row in Results.read(tmp_path / "results.json").rows]
+    assert [(case.training, case.drop_path) for case in cases] == [(False, 0.0), (True, 0.0), (True, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -53,7 +60,8 @@ def test_it_writes_every_form_of_what_it_measured(tmp_path, capsys):
         (["--batch", "8,0"], "--batch must be sizes of at least 1"),
         (["--dtype", "int8"], "--dtype: unknown int8; known: float32"),
         (["--amp", "float32"], "--amp: unknown float32"),
-        (["--drop-path", "1"], "--drop-path must be in [0, 1)"),
+        (["--drop-path", "1"], "--drop-path must be rates in [0, 1)"),
+        (["--drop-path", "0,high"], "got 0,high"),
         (["--suite", "host"], "unset it"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--profile"], "--profile shows a GPU's kernels"),
