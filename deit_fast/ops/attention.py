@@ -22,7 +22,8 @@ def stock_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
     else:
         out, log_sum_exp = _explicit(q, k, v, scale)
     log_sum_exp = log_sum_exp.to(log_sum_exp_dtype(q)).contiguous()
-    return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim), log_sum_exp
+    # Laid out as q in PyTorch's operators.
+    return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim).contiguous(), log_sum_exp
 
 
 def log_sum_exp_dtype(q: Tensor) -> torch.dtype:

@@ -72,7 +72,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def _stock_add(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-    total = x + residual
+    total = (x + residual).contiguous()
     return total, stock_layer_norm(total, weight, bias, eps)
 
 

@@ -41,8 +41,9 @@ def stock_residual(
         branch = branch * drop_path.gather(drop_path_scale, kept).view(-1, *[1] * (branch.ndim - 1))
     if kept is None:
         in_place = branch.dtype is torch.promote_types(residual.dtype, branch.dtype)
-        return branch.add_(residual) if in_place else residual + branch
-    stream = residual.to(torch.promote_types(residual.dtype, branch.dtype), copy=True)
+        return branch.add_(residual) if in_place else (residual + branch).contiguous()
+    dtype = torch.promote_types(residual.dtype, branch.dtype)
+    stream = residual.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return stream.index_add_(0, kept[1 : 1 + len(branch)], branch.to(stream.dtype))
 
 

@@ -62,14 +62,21 @@ def _stock(
             of_grid, as_dtype(pixels, dtype), as_dtype(weight, dtype), None, patch, [0, 0], [1, 1], False, [0, 0], 1,
             [need_images, need_weight, False],
         )  # fmt: skip
-        gradients |= {"images": of_pixels, "weight": of_weight}
+        if need_images:
+            # A convolution takes its own choice; ours lies as the images do.
+            gradients["images"] = torch.empty_like(images).copy_(of_pixels)
+        if need_weight:
+            gradients["weight"] = of_weight.contiguous()
     inputs = (images, weight, bias, pos_embed, cls_token, dist_token, mask_token)
     return [gradients[name].to(i.dtype) for name, i, need in zip(GRADIENTS, inputs, needs, strict=True) if need]
 
 
 def _fake(grad, images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std, needs):
-    inputs = (images, weight, bias, pos_embed, cls_token, dist_token, mask_token)
-    return [torch.empty(i.shape, dtype=i.dtype, device=i.device) for i, n in zip(inputs, needs, strict=True) if n]
+    parameters = (weight, bias, pos_embed, cls_token, dist_token, mask_token)
+    gradients = [torch.empty_like(images)] if needs[0] else []
+    return gradients + [
+        torch.empty(p.shape, dtype=p.dtype, device=p.device) for p, n in zip(parameters, needs[1:], strict=True) if n
+    ]
 
 
 patch_embed_backward = register_backward(

@@ -33,7 +33,8 @@ def to_heads(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     rows = as_dtype(x, dtype).reshape(-1, heads, depth).transpose(0, 1)
     weight_, none = as_dtype(weight, dtype), rows.new_empty(())
     product = torch.baddbmm(none, rows, weight_, beta=0, alpha=scale).transpose(0, 1)
-    return as_dtype(product, weight.dtype).reshape(*x.shape[:2], heads, width)
+    # Row by row in memory, as a compiler that has only seen shapes takes it to be.
+    return as_dtype(product, weight.dtype).contiguous().view(*x.shape[:2], heads, width)
 
 
 def stock_normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,9 +47,9 @@ def step(call, model: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, dict[str
     return out.detach(), found, torch.rand(1)
 
 
-def assert_compiled_steps_follow(model: nn.Module, expected: list[tuple]) -> None:
+def assert_compiled_steps_follow(model: nn.Module, expected: list[tuple], backend: str = "aot_eager") -> None:
     """Three steps as the `expected` ones, in one graph that is compiled once."""
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     for seed, (out, stock, after) in enumerate(expected):
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
             result, found, rest = step(compiled, model, x_of(seed), seed)
@@ -92,6 +92,19 @@ def test_a_model_of_the_original_repository_is_one_graph() -> None:
     swap(model)
     assert operator_calls(lambda: model(images()))["readout_attention"] == 1
     assert_compiled_steps_follow(model, expected)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_inductor_reads_every_result_as_it_lies_in_memory(kind) -> None:
+    """It asserts the strides that shape functions gave it."""
+    if kind == "timm":
+        model = randomise(VisionTransformerDistilled(drop_path_rate=0.5, **SIZES)).train()
+    else:
+        model = hugging_face("DeiTForImageClassification").train()
+    with torch._inductor.config.patch(fallback_random=True):
+        expected = [step(model, model, x_of(seed), seed) for seed in range(2)]
+        swap(model)
+        assert_compiled_steps_follow(model, expected, backend="inductor")
 
 
 def test_the_compiled_graph_has_the_readout() -> None:
