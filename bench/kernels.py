@@ -6,7 +6,8 @@
 No GPU is needed and none is measured: the launches are recorded from the running models through a stand-in
 for Triton's driver, each on a few blocks plus patch embedding, last norm and heads, cast to a dtype or under
 autocast. Training is forward and backward, down to the image's gradient, with and without drop path, and the
-distillation loss. Launches of one binary are compiled once.
+distillation loss. With them comes what `deit-fast tune` may put around the vendor's GEMM. Launches of one binary are
+compiled once.
 
 --out writes kernels.json, a row a launch, and kernels.md, the worst of each kernel on each target; what the folder has
 of other targets stays. --against compares with an earlier kernels.json of the same Triton.

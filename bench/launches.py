@@ -84,6 +84,9 @@ def _runs(
             if "training" in suites and precision != "fp16":
                 for model in (plain, dropping):
                     yield name, precision, partial(_train, model, images, dtype, autocast)
+    if "inference" in suites:
+        for precision in precisions:
+            yield "vendor's GEMM", precision, partial(_around_the_vendors_gemm, *PRECISIONS[precision])
     if "training" in suites:
         for precision in precisions:
             yield "distillation", precision, partial(_train_loss, PRECISIONS[precision][0], batch)
@@ -114,6 +117,20 @@ def _train(model: nn.Module, images: Tensor, dtype: torch.dtype, autocast: bool)
         outputs = model(images.requires_grad_())
     # Whatever their values are: no kernel has run.
     summed(outputs).backward()
+
+
+def _around_the_vendors_gemm(dtype: torch.dtype, autocast: bool) -> None:
+    """What `deit-fast tune` may choose. The GEMM runs on the CPU, so there is little of it."""
+    from deit_fast import ops
+    from deit_fast.kernels import launch
+
+    wide = torch.float32 if autocast else dtype
+    x, vector, factors = torch.zeros(2, 16, 192, dtype=wide), torch.zeros(192, dtype=wide), torch.ones(2, dtype=wide)
+    weight, hidden = torch.zeros(192, 192, dtype=dtype), x.to(dtype)
+    with mock.patch.object(launch, "gemm", lambda *_: None), torch.no_grad(), torch.autocast("cpu", dtype, autocast):
+        ops.layer_norm_linear(x, vector, vector, 1e-6, weight, vector)
+        for scales in ((None, None), (None, factors), (vector, factors)):
+            ops.linear_residual(hidden, weight, vector, x, *scales, "gelu")
 
 
 def _train_loss(dtype: torch.dtype, batch: int) -> None:

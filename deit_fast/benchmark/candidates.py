@@ -38,6 +38,11 @@ def tunable(asked: str) -> bool:
     return _function(asked) in _FIELDS
 
 
+def has_vendor(asked: str) -> bool:
+    """Whether None, the vendor's GEMM, is an answer as well."""
+    return _function(asked) == "gemm"
+
+
 def neighbours(asked: str, setting: object) -> Iterator[object]:
     """Settings a step away: one size halved or doubled, alone or together with the warps, one stage more or less."""
     fields = _FIELDS[_function(asked)]

@@ -47,6 +47,8 @@ class AttentionTile(NamedTuple):
 COLUMN_SUMS = Tile(rows=32, columns=64, depth=256, num_warps=4, num_stages=1)
 # Whole rows of weight-sized tensors: `depth` is all there is.
 FINISH_LINEAR = Tile(rows=4, columns=256, depth=0, num_warps=4, num_stages=1)
+# Around a vendor's GEMM: every DeiT width is a multiple of 64.
+RESIDUAL = Tile(rows=32, columns=64, depth=0, num_warps=4, num_stages=1)
 
 
 class Cover(NamedTuple):
@@ -208,8 +210,11 @@ def _like(shipped: object, given: object) -> object:
 
 
 @setting
-def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> Tile:
-    """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads."""
+def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> Tile | None:
+    """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads.
+
+    None, which only `settings` answers, is the vendor's GEMM (kernels/vendor_gemm.py).
+    """
     if itemsize == 4:
         if arch in _MMA_SYNC:
             return Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)

@@ -74,8 +74,11 @@ def unsupported(width: int) -> str | None:
     return f"rows of {width} do not fit on chip (at most {_MAX_WIDTH})" if width > _MAX_WIDTH else None
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """In `dtype`, by default x's."""
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     _launch(x, None, weight, bias, None, y, eps)
     return y
 

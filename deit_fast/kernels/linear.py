@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels import launch
+from deit_fast.kernels import launch, vendor_gemm
 from deit_fast.kernels.device import (
     add_residual,
     copy_dropped,
@@ -179,6 +179,15 @@ def _launch(
     residual = None if residual is None else as_rows(residual)
     arch = launch.architecture(x)
     tile = launch.gemm(columns, depth, weights[0].element_size(), arch, prologue)
+    if tile is None:
+        if kept is not None:
+            raise ValueError("the vendor's GEMM does not know which samples are kept")
+        if residual is None:
+            vendor_gemm.gemm(x, outputs, weights, biases, norm, eps, prologue, activation)
+        else:
+            scales = layer_scale, drop_path_scale
+            vendor_gemm.gemm_residual(x, *outputs, *weights, *biases, prologue, residual, *scales, tokens)
+        return
     launch.run(
         linear_kernel,
         triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) * len(weights),

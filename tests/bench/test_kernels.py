@@ -20,6 +20,7 @@ FORWARD = {
     "mlp_kernel",
     "patch_embed_kernel",
     "readout_kernel",
+    "residual_kernel",
 }
 BACKWARD = {
     "column_sums_kernel",

@@ -47,6 +47,15 @@ def test_a_setting_that_does_not_run_gives_way_to_the_shipped_one_and_says_so_on
     assert seen["broken"]["launches"] == ["linear_kernel"] * 2
 
 
+def test_the_vendors_gemm_is_tried_and_where_it_is_fastest_heeded(seen):
+    assert seen["vendor"]["choices"]
+    for failure, with_kept, settings in seen["vendor"]["choices"]:
+        assert failure is None
+        # It computes every sample, the dropped ones too.
+        assert (None in settings.values()) is not with_kept
+    assert "residual_kernel" in {kernel for kernel, *_ in seen["vendor"]["launches"]}
+
+
 def test_neighbours_are_a_step_away_and_within_bounds():
     found = list(neighbours("gemm(1, 2)", Tile(64, 16, 32, 8, 1)))
     assert Tile(128, 16, 32, 8, 1) in found and Tile(64, 16, 32, 8, 2) in found and Tile(32, 16, 32, 4, 1) in found

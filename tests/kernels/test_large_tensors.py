@@ -31,6 +31,7 @@ from deit_fast.kernels import (
     patch_embed_backward,
     readout,
     readout_backward,
+    vendor_gemm,
 )
 from tests.support import huge
 
@@ -153,6 +154,24 @@ def test_linear_residual(with_kept):
     assert names == ["linear_kernel"]
     expected = linear.linear_residual(x, weight, bias, residual, bias, factors, "gelu")
     assert_same(y[-1, -16:], expected[-1, -16:])
+
+
+def test_what_follows_the_vendors_gemm(monkeypatch):
+    product, residual, factors = tail((TOKENS, 64)), tail((1, TOKENS, 64)), tail((1,))
+    weight, bias = tail((64, 64)), tail((64,))
+
+    def finished(samples: int) -> tuple[Tensor, list[str]]:
+        rows = filled(samples, residual).view(-1, 64)
+        monkeypatch.setattr(torch, "mm", lambda x, w: filled(samples, product.view(1, TOKENS, 64)).view(-1, 64))
+        with huge.last_programs(1) as names:
+            y = torch.empty((len(rows), 64), dtype=DTYPE)
+            scales = bias, filled(samples, factors)
+            vendor_gemm.gemm_residual(rows, y, weight, bias, "none", rows, *scales, TOKENS)
+        return y, names
+
+    y, names = finished(samples_of(TOKENS * 64))
+    assert names == ["residual_kernel"]
+    assert_same(y[-16:], finished(1)[0][-16:])
 
 
 @pytest.mark.parametrize("with_kept", [False, True])

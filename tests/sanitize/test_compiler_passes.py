@@ -47,6 +47,7 @@ LAUNCHED_BY = {
     "patch_embed_backward.weight_gradient_kernel": cases.patch_embed,
     "readout.readout_kernel": cases.readout_attention,
     "readout_backward.readout_backward_kernel": cases.readout_attention,
+    "vendor_gemm.residual_kernel": cases.linear_residual_by_vendor,
 }
 
 
