@@ -38,6 +38,11 @@ def _linear(a) -> dict[str, Explanation]:
     )
 
 
+def _linear_rows(a) -> dict[str, Explanation]:
+    parameters = ("norm_weight", "norm_bias", "weight", "k_weight", "v_weight", "bias", "k_bias", "v_bias")
+    return dict.fromkeys(parameters, (cdiv(a.rows, a.ROW_BLOCK), "row tiles"))
+
+
 def _attention(a) -> dict[str, Explanation]:
     return dict.fromkeys(("k", "v"), (cdiv(a.queries, a.QUERY_BLOCK), "query blocks"))
 
@@ -94,6 +99,7 @@ def _layer_norm_backward(a) -> dict[str, Explanation]:
 
 _KERNELS: dict[str, Callable[[SimpleNamespace], dict[str, Explanation]]] = {
     "linear_kernel": _linear,
+    "linear_rows_kernel": _linear_rows,
     "attention_kernel": _attention,
     "layer_norm_attention_kernel": _layer_norm_attention,
     "mlp_kernel": _mlp,

@@ -11,6 +11,7 @@ _FIELDS = {
     "patch_embed": _TILE,
     "patch_embed_weight_gradient": ("num_warps", "num_stages"),
     "mlp": ("rows", "columns", "num_warps", "num_stages"),
+    "layer_norm_linear_rows": ("rows", "columns", "num_warps", "num_stages"),
     "layer_norm_attention": ("depth", "num_warps", "num_stages"),
     "attention": ("queries", "keys", "num_warps", "num_stages"),
     "attention_backward": ("queries", "keys", "num_warps", "num_stages"),
@@ -38,14 +39,19 @@ def tunable(asked: str) -> bool:
     return _function(asked) in _FIELDS
 
 
-def has_vendor(asked: str) -> bool:
-    """Whether None, the vendor's GEMM, is an answer as well."""
-    return _function(asked) == "gemm"
+def may_be_none(asked: str) -> bool:
+    """Whether None is an answer as well: the vendor's GEMM, or the kernel of another function of the table."""
+    return _function(asked) in ("gemm", "layer_norm_linear_rows")
 
 
 def neighbours(asked: str, setting: object) -> Iterator[object]:
-    """Settings a step away: one size halved or doubled, alone or together with the warps, one stage more or less."""
+    """Settings a step away: one size halved or doubled, alone or together with the warps, one stage more or less.
+
+    Nothing lies beside None.
+    """
     fields = _FIELDS[_function(asked)]
+    if setting is None:
+        return
     if hasattr(setting, "_fields"):
         yield from _of_tile(setting, fields)
     elif hasattr(setting[0], "_fields"):

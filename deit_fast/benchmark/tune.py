@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from deit_fast.benchmark.candidates import has_vendor, neighbours, tunable
+from deit_fast.benchmark.candidates import may_be_none, neighbours, tunable
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.operator_cases import OperatorCase
 from deit_fast.kernels import launch
@@ -64,7 +64,7 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
     for asked, setting in shipped.items():
         if tunable(asked):
             best = _climb(tries, asked, setting, best)
-        if has_vendor(asked):
+        if may_be_none(asked):
             best = min(best, {**best, asked: None}, key=tries.seconds)
 
     finalists = sorted(tries.timed, key=tries.timed.get)[:_FINALISTS]

@@ -230,6 +230,17 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
 
 
 @setting
+def layer_norm_linear_rows(width: int, itemsize: int, arch: str) -> Tile | None:
+    """LayerNorm and a linear layer with `rows` whole rows on chip, `columns` of the output a step.
+
+    None where `gemm` does better: float32 rows, or wide ones, take the registers of a multiprocessor's second program.
+    """
+    if itemsize == 4 or width > 192:
+        return None
+    return Tile(64, 32 if arch in _SMALL_SHARED_MEMORY else 64, width, 4 if is_amd(arch) else 8, 2)
+
+
+@setting
 def patch_embed(width: int, patch_width: int, depth: int, itemsize: int, arch: str) -> Tile:
     tile = gemm.__wrapped__(width, depth, itemsize, arch, "none")
     # The pixels of a patch whose width is no power of two are found one by one, with an address for each.

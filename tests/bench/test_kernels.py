@@ -17,6 +17,7 @@ FORWARD = {
     "attention_kernel",
     "layer_norm_kernel",
     "linear_kernel",
+    "linear_rows_kernel",
     "mlp_kernel",
     "patch_embed_kernel",
     "readout_kernel",

@@ -48,15 +48,19 @@ def test_launches_that_are_not_run_count_the_same_distinct_bytes():
     assert summed(run.calls, "tokens") == summed(recorded.calls, "tokens")
 
 
-def test_separate_projections_are_explained(triton_backend):
-    x, norm_weight, norm_bias = (torch.randn(*shape, requires_grad=True) for shape in ((1, 70, 64), (64,), (64,)))
-    projections = [torch.randn(*shape, requires_grad=True) for _ in range(3) for shape in ((64, 64), (64,))]
+@pytest.mark.parametrize(("dtype", "first"), [(torch.float32, "linear_kernel"), (torch.float16, "linear_rows_kernel")])
+def test_separate_projections_are_explained(dtype, first, triton_backend):
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    x, norm_weight, norm_bias = leaf(1, 70, 64), leaf(64), leaf(64)
+    projections = [leaf(*shape) for _ in range(3) for shape in ((64, 64), (64,))]
     with counting(tokens=70) as counts:
         heads = ops.layer_norm_qkv(x, norm_weight, norm_bias, 1e-6, *projections)
         out, _ = ops.attention_qkv(*(each.unflatten(-1, (1, 64)) for each in heads), 0.125)
         out.sum().backward()
     launches = [launch for call in counts.calls for launch in call.launches]
-    assert [launch.kernel for launch in launches][:2] == ["linear_kernel", "attention_kernel"]
+    assert [launch.kernel for launch in launches][:2] == [first, "attention_kernel"]
     for launch in launches:
         reasons = explanations(launch)
         assert [a for a in launch.accesses if not explained(a, reasons[a.name])] == []

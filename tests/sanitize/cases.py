@@ -145,11 +145,22 @@ def layer_norm_linear(t: Arguments):
     return ops.layer_norm_linear(x, *norm, EPS, t.weight(HIDDEN, t.width), t.leaf(HIDDEN))
 
 
+def layer_norm_linear_by_tiles(t: Arguments):
+    """As rows too wide to stay on chip, or too few, are."""
+    with mock.patch.object(launch, "layer_norm_linear_rows", lambda *_: None):
+        return layer_norm_linear(t)
+
+
 def layer_norm_qkv(t: Arguments):
     x = t.leaf(t.batch, t.tokens, t.width)
     norm = t.leaf(t.width), t.leaf(t.width)
     projections = [make(*shape) for make, shape in 3 * ((t.weight, (HIDDEN, t.width)), (t.leaf, (HIDDEN,)))]
     return ops.layer_norm_qkv(x, *norm, EPS, *projections)
+
+
+def layer_norm_qkv_by_tiles(t: Arguments):
+    with mock.patch.object(launch, "layer_norm_linear_rows", lambda *_: None):
+        return layer_norm_qkv(t)
 
 
 def linear_residual(t: Arguments):
@@ -266,6 +277,11 @@ def attention_branch(t: Arguments):
     return ops.linear_residual(out, *projection, x, t.leaf(t.width), factors, "none", kept)
 
 
+def attention_branch_by_tiles(t: Arguments):
+    with mock.patch.object(launch, "layer_norm_linear_rows", lambda *_: None):
+        return attention_branch(t)
+
+
 def mlp_branch(t: Arguments):
     """A block's second half for the kept samples alone, as two operators."""
     x = t.leaf(t.batch, t.tokens, t.width)
@@ -298,8 +314,10 @@ OPERATORS = (
     soft_distillation,
     keep_samples,
     linear_residual_by_vendor,
+    layer_norm_linear_by_tiles,
+    layer_norm_qkv_by_tiles,
 )
-KEEPING = (attention_branch, mlp_branch, mlp)
+KEEPING = (attention_branch, mlp_branch, mlp, attention_branch_by_tiles)
 
 
 def _table(operators: tuple, shapes: list[tuple]) -> list[Case]:
