@@ -125,10 +125,14 @@ def _around_the_vendors_gemm(dtype: torch.dtype, autocast: bool) -> None:
     from deit_fast.kernels import launch
 
     wide = torch.float32 if autocast else dtype
-    x, vector, factors = torch.zeros(2, 16, 192, dtype=wide), torch.zeros(192, dtype=wide), torch.ones(2, dtype=wide)
-    weight, hidden = torch.zeros(192, 192, dtype=dtype), x.to(dtype)
     with mock.patch.object(launch, "gemm", lambda *_: None), torch.no_grad(), torch.autocast("cpu", dtype, autocast):
-        ops.layer_norm_linear(x, vector, vector, 1e-6, weight, vector)
+        # LayerNorm is compiled for its width.
+        for width in (192, 384, 768, 1280):
+            x, weight = torch.zeros(2, 16, width, dtype=wide), torch.zeros(64, width, dtype=dtype)
+            vector = torch.zeros(width, dtype=wide)
+            ops.layer_norm_linear(x, vector, vector, 1e-6, weight)
+        x, vector, factors = torch.zeros(2, 16, 64, dtype=wide), torch.zeros(64, dtype=wide), torch.ones(2, dtype=wide)
+        hidden, weight = x.to(dtype), torch.zeros(64, 64, dtype=dtype)
         for scales in ((None, None), (None, factors), (vector, factors)):
             ops.linear_residual(hidden, weight, vector, x, *scales, "gelu")
 

@@ -59,13 +59,10 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
     packed = "kept" in operator.parameters and arguments[operator.parameters.index("kept")] is not None
     expected = None if packed else shipped_call()
 
-    tries = _Tries(case, clock, expected, shipped_call)
+    tries = _Tries(case, clock, expected, shipped, shipped_call)
     best: dict[str, object] = {}
     for asked, setting in shipped.items():
-        if tunable(asked):
-            best = _climb(tries, asked, setting, best)
-        if may_be_none(asked):
-            best = min(best, {**best, asked: None}, key=tries.seconds)
+        best = _settled(tries, asked, setting, best)
 
     finalists = sorted(tries.timed, key=tries.timed.get)[:_FINALISTS]
     contenders = {
@@ -90,23 +87,53 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
 class _Tries:
     """What one call takes with settings that were tried, infinity where they are out of the question; the calls."""
 
-    def __init__(self, case: OperatorCase, clock: Clock, expected: object, shipped: Callable[[], object]) -> None:
-        self.case, self.clock, self.expected = case, clock, expected
-        self.calls: dict[tuple, Callable[[], object]] = {(): shipped}
-        self.timed: dict[tuple, float] = {(): self._once(shipped)}
+    def __init__(
+        self,
+        case: OperatorCase,
+        clock: Clock,
+        expected: object,
+        shipped: dict[str, object],
+        shipped_call: Callable[[], object],
+    ) -> None:
+        self.case, self.clock, self.expected, self.shipped = case, clock, expected, shipped
+        self.calls: dict[tuple, Callable[[], object]] = {(): shipped_call}
+        self.asked: dict[tuple, dict[str, object]] = {}
+        self.timed: dict[tuple, float] = {(): self._once(shipped_call)}
 
     def seconds(self, settings: dict[str, object]) -> float:
-        key = tuple(sorted(settings.items(), key=lambda item: item[0]))
+        key = self._key(settings)
         if key not in self.timed:
-            call = _prepared(self.case, settings, self.expected)
+            call = _prepared(self.case, settings, self.expected, self.asked.setdefault(key, {}))
             if isinstance(call, str):
                 self.timed[key] = float("inf")
             else:
                 self.calls[key], self.timed[key] = call, self._once(call)
         return self.timed[key]
 
+    def further(self, settings: dict[str, object]) -> dict[str, object]:
+        """What the launcher asks with `settings`, which ran, and does not ask as shipped, with the table's answers."""
+        asked = self.asked[self._key(settings)]
+        return {each: answer for each, answer in asked.items() if each not in settings and each not in self.shipped}
+
+    @staticmethod
+    def _key(settings: dict[str, object]) -> tuple:
+        return tuple(sorted(settings.items(), key=lambda item: item[0]))
+
     def _once(self, call: Callable[[], object]) -> float:
         return self.clock.seconds(call, self.clock.calls(call))
+
+
+def _settled(tries: _Tries, asked: str, setting: object, best: dict[str, object]) -> dict[str, object]:
+    """`best`, with the fastest answer to `asked`; None leads to other kernels, with questions of their own."""
+    if tunable(asked):
+        best = _climb(tries, asked, setting, best)
+    if setting is not None and may_be_none(asked):
+        other = {**best, asked: None}
+        if tries.seconds(other) < float("inf"):
+            for instead, answer in tries.further(other).items():
+                other = _settled(tries, instead, answer, other)
+        best = min(best, other, key=tries.seconds)
+    return best
 
 
 def _climb(tries: _Tries, asked: str, setting: object, best: dict[str, object]) -> dict[str, object]:

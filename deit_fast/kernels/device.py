@@ -185,3 +185,25 @@ def tile_of_program(tiles_m, tiles_n, GROUP: tl.constexpr):
     first = (pid // group_size) * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
     return first + (pid % group_size) % rows, (pid % group_size) // rows
+
+
+@triton.jit
+def normalised_rows(
+    x_rows, row_mask, norm_weight_ptr, norm_bias_ptr, head, head_mask, tail, tail_mask, eps, DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Whole rows after LayerNorm as two tiles of DTYPE, 0 where masked; the second is the first where TAIL is 0."""
+    x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
+    x_tail = x_head
+    if TAIL > 0:
+        x_tail = tl.load(x_rows + tail[None, :], mask=row_mask[:, None] & tail_mask[None, :], other=0.0).to(tl.float32)
+    mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
+    x_head = normalise(x_head, mean, rstd, norm_weight_ptr, norm_bias_ptr, head, head_mask)
+    # Before the cast: what padding is normalised to may be past float16's largest.
+    x_head = tl.where(head_mask[None, :], x_head, 0.0).to(DTYPE)
+    if TAIL > 0:
+        x_tail = normalise(x_tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, tail, tail_mask)
+        x_tail = tl.where(tail_mask[None, :], x_tail, 0.0).to(DTYPE)
+    else:
+        x_tail = x_head
+    return x_head, x_tail

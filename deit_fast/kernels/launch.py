@@ -233,7 +233,7 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
 def layer_norm_linear_rows(width: int, itemsize: int, arch: str) -> Tile | None:
     """LayerNorm and a linear layer with `rows` whole rows on chip, `columns` of the output a step.
 
-    None where `gemm` does better: float32 rows, or wide ones, take the registers of a multiprocessor's second program.
+    None where the rows, float32 weights beside them or of more columns, leave a multiprocessor room for one program.
     """
     if itemsize == 4 or width > 192:
         return None
@@ -266,6 +266,10 @@ def layer_norm_attention(arch: str) -> Tile | None:
     if arch not in ("sm_80", "sm_90", "sm_100"):
         return None
     return Tile(64, 64, 32, 4, 1 if arch in _MMA_SYNC else 2)
+
+
+# Of `layer_norm_linear_rows`, whatever its tile: so that a tile doesn't decide whether it is asked for.
+ROWS_ON_CHIP = 64
 
 
 def fills_device(programs: int, tensor: torch.Tensor) -> bool:

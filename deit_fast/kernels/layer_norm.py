@@ -99,7 +99,8 @@ def _launch(x, residual, weight, bias, total, y, eps) -> None:
     x = as_rows(x)
     rows, width = x.shape
     residual = None if residual is None else as_rows(residual)
-    block, warps = launch.layer_norm_rows(width, (x.element_size(),), launch.architecture(x))
+    itemsizes = tuple(dict.fromkeys((x.element_size(), y.element_size())))
+    block, warps = launch.layer_norm_rows(width, itemsizes, launch.architecture(x))
     head, tail = launch.cover(width)
     launch.run(
         layer_norm_kernel,

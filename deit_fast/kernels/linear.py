@@ -178,9 +178,9 @@ def _launch(
     absent = (None,) * (3 - len(weights))
     residual = None if residual is None else as_rows(residual)
     arch, itemsize = launch.architecture(x), weights[0].element_size()
-    if prologue == "layer_norm":
+    if prologue == "layer_norm" and launch.fills_device(triton.cdiv(rows, launch.ROWS_ON_CHIP), x):
         tile = launch.layer_norm_linear_rows(depth, itemsize, arch)
-        if tile is not None and launch.fills_device(triton.cdiv(rows, tile.rows), x):
+        if tile is not None:
             linear_rows.layer_norm_linear_rows(x, outputs, norm, eps, weights, biases, kept, tokens, tile)
             return
     tile = launch.gemm(columns, depth, itemsize, arch, prologue)

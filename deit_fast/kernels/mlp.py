@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import add_residual, copy_dropped, full_row, gelu, normalise, tile_statistics
+from deit_fast.kernels.device import add_residual, copy_dropped, full_row, gelu, normalised_rows
 from deit_fast.kernels.layout import as_rows, dense
 from deit_fast.kernels.linear import layer_norm_linear, linear_residual
 from deit_fast.kernels.metadata import described
@@ -64,19 +64,12 @@ def mlp_kernel(
         row_mask = row < kept_rows
         row = full_row(kept_ptr, row, row_mask, tokens)
     x_rows = x_ptr + row.to(tl.int64)[:, None] * x_stride
-    x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
-    x_tail = x_head
-    if TAIL > 0:
-        x_tail = tl.load(x_rows + tail[None, :], mask=row_mask[:, None] & tail_mask[None, :], other=0.0).to(tl.float32)
-    mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
-
-    dtype = fc1_weight_ptr.dtype.element_ty
-    x_head = normalise(x_head, mean, rstd, norm_weight_ptr, norm_bias_ptr, head, head_mask)
-    x_head = tl.where(head_mask[None, :], x_head, 0.0).to(dtype)
+    dtype: tl.constexpr = fc1_weight_ptr.dtype.element_ty
+    x_head, x_tail = normalised_rows(
+        x_rows, row_mask, norm_weight_ptr, norm_bias_ptr, head, head_mask, tail, tail_mask, eps, dtype, WIDTH, TAIL
+    )
     branch_head = tl.zeros([ROW_BLOCK, HEAD], dtype=tl.float32)
     if TAIL > 0:
-        x_tail = normalise(x_tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, tail, tail_mask)
-        x_tail = tl.where(tail_mask[None, :], x_tail, 0.0).to(dtype)
         branch_tail = tl.zeros([ROW_BLOCK, TAIL], dtype=tl.float32)
 
     for start in range(0, HIDDEN, HIDDEN_BLOCK):

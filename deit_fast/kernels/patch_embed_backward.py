@@ -295,14 +295,14 @@ def patch_embed_backward(
     tokens only shape and dtype matter. Masked patches have no gradient but the mask token's.
     """
     inputs = (images, weight, bias, pos_embed, cls_token, dist_token, mask_token)
-    if grad.numel() == 0:
-        return [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
     outputs = [
         torch.empty_like(x, memory_format=torch.preserve_format if x is images else torch.contiguous_format)
         if need
         else None
         for x, need in zip(inputs, needs, strict=True)
     ]
+    if grad.numel() == 0:
+        return [output.zero_() for output in outputs if output is not None]
     of_images, of_weight, of_bias, of_pos_embed, of_cls_token, of_dist_token, of_mask_token = outputs
     grad = unit_stride(grad)
     mask = None if mask is None else mask.contiguous().view(torch.uint8)

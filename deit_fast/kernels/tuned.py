@@ -7,9 +7,9 @@ A file holds one operator at one shape on one device, which its name tells; its 
      "64": {"runs": "triton", "settings": {"gemm(1152, 384, 2, sm_80, layer_norm)": {"rows": 128, …}}},
      "256": {"runs": "stock"}}
 
-Files are looked for in the user's folder, then among those that the package ships. Between the batches that were
-measured, the nearest one answers, by its ratio. What was measured with another Triton or driver, or can't be read, is
-left alone, and said once.
+A setting of null is the None that some functions of launch.py may answer. Files are looked for in the user's folder,
+then among those that the package ships. Between the batches that were measured, the nearest one answers, by its ratio.
+What was measured with another Triton or driver, or can't be read, is left alone, and said once.
 """
 
 import json

@@ -48,12 +48,21 @@ def test_a_setting_that_does_not_run_gives_way_to_the_shipped_one_and_says_so_on
 
 
 def test_the_vendors_gemm_is_tried_and_where_it_is_fastest_heeded(seen):
-    assert seen["vendor"]["choices"]
+    assert {with_kept for _, with_kept, _ in seen["vendor"]["choices"]} == {False, True}
     for failure, with_kept, settings in seen["vendor"]["choices"]:
         assert failure is None
         # It computes every sample, the dropped ones too.
         assert (None in settings.values()) is not with_kept
     assert "residual_kernel" in {kernel for kernel, *_ in seen["vendor"]["launches"]}
+
+
+def test_other_kernels_than_the_shipped_one_are_tried_with_settings_of_their_own(seen):
+    rows, gemm = "layer_norm_linear_rows(192, 2, sm_90)", "gemm(576, 192, 2, sm_90, layer_norm)"
+    assert rows not in seen["narrow"]["linear_rows_kernel"]
+    tiles = seen["narrow"]["linear_kernel"]
+    assert tiles[rows] is None and tiles.get(gemm, "shipped") is not None
+    vendor = seen["narrow"]["layer_norm_kernel"]
+    assert vendor[rows] is None and vendor[gemm] is None
 
 
 def test_neighbours_are_a_step_away_and_within_bounds():

@@ -8,13 +8,14 @@ import json
 import os
 import tempfile
 import warnings
+from dataclasses import replace
 from unittest import mock
 
 import torch
 
 from deit_fast.benchmark import tune
 from deit_fast.benchmark.contenders import Case
-from deit_fast.benchmark.operator_cases import operator_cases
+from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
 from deit_fast.benchmark.standin_driver import recording
 from deit_fast.benchmark.targets import TARGETS
 from deit_fast.kernels import launch, replay, tuned
@@ -80,13 +81,30 @@ def launched(launches: list) -> list:
     return [untuned, [_shown(each) for each in launches]]
 
 
+def narrow_rows(launches: list) -> dict:
+    """Of LayerNorm and a linear layer that fill the device: what is chosen as shipped, and liking other kernels."""
+    x, weight = torch.zeros(64, 198, 192, dtype=torch.bfloat16), torch.zeros(576, 192, dtype=torch.bfloat16)
+    operator = OPERATORS["layer_norm_linear"]
+    arguments = (x, None, None, 1e-6, weight, None, None, None)
+    case = OperatorCase(operator, *tuned.described(operator.parameters, arguments), arguments)
+    found = {}
+    with mock.patch.object(tune, "_agree", lambda found, expected: True):
+        for liking in ("linear_rows_kernel", "linear_kernel", "layer_norm_kernel"):
+            (result,) = tune.tune([case], Clock(launches, liking), 3, lambda what: None)
+            found[liking] = result.choice.settings
+    return found
+
+
 def around_the_vendors_gemm(launches: list) -> dict:
     """What is chosen for the layers that end in a residual, and what a step then launches for them."""
     choices = []
     with mock.patch.object(tune, "_agree", lambda found, expected: True):
-        cases = [case for case in operator_cases(CASE, CPU) if case.operator.name == "linear_residual"]
+        # DeiT III has drop path in the first block too.
+        dropping = replace(CASE, model="deit3_small_patch16_224", drop_path=0.5)
+        found = operator_cases(CASE, CPU) + operator_cases(dropping, CPU)
+        cases = [case for case in found if case.operator.name == "linear_residual"]
         for result in tune.tune(cases, Clock(launches, "residual_kernel"), 3, lambda what: None):
-            choices.append([result.failure, "kept=" in result.case.shape, result.choice.settings])
+            choices.append([result.failure, "kept" in result.case.shape.split(","), result.choice.settings])
             tuned.write("linear_residual", result.case.shape, "sm_90", launch.driver_version(), 4, result.choice)
     return {"choices": choices, "launches": launched(launches)[1]}
 
@@ -124,8 +142,13 @@ def main() -> None:
         found = tuned_settings(launches)
         untuned, heeded = launched(launches)
         broken = refused(launches)
+        narrow = narrow_rows(launches)
         vendor = around_the_vendors_gemm(launches)
-    print(json.dumps({"found": found, "untuned": untuned, "heeded": heeded, "broken": broken, "vendor": vendor}))
+    print(
+        json.dumps(
+            {"found": found, "untuned": untuned, "heeded": heeded, "broken": broken, "vendor": vendor, "narrow": narrow}
+        )
+    )
 
 
 if __name__ == "__main__":

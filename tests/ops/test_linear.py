@@ -91,6 +91,15 @@ def test_a_large_mean_costs_no_digits(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [72, 200])
+def test_rows_of_one_value_are_the_bias(width, dtype):
+    """100 standard deviations of `sqrt(eps)`, which is all they have, are past float16's largest: in no padding."""
+    x, bias = torch.full((1, 17, width), 100.0, dtype=dtype), randn(32, dtype=dtype)
+    y = assert_op_is_right("layer_norm_linear", x, None, None, EPS, weight_of(32, width, dtype), bias)[0]
+    assert torch.equal(y[0], bias.expand(17, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_go_where_the_stock_operator_lets_them(dtype):
     x, weight, bias = randn(1, 6, 40, dtype=dtype), weight_of(24, 40, dtype), randn(24, dtype=dtype)
     x[0, 1, 3], x[0, 2, 5], x[0, 4, 7] = torch.nan, torch.inf, -torch.inf
@@ -127,10 +136,11 @@ def test_autocast_keeps_a_float32_stream_and_multiplies_in_16_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_autocast_hands_over_runs_in_the_kernels(dtype):
+@pytest.mark.parametrize("width", [96, 256])
+def test_what_autocast_hands_over_runs_in_the_kernels(width, dtype):
     """Float32 stream, norm and biases, 16-bit weights."""
-    x, vector = randn(2, 20, 96, dtype=torch.float32), randn(96, dtype=torch.float32)
-    weight, h = weight_of(96, 96, dtype), randn(2, 20, 96, dtype=dtype)
+    x, vector = randn(2, 20, width, dtype=torch.float32), randn(width, dtype=torch.float32)
+    weight, h = weight_of(width, width, dtype), randn(2, 20, width, dtype=dtype)
     with torch.autocast("cpu", dtype):
         qkv = assert_op_is_right("layer_norm_linear", x, vector, vector, EPS, weight, vector)[0]
         stream = assert_op_is_right("linear_residual", h, weight, vector, x, vector, None, "gelu")[0]

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deit_fast import ops
 from deit_fast.ops import backend
+from deit_fast.ops.registration import OPERATORS
 
 EPS = 1e-6
 B, N, D, HEADS, HEAD_DIM = 3, 5, 64, 2, 32
@@ -37,7 +38,9 @@ class _Compared(TorchDispatchMode):
 
 
 def _layout(tensor: Tensor) -> tuple:
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    strides = [
+        stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and tensor.numel()
+    ]
     return tuple(tensor.shape), strides, tensor.dtype
 
 
@@ -51,6 +54,7 @@ def _samples(leaf) -> dict[str, tuple]:
     x, norm, w, qkv, v = leaf(B, N, D), leaf(D), leaf(D, D), leaf(3 * D, D), leaf(D)
     kept = ops.keep_samples(torch.tensor([1.25, 0.0, 1.25]))
     factors, packed = torch.tensor([1.25, 0.0, 1.25]), leaf(2, N, D)
+    mask = torch.arange(B * 4).view(B, 4) % 3 == 0
     heads = [leaf(B, N, HEADS, HEAD_DIM) for _ in range(3)]
     return {
         "layer_norm": (x, norm, norm, EPS),
@@ -73,7 +77,14 @@ def _samples(leaf) -> dict[str, tuple]:
         "readout_attention_qkv": (x, norm, norm, EPS, w, v, w, v, w, v, 2, HEADS, 0.2),
         "distillation_loss": (leaf(B, 9), leaf(B, 9), torch.arange(B), torch.randn(B, 9), "soft", 0.5, 3.0),
         "patch_embed": (leaf(B, 3, 8, 8), leaf(D, 3, 4, 4), v, leaf(1, 6, D), leaf(1, 1, D), leaf(1, 1, D)),
+        "patch_embed, masked": (leaf(B, 3, 8, 8), leaf(D, 3, 4, 4), v, leaf(1, 4, D), None, None, leaf(1, 1, D), mask),
+        "patch_embed, nothing": (leaf(0, 3, 8, 8), leaf(D, 3, 4, 4), v, leaf(1, 4, D)),
     }
+
+
+def test_every_operator_is_here():
+    forward = {name for name in OPERATORS if not name.endswith("_backward")}
+    assert forward <= {name.partition(",")[0] for name in _samples(_contiguous)} | {"keep_samples"}
 
 
 def _contiguous(*shape: int) -> Tensor:
@@ -98,7 +109,9 @@ def test_outputs_and_gradients_lie_as_described(name, leaf, autocast, chosen):
     with backend.forced(chosen), torch.autocast("cpu", torch.bfloat16, autocast), _compared() as seen:
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # A gradient that autograd has expanded, too.
-        sum(output.mean() for output in outputs if output.requires_grad).backward()
+        # Gradients that autograd has expanded, and that lie as the arguments do.
+        outputs = [output for output in outputs if output.requires_grad]
+        sum(output.mean() for output in outputs).backward(retain_graph=True)
+        torch.autograd.backward(outputs, [leaf(*output.shape).detach().to(output.dtype) for output in outputs])
     assert len(seen) >= 2 or name == "distillation_loss", "an operator and its backward"
     assert {operator: differing for operator, differing in seen.items() if differing} == {}

@@ -48,7 +48,7 @@ def step(call, model: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, dict[str
 
 
 def assert_compiled_steps_follow(model: nn.Module, expected: list[tuple], backend: str = "aot_eager") -> None:
-    """Three steps as the `expected` ones, in one graph that is compiled once."""
+    """Steps as the `expected` ones, in one graph that is compiled once."""
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for seed, (out, stock, after) in enumerate(expected):
         with torch._dynamo.config.patch(error_on_recompile=seed > 0):
