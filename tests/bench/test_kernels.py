@@ -17,7 +17,6 @@ FORWARD = {
     "attention_kernel",
     "layer_norm_kernel",
     "linear_kernel",
-    "linear_rows_kernel",
     "mlp_kernel",
     "patch_embed_kernel",
     "readout_kernel",
@@ -61,7 +60,8 @@ def test_no_launch_has_a_problem_or_takes_more_than_committed(tmp_path):
     for row in rows:
         kernels[row["target"]].add(row["kernel"])
     assert kernels["gfx942"] == FORWARD | BACKWARD
-    assert kernels["sm_90"] == FORWARD | BACKWARD | {"layer_norm_attention_kernel"}
+    # DeiT-Ti's 198 row tiles at batch 64 fill its 132 multiprocessors, not gfx942's 304.
+    assert kernels["sm_90"] == FORWARD | BACKWARD | {"layer_norm_attention_kernel", "linear_rows_kernel"}
     # A launch that the committed table lacks was not compared: run `make kernels-all` and commit what it writes.
     assert [row["kernel"] for row in rows if row["id"] not in known] == []
 
