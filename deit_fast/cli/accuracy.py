@@ -22,6 +22,9 @@ LARGEST_FACTOR = 4.0
 FLOOR_ULPS = 4.0
 # Relative L2 norm, in units of eps: half a unit each is the most that correctly rounded elements can have.
 FLOOR_EPS = 0.5
+# Of the thousands of cases that a search draws the most extreme roundings are looked for, and some pass what one case
+# would hardly pass: in 20 minutes one or two by up to 1.6 times. A lost digit is ten times.
+SEARCHED_FACTOR = 2.0
 # Below this many elements the norm is the largest error once more, and only that counts.
 FEW = 16
 
@@ -52,13 +55,14 @@ def unit_in_last_place(magnitude: float, dtype: torch.dtype) -> float:
     return info.eps * 2.0 ** (exponent - 1)
 
 
-def allowed_errors(stock: Errors, exact: Tensor, dtype: torch.dtype) -> Errors:
-    """What a result in `dtype` may have where the stock operator's has `stock`."""
+def allowed_errors(stock: Errors, exact: Tensor, dtype: torch.dtype, searched: bool = False) -> Errors:
+    """What a result in `dtype` may have where the stock operator's has `stock`; more if a search chose the case."""
     finite = exact[exact.isfinite()]
     magnitude = finite.abs().max().item() if finite.numel() else 0.0
+    factor = SEARCHED_FACTOR if searched else 1.0
     return Errors(
-        max(LARGEST_FACTOR * stock.largest, FLOOR_ULPS * unit_in_last_place(magnitude, dtype)),
-        max(STOCK_FACTOR * stock.relative, FLOOR_EPS * torch.finfo(dtype).eps),
+        factor * max(LARGEST_FACTOR * stock.largest, FLOOR_ULPS * unit_in_last_place(magnitude, dtype)),
+        factor * max(STOCK_FACTOR * stock.relative, FLOOR_EPS * torch.finfo(dtype).eps),
     )
 
 
