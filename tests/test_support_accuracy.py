@@ -1,9 +1,11 @@
 """The accuracy rule lets rounding pass and nothing else."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from tests.support.accuracy import assert_as_accurate_as_stock, unit_in_last_place
+from tests.support.accuracy import assert_as_accurate_as_stock, searched, unit_in_last_place
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -35,6 +37,17 @@ def test_one_wrong_element_fails_with_its_place(product):
     ours[5, 7] += 16 * unit_in_last_place(exact.abs().max().item(), dtype)
     with pytest.raises(AssertionError, match=r"less accurate(.|\n)*worst at \(5, 7\)"):
         assert_as_accurate_as_stock(ours, stock, exact, dtype)
+
+
+def test_a_searched_case_has_twice_the_room_and_no_more():
+    exact = torch.linspace(1, 2, 64, dtype=torch.float64)
+    stock = exact.float()
+    for ulps, passes in ((0.75, True), (1.25, False)):
+        ours = (exact * (1 + ulps * torch.finfo(torch.float32).eps)).float()
+        with pytest.raises(AssertionError, match="relative L2"):
+            assert_as_accurate_as_stock(ours, stock, exact, torch.float32)
+        with searched(), nullcontext() if passes else pytest.raises(AssertionError, match="relative L2"):
+            assert_as_accurate_as_stock(ours, stock, exact, torch.float32)
 
 
 def test_a_small_bias_everywhere_fails(product):
