@@ -4,8 +4,9 @@
         model(images)               # tensors on the CPU, the Triton backend forced
 
 Within, `kernel[grid](…)` does on CPU tensors what it does on a GPU's, down to the cubin or hsaco, except that
-nothing runs: outputs keep whatever memory they were given. With `compiling=False` it stops before the compiler, which
-`compile_launch` then calls, in another process if need be. Needs a process without TRITON_INTERPRET.
+nothing runs: outputs keep whatever memory they were given (drop path's kept samples zeros: none is kept). With
+`compiling=False` it stops before the compiler, which `compile_launch` then calls, in another process if need be. Needs
+a process without TRITON_INTERPRET.
 """
 
 import importlib
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -23,7 +25,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from deit_fast.benchmark.targets import Target
-from deit_fast.kernels import replay
+from deit_fast.kernels import drop_path, replay
 
 _DEVICE = 0
 _MAX_THREADS = 1024
@@ -173,6 +175,8 @@ def recording(target: Target, compiling: bool = True) -> Iterator[list[Launch]]:
         replay.enabled(False),
         current_device(target),
         mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)),
+        # Kept samples that no kernel has written, and that stock operators read as indices.
+        mock.patch.object(drop_path, "torch", SimpleNamespace(**vars(torch) | {"empty": torch.zeros})),
     ):
         yield launches
 
