@@ -4,9 +4,9 @@
         model(images)               # tensors on the CPU, the Triton backend forced
 
 Within, `kernel[grid](…)` does on CPU tensors what it does on a GPU's, down to the cubin or hsaco, except that
-nothing runs: outputs keep whatever memory they were given (drop path's kept samples zeros: none is kept). With
-`compiling=False` it stops before the compiler, which `compile_launch` then calls, in another process if need be. Needs
-a process without TRITON_INTERPRET.
+nothing runs: outputs keep whatever memory they were given, and drop path keeps no sample. With `compiling=False` it
+stops before the compiler, which `compile_launch` then calls, in another process if need be. Needs a process without
+TRITON_INTERPRET.
 """
 
 import importlib
@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -25,7 +24,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from deit_fast.benchmark.targets import Target
-from deit_fast.kernels import drop_path, replay
+from deit_fast.kernels import replay
+from deit_fast.kernels.drop_path import keep_samples_kernel
 
 _DEVICE = 0
 _MAX_THREADS = 1024
@@ -139,6 +139,8 @@ def _run_and_record(target: Target, launches: list[Launch], compiling: bool):
             known = (function, launch.compiled.hash)
             launch.specialization = specialized.setdefault(known, launch.specialization)
         launches.append(launch)
+        if self is keep_samples_kernel:
+            given["kept_ptr"].zero_()  # or stock operators would read whatever memory it was given as indices
         return launch.compiled
 
     return run
@@ -175,8 +177,6 @@ def recording(target: Target, compiling: bool = True) -> Iterator[list[Launch]]:
         replay.enabled(False),
         current_device(target),
         mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)),
-        # Kept samples that no kernel has written, and that stock operators read as indices.
-        mock.patch.object(drop_path, "torch", SimpleNamespace(**vars(torch) | {"empty": torch.zeros})),
     ):
         yield launches
 
