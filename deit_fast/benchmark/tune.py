@@ -80,7 +80,8 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
     if medians[fastest] > (1 - LEAST_GAIN) * medians[()]:
         fastest = ()
     found = {"stock": medians["stock"], "shipped": medians[()], "tuned": medians[fastest]}
-    choice = Choice(medians["stock"] < medians[fastest], {} if medians["stock"] < medians[fastest] else dict(fastest))
+    stock_wins = medians["stock"] < medians[fastest]
+    choice = Choice(stock_wins, {} if stock_wins else dict(fastest))
     return Tuned(case, _as_json(choice), found, len(tries.timed) - 1)
 
 

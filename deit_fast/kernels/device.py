@@ -207,3 +207,8 @@ def normalised_rows(
     else:
         x_tail = x_head
     return x_head, x_tail
+
+
+def approximation(activation: str) -> str:
+    """What PyTorch's GELU calls `gelu`'s APPROXIMATION."""
+    return "tanh" if activation == "gelu_tanh" else "none"

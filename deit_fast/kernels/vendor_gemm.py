@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
-from deit_fast.kernels.device import add_residual
+from deit_fast.kernels.device import add_residual, approximation
 from deit_fast.kernels.layer_norm import layer_norm
 from deit_fast.kernels.layout import dense
 from deit_fast.kernels.metadata import described
@@ -75,7 +75,7 @@ def gemm(
         else:
             torch.addmm(bias.to(y.dtype), x, weight.T, out=y)
         if activation != "none":
-            torch.ops.aten.gelu_(y, approximate=_approximate(activation))
+            torch.ops.aten.gelu_(y, approximate=approximation(activation))
 
 
 def gemm_residual(
@@ -121,9 +121,5 @@ def _operand(x: Tensor, dtype: torch.dtype, norm: tuple, eps: float, prologue: s
     if prologue == "layer_norm":
         return layer_norm(x, *norm, eps, dtype)
     if prologue != "none":
-        x = torch.nn.functional.gelu(x, approximate=_approximate(prologue))
+        x = torch.nn.functional.gelu(x, approximate=approximation(prologue))
     return x.to(dtype)
-
-
-def _approximate(activation: str) -> str:
-    return "tanh" if activation == "gelu_tanh" else "none"

@@ -10,6 +10,7 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels import layer_norm_backward as layer_norm_kernels
 from deit_fast.kernels import linear_backward as kernels
+from deit_fast.kernels.device import approximation
 from deit_fast.ops import activation, checks, drop_path
 from deit_fast.ops.product_dtype import as_dtype, product_dtype
 from deit_fast.ops.registration import register_backward
@@ -50,8 +51,7 @@ def _stock_linear_backward(
         scaled = weight if layer_scale is None else weight * layer_scale.unsqueeze(1)
         dx = as_dtype(grad @ as_dtype(scaled, dtype), x.dtype).view(x.shape)
         if input_activation != "none":
-            approximate = "tanh" if input_activation == "gelu_tanh" else "none"
-            dx = torch.ops.aten.gelu_backward(dx, x, approximate=approximate)
+            dx = torch.ops.aten.gelu_backward(dx, x, approximate=approximation(input_activation))
         gradients.append(drop_path.with_room(dx, capacity))
     if need_weight or need_layer_scale:
         product = grad.T @ _rows(as_dtype(activation.apply(input_activation, x), dtype))

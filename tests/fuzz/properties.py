@@ -177,8 +177,8 @@ def linear(draw) -> Case:
 def layer_norm_linear(draw) -> Case:
     into, out, dtype = draw(NORMALISED_WIDTHS), draw(WIDTHS), draw(DTYPE)
     x = draw(recipes((*leading(draw), into), dtype, extremes=ANY))
-    arguments = (x, *norm_parameters(draw, into, dtype), weight(draw, out, into, dtype), vector(draw, out, dtype))
-    return Case(arguments)
+    norm = norm_parameters(draw, into, dtype)
+    return Case((x, *norm, weight(draw, out, into, dtype), vector(draw, out, dtype)))
 
 
 @operator("layer_norm_qkv")
@@ -187,8 +187,7 @@ def layer_norm_qkv(draw) -> Case:
     into, out, dtype = draw(NORMALISED_WIDTHS), draw(WIDTHS), draw(DTYPE)
     x = draw(recipes((*leading(draw), into), dtype, extremes=ANY))
     projections = (each for _ in range(3) for each in (weight(draw, out, into, dtype), vector(draw, out, dtype)))
-    arguments = (x, *norm_parameters(draw, into, dtype), *projections)
-    return Case(arguments)
+    return Case((x, *norm_parameters(draw, into, dtype), *projections))
 
 
 def drop_path_scale(draw, batch: int, dtype: torch.dtype):

@@ -3,10 +3,19 @@ import torch
 
 import reference
 from deit_fast import ops
+from deit_fast.kernels import launch
 from tests.support.accuracy import assert_as_accurate_as_stock
 from tests.support.compare import BATCHES, DTYPES, TOKENS, WIDTHS, assert_op_is_right, randn, strided
 
 EPS = 1e-6
+
+
+@pytest.fixture(params=["kernels", "the vendor's GEMM"])
+def either_product(request, monkeypatch):
+    """As shipped, and as `deit-fast tune` may choose."""
+    if request.param != "kernels":
+        monkeypatch.setattr(launch, "gemm", lambda *_: None)
+        monkeypatch.setattr(launch, "layer_norm_linear_rows", lambda *_: None)
 
 
 def weight_of(out_features, in_features, dtype):
@@ -22,19 +31,23 @@ def test_any_number_of_tokens(tokens, dtype):
     assert_op_is_right("linear_residual", x, weight, bias, x, norm, randn(1, dtype=dtype), "gelu")
 
 
+@pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_any_width(width, dtype):
     x, norm = randn(2, 9, width, dtype=dtype), randn(width, dtype=dtype)
     into = weight_of(100, width, dtype)
-    assert_op_is_right("layer_norm_linear", x, norm, norm, EPS, into, None)
+    for bias in (None, randn(100, dtype=dtype)):
+        assert_op_is_right("layer_norm_linear", x, norm, norm, EPS, into, bias)
     assert_op_is_right("linear", x, into, None, "none", "none")
     narrow, bias = into[:64], randn(64, dtype=dtype)
     assert_op_is_right("layer_norm_qkv", x, norm, norm, EPS, narrow, bias, narrow.flip(0), None, -narrow, bias)
     back = weight_of(width, 100, dtype)
-    assert_op_is_right("linear_residual", randn(2, 9, 100, dtype=dtype), back, norm, x, None, None, "gelu_tanh")
+    for scales in ((None, None), (norm, randn(2, dtype=dtype))):
+        assert_op_is_right("linear_residual", randn(2, 9, 100, dtype=dtype), back, norm, x, *scales, "gelu_tanh")
 
 
+@pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_any_batch(batch, dtype):
@@ -46,6 +59,7 @@ def test_any_batch(batch, dtype):
     assert_op_is_right("linear_residual", x, weight, vector, x, vector, scale, "none")
 
 
+@pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("input_activation", ["none", "gelu", "gelu_tanh"])
@@ -54,21 +68,24 @@ def test_activations_before_and_after(activation, input_activation, dtype):
     assert_op_is_right("linear", x, weight_of(48, 64, dtype), randn(48, dtype=dtype), activation, input_activation)
 
 
+@pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("with_layer_scale", [False, True])
 @pytest.mark.parametrize("with_drop_path", [False, True])
-def test_every_residual_epilogue(with_bias, with_layer_scale, with_drop_path, dtype):
-    x, weight, residual = randn(3, 5, 64, dtype=dtype), weight_of(80, 64, dtype), randn(3, 5, 80, dtype=dtype)
+def test_every_residual_epilogue(with_bias, with_layer_scale, with_drop_path, batch, dtype):
+    x, weight, residual = randn(batch, 5, 64, dtype=dtype), weight_of(80, 64, dtype), randn(batch, 5, 80, dtype=dtype)
     bias = randn(80, dtype=dtype) if with_bias else None
     layer_scale = randn(80, dtype=dtype) if with_layer_scale else None
-    drop_path_scale = torch.tensor([0.0, 1.25, 1.25], dtype=dtype) if with_drop_path else None
+    drop_path_scale = torch.tensor([0.0, 1.25, 1.25], dtype=dtype)[:batch] if with_drop_path else None
     arguments = (x, weight, bias, residual, layer_scale, drop_path_scale, "none")
     y = assert_op_is_right("linear_residual", *arguments)[0]
-    if with_drop_path:
+    if with_drop_path and batch:
         assert torch.equal(y[0], residual[0]), "a dropped sample passes its residual through"
 
 
+@pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_expanded_inputs(dtype):
     x, weight, vector = randn(3, 7, 50, dtype=dtype), weight_of(50, 50, dtype), strided(randn(50, dtype=dtype))
@@ -135,6 +152,7 @@ def test_autocast_keeps_a_float32_stream_and_multiplies_in_16_bits():
     assert_as_accurate_as_stock(stream, stock_stream, exact_stream, torch.float32, "stream")
 
 
+@pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [96, 256])
 def test_what_autocast_hands_over_runs_in_the_kernels(width, dtype):

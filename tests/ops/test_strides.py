@@ -1,8 +1,5 @@
 """What an operator returns lies in memory as its shape function says: compiled code reads it by those strides."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
@@ -38,16 +35,9 @@ class _Compared(TorchDispatchMode):
 
 
 def _layout(tensor: Tensor) -> tuple:
-    strides = [
-        stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and tensor.numel()
-    ]
-    return tuple(tensor.shape), strides, tensor.dtype
-
-
-@contextmanager
-def _compared() -> Iterator[dict[str, list[str]]]:
-    with _Compared() as mode:
-        yield mode.seen
+    """Shape, dtype and the strides that lead to another element."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True) if tensor.numel() else ()
+    return tuple(tensor.shape), [stride for size, stride in sizes if size > 1], tensor.dtype
 
 
 def _samples(leaf) -> dict[str, tuple]:
@@ -106,12 +96,13 @@ def test_outputs_and_gradients_lie_as_described(name, leaf, autocast, chosen):
     torch.manual_seed(0)
     arguments = _samples(leaf)[name]
     function = getattr(ops, name.partition(",")[0])
-    with backend.forced(chosen), torch.autocast("cpu", torch.bfloat16, autocast), _compared() as seen:
+    with backend.forced(chosen), torch.autocast("cpu", torch.bfloat16, autocast), _Compared() as compared:
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         # Gradients that autograd has expanded, and that lie as the arguments do.
         outputs = [output for output in outputs if output.requires_grad]
         sum(output.mean() for output in outputs).backward(retain_graph=True)
         torch.autograd.backward(outputs, [leaf(*output.shape).detach().to(output.dtype) for output in outputs])
+    seen = compared.seen
     assert len(seen) >= 2 or name == "distillation_loss", "an operator and its backward"
     assert {operator: differing for operator, differing in seen.items() if differing} == {}

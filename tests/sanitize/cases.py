@@ -145,18 +145,6 @@ def layer_norm_linear(t: Arguments):
     return ops.layer_norm_linear(x, *norm, EPS, t.weight(HIDDEN, t.width), t.leaf(HIDDEN))
 
 
-def layer_norm_linear_by_tiles(t: Arguments):
-    """As rows too wide to stay on chip, or too few, are."""
-    with mock.patch.object(launch, "layer_norm_linear_rows", lambda *_: None):
-        return layer_norm_linear(t)
-
-
-def layer_norm_linear_by_vendor(t: Arguments):
-    """Its LayerNorm writes another dtype than it reads, under autocast."""
-    with mock.patch.object(launch, "gemm", lambda *_: None):
-        return layer_norm_linear_by_tiles(t)
-
-
 def layer_norm_qkv(t: Arguments):
     x = t.leaf(t.batch, t.tokens, t.width)
     norm = t.leaf(t.width), t.leaf(t.width)
@@ -164,21 +152,10 @@ def layer_norm_qkv(t: Arguments):
     return ops.layer_norm_qkv(x, *norm, EPS, *projections)
 
 
-def layer_norm_qkv_by_tiles(t: Arguments):
-    with mock.patch.object(launch, "layer_norm_linear_rows", lambda *_: None):
-        return layer_norm_qkv(t)
-
-
 def linear_residual(t: Arguments):
     x, residual = t.leaf(t.batch, t.tokens, HIDDEN), t.leaf(t.batch, t.tokens, t.width)
     parameters = t.weight(t.width, HIDDEN), t.leaf(t.width)
     return ops.linear_residual(x, *parameters, residual, t.leaf(t.width), t.factors(), "gelu_tanh")
-
-
-def linear_residual_by_vendor(t: Arguments):
-    """The vendor's GEMM with the rest in a kernel after it; in backward nothing differs."""
-    with mock.patch.object(launch, "gemm", lambda *_: None):
-        return linear_residual(t)
 
 
 def mlp(t: Arguments):
@@ -283,11 +260,6 @@ def attention_branch(t: Arguments):
     return ops.linear_residual(out, *projection, x, t.leaf(t.width), factors, "none", kept)
 
 
-def attention_branch_by_tiles(t: Arguments):
-    with mock.patch.object(launch, "layer_norm_linear_rows", lambda *_: None):
-        return attention_branch(t)
-
-
 def mlp_branch(t: Arguments):
     """A block's second half for the kept samples alone, as two operators."""
     x = t.leaf(t.batch, t.tokens, t.width)
@@ -299,6 +271,26 @@ def mlp_branch(t: Arguments):
     return ops.linear_residual(hidden, *fc2, x, t.leaf(t.width), factors, "gelu", kept)
 
 
+def _where_none(op: Callable, suffix: str, *functions: str) -> Callable:
+    """`op` by the kernels that compute it where these functions of launch.py answer None."""
+
+    def call(t: Arguments):
+        with mock.patch.multiple(launch, **dict.fromkeys(functions, lambda *_: None)):
+            return op(t)
+
+    call.__name__ = f"{op.__name__}_{suffix}"
+    return call
+
+
+# As rows too wide to stay on chip, or too few, are.
+layer_norm_linear_by_tiles, layer_norm_qkv_by_tiles, attention_branch_by_tiles = (
+    _where_none(op, "by_tiles", "layer_norm_linear_rows")
+    for op in (layer_norm_linear, layer_norm_qkv, attention_branch)
+)
+# The vendor's GEMM with the rest in a kernel before or after it; in backward nothing differs.
+linear_residual_by_vendor, layer_norm_linear_by_vendor = (
+    _where_none(op, "by_vendor", "gemm", "layer_norm_linear_rows") for op in (linear_residual, layer_norm_linear)
+)
 OPERATORS = (
     layer_norm,
     add_layer_norm,
