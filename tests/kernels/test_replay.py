@@ -30,3 +30,7 @@ def test_what_launchers_decide_by_tells_calls_apart(seen):
 
 def test_a_compiled_kernels_own_runner_takes_a_plans_arguments(seen):
     assert seen["runs"]
+
+
+def test_plans_do_without_what_only_some_releases_of_torch_allocate_by(seen):
+    assert seen["without"]
