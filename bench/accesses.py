@@ -18,6 +18,8 @@ _OPERATION = re.compile(
     r": (?:tensor<((?:\d+x)+)|)(?:!tt\.ptr<)?([a-z]+)(\d+)[^\n]* loc\((#loc\d*)\)$",
     re.M,
 )
+# `amdg.buffer_load_to_local %p[%o] … : <bf16>[tensor<…>] … -> <128x64xbf16, #shared, …>`: what it fills has the type.
+_TO_LOCAL = re.compile(r"\bamdg\.buffer_load_to_local [^\n]* -> <((?:\d+x)+)[a-z]+(\d+),[^\n]* loc\((#loc\d*)\)$", re.M)
 
 _FILE = re.compile(r'^\s*\.file\s+(\d+) .*?([^"/]+)"\s*$')
 _PLACE = re.compile(r"^\s*\.loc\s+(\d+) (\d+) (\d+)")
@@ -76,13 +78,14 @@ def _operations(ttgir: str) -> list[tuple[str, Place | None, int]]:
         found = named.get(alias)
         return place(found) if isinstance(found, str) else found
 
-    return [
-        (
-            "store" if "store" in (plain, amd) else "load",
-            place(alias),
-            prod(int(length) for length in shape.split("x") if length) * int(bits) // 8,
-        )
+    found = [
+        ("store" if "store" in (plain, amd) else "load", shape, bits, alias)
         for plain, _, amd, shape, _, bits, alias in _OPERATION.findall(ttgir)
+    ]
+    found += [("load", *access) for access in _TO_LOCAL.findall(ttgir)]
+    return [
+        (kind, place(alias), prod(int(length) for length in shape.split("x") if length) * int(bits) // 8)
+        for kind, shape, bits, alias in found
     ]
 
 

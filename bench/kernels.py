@@ -13,7 +13,7 @@ compiled once.
 of other targets stays. --against compares with an earlier kernels.json of the same Triton.
 
 Exits with 1 if a launch does not compile, spills registers, asks for more shared memory than the target has, or has
-a dot without tensor-core instructions, or if it takes more than in --against.
+a dot without tensor-core instructions or accesses that could be wider, or if --against lacks it or has it take less.
 """
 
 import argparse
@@ -45,6 +45,29 @@ SPAWN = multiprocessing.get_context("spawn")
 # Its processes would else keep the memory of all they compiled. (max_tasks_per_child can wait for ever: in Python 3.11
 # a pool whose processes end at one time starts no other.)
 COMPILED_BY_A_POOL = 200
+_SHARE_AS_BEFORE = 0.01
+# NVIDIA's share of bytes in accesses of 128 bits that a kernel must reach, and what can't. (AMD's is reported alone.)
+WIDE = 0.9
+_PATCHES = "rows of patches 14 pixels wide (DeiT III-H) are 28 bytes"
+_VECTORS = "what it reads and writes are mostly vectors, or one number a row"
+NARROW = {
+    "column_sums_kernel": _VECTORS,
+    "distillation_loss_kernel": "one number for each of a row's classes, a row a program",
+    "finish_layer_norm_linear_kernel": _VECTORS,
+    "finish_linear_kernel": _VECTORS,
+    "image_gradient_kernel": _PATCHES,
+    "keep_samples_kernel": _VECTORS,
+    "key_gradient_kernel": "heads of 80 (DeiT III-H) end in a tile 16 wide",
+    "layer_norm_backward_kernel": "a program's few rows weigh little beside γ",
+    "layer_norm_kernel": "a program's few rows weigh little beside γ and β",
+    "patch_embed_kernel": _PATCHES,
+    "query_gradient_kernel": "heads of 80 (DeiT III-H) end in a tile 16 wide",
+    "readout_backward_kernel": "tiles 16 columns wide at the widths that are no multiple of its widest",
+    "sum_partials_kernel": _VECTORS,
+    "sum_splits_kernel": _VECTORS,
+    "token_gradients_kernel": _VECTORS,
+    "weight_gradient_kernel": _PATCHES,
+}
 
 
 def each_alone(function: Callable, calls: Sequence[tuple]) -> list:
@@ -123,18 +146,29 @@ def problem(row: dict) -> str | None:
         return f"{row['shared_memory']} bytes of shared memory where {target.shared_memory} are allowed"
     if row["scalar_dots"] or (row["dots"] and not row["tensor_core"]):
         return "a dot without tensor-core instructions"
+    if target.gpu.backend == "cuda" and row["kernel"] not in NARROW:
+        for share, what in ((row["wide_loads"], "loads"), (row["wide_stores"], "stores")):
+            if share is not None and share < WIDE:
+                return f"{share:.0%} of {what} 128 bits wide"
     return None
 
 
 def regression(row: dict, before: dict | None) -> str | None:
     """What this launch takes that it did not take before, or None."""
-    if before is None or row["error"] or before["error"]:
+    if before is None:
+        return "a launch that --against does not have"
+    if row["error"] or before["error"]:
         return None
     for name, what in (("spilled", "bytes spilled"), ("shared_memory", "bytes of shared memory")):
         if row[name] > before[name]:
             return f"{row[name]} {what}, before {before[name]}"
     if row["programs"] < before["programs"]:
         return f"{row['programs']} programs a multiprocessor, before {before['programs']}"
+    if lost := sorted(before["tensor_core"].keys() - row["tensor_core"].keys()):
+        return f"no {', '.join(lost)} as before"
+    for name, what in (("wide_loads", "loads"), ("wide_stores", "stores")):
+        if None not in (row[name], before[name]) and row[name] < before[name] - _SHARE_AS_BEFORE:
+            return f"{row[name]:.0%} of {what} 128 bits wide, before {before[name]:.0%}"
     return None
 
 
@@ -202,7 +236,8 @@ def page(rows: list[dict], left_to_stock: dict[str, list[str]]) -> str:
         "workgroup processor) holds at once. Loads and stores: the share of a program's bytes in accesses of 128 bits, "
         "vectors of biases, statistics and indices included; a loop's count once.\n\n"
         + markdown(rows)
-        + "\n"
+        + f"\n\nOn NVIDIA GPUs less than {WIDE:.0%} of these kernels' loads or stores may be 128 bits wide:\n\n"
+        + "".join(f"- {kernel}: {reason}\n" for kernel, reason in NARROW.items())
         + (f"\nNo kernels; the stock operators run, with one warning each:\n\n{left}" if left else "")
     )
 
@@ -276,7 +311,9 @@ def main() -> None:
         write(arguments.out, rows, {target: said for target, (_, said) in found.items()})
     failed = False
     for row in rows:
-        what = problem(row) or regression(row, before.get((row["target"], row["id"])))
+        what = problem(row)
+        if before and what is None:
+            what = regression(row, before.get((row["target"], row["id"])))
         if what:
             failed = True
             print(f"\nFAILED {row['target']} {row['kernel']} {row['precision']} {', '.join(row['models'])}: {what}")

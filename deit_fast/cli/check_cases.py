@@ -132,7 +132,9 @@ def _layer_norm_linear(size: Size, new: Inputs) -> Iterator[Case]:
 
 
 def _layer_norm_qkv(size: Size, new: Inputs) -> Iterator[Case]:
-    yield Case("layer_norm_qkv", "", ops.layer_norm_qkv, {"x": new.tokens(), **new.norm(), **new.qkv()})
+    arguments = {"x": new.tokens(), **new.norm(), **new.qkv()}
+    yield Case("layer_norm_qkv", "", ops.layer_norm_qkv, arguments)
+    yield Case("layer_norm_qkv", "and the residual", ops.layer_norm_qkv_branching, arguments)
 
 
 def _linear_residual(size: Size, new: Inputs) -> Iterator[Case]:
@@ -219,7 +221,7 @@ def _keep_samples(size: Size, new: Inputs) -> Iterator[Case]:
         """A block's two halves for the kept samples; what lies between is packed."""
         norm = (norm_weight, norm_bias, eps)
         kept = ops.keep_samples(drop_path_scale)
-        qkv = ops.layer_norm_linear(x, *norm, parameters["qkv_weight"], parameters["qkv_bias"], kept)
+        qkv, x = ops.layer_norm_linear_branching(x, *norm, parameters["qkv_weight"], parameters["qkv_bias"], kept)
         qkv = qkv.unflatten(-1, (3, size.heads, -1))
         out, _ = ops.attention(qkv, size.scale, kept)
         projection = parameters["proj_weight"], parameters["proj_bias"]

@@ -82,13 +82,16 @@ def attends_in_one(x: Tensor, width: int, heads: int) -> bool:
     return not torch.is_grad_enabled() and attention_kernels.fits(x.shape[-1], width // heads, x.shape[1])
 
 
-def attend_normalised(norm: Module, attn: Module, x: Tensor, kept: Tensor | None, capacity: int | None) -> Tensor:
-    """LayerNorm, QKV and attention, before the output projection; with `kept`, packed."""
+def attend_normalised(
+    norm: Module, attn: Module, x: Tensor, kept: Tensor | None, capacity: int | None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm, QKV and attention, before the output projection, with `kept` packed; and x for the residual."""
     qkv = attn._modules["qkv"]
     arguments = (x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias)
     if kept is None and attends_in_one(x, qkv.weight.shape[0] // 3, attn.num_heads):
-        return ops.layer_norm_attention(*arguments, attn.num_heads, attn.scale)
-    return _attend(ops.layer_norm_linear(*arguments, kept, capacity), attn, kept)
+        return ops.layer_norm_attention(*arguments, attn.num_heads, attn.scale), x
+    qkv, x = ops.layer_norm_linear_branching(*arguments, kept, capacity)
+    return _attend(qkv, attn, kept), x
 
 
 # MLP --------------------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def block_forward(block: Module, x: Tensor) -> Tensor:
     gamma = _gamma(modules.get("ls1"))
     first, second = _drawn(block)
     scale, kept, capacity = first or draw_drop_path(modules.get("drop_path1"), x, proj.weight, gamma)
-    out = attend_normalised(norm, attn, x, kept, capacity)
+    out, x = attend_normalised(norm, attn, x, kept, capacity)
     x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     norm, mlp = modules["norm2"], modules["mlp"]
@@ -400,7 +403,9 @@ def mlp_residual(
             activation,
             kept,
         )
-    hidden = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, kept, capacity)
+    hidden, x = ops.layer_norm_linear_branching(
+        x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, kept, capacity
+    )
     return ops.linear_residual(hidden, fc2.weight, fc2.bias, x, layer_scale, scale, activation, kept)
 
 

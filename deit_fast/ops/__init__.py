@@ -4,7 +4,14 @@ from deit_fast.ops.attention import attention, attention_qkv
 from deit_fast.ops.drop_path import keep_samples, known_count
 from deit_fast.ops.layer_norm import add_layer_norm, layer_norm
 from deit_fast.ops.layer_norm_attention import layer_norm_attention, layer_norm_attention_qkv
-from deit_fast.ops.linear import layer_norm_linear, layer_norm_qkv, linear, linear_residual
+from deit_fast.ops.linear import (
+    layer_norm_linear,
+    layer_norm_linear_branching,
+    layer_norm_qkv,
+    layer_norm_qkv_branching,
+    linear,
+    linear_residual,
+)
 from deit_fast.ops.loss import distillation_loss
 from deit_fast.ops.mlp import mlp
 from deit_fast.ops.patch_embed import patch_embed
@@ -23,7 +30,9 @@ __all__ = [
     "layer_norm_attention",
     "layer_norm_attention_qkv",
     "layer_norm_linear",
+    "layer_norm_linear_branching",
     "layer_norm_qkv",
+    "layer_norm_qkv_branching",
     "linear",
     "linear_residual",
     "mlp",

@@ -81,7 +81,7 @@ def check_capacity(op: str, x: Tensor, kept: Tensor | None, capacity: int | None
 def known_count(kept: Tensor) -> int | None:
     """How many samples are kept, where asking stops nobody: on the CPU path, unless a graph is being traced."""
     if kept.device.type == "cpu" and not use_triton(kept) and type(kept) is Tensor and not is_compiling():
-        return count(kept)
+        return int(kept[0])
     return None
 
 
@@ -91,21 +91,27 @@ def capacity(kept: Tensor) -> int:
     return kept.shape[0] - 1 if known is None else known
 
 
-# The CPU path, which may read the count -----------------------------------------------------------------------------
+# Stock operators ----------------------------------------------------------------------------------------------------
+#
+# A CPU may read the count, and computes no more. On a GPU all of the room is computed, dropped samples as zeros.
 
 
-def count(kept: Tensor) -> int:
-    return int(kept[0])
-
-
-def gather(x: Tensor, kept: Tensor | None) -> Tensor:
-    """The kept samples of x [B, ...]."""
-    return x if kept is None else x.index_select(0, kept[1 : 1 + count(kept)])
+def gather(x: Tensor, kept: Tensor | None, capacity: int | None) -> Tensor:
+    """The kept samples of x [B, ...], packed: on a CPU those alone, else with room for `capacity`."""
+    if kept is None:
+        return x
+    places = int(kept[0]) if _reads_count(kept) else capacity
+    return filled(x.index_select(0, kept[1 : 1 + places]), kept)
 
 
 def filled(packed: Tensor, kept: Tensor | None) -> Tensor:
-    """The kept samples of a packed tensor that may have room for more."""
-    return packed if kept is None else packed[: count(kept)]
+    """The kept samples of a packed tensor that may have room for more: on a CPU those alone, else zeros after them."""
+    if kept is None:
+        return packed
+    if _reads_count(kept):
+        return packed[: int(kept[0])]
+    is_kept = torch.arange(len(packed), device=kept.device) < kept[0]
+    return packed.where(is_kept.view(-1, *[1] * (packed.ndim - 1)), 0)
 
 
 def with_room(packed: Tensor, capacity: int) -> Tensor:
@@ -122,4 +128,8 @@ def scatter(packed: Tensor, kept: Tensor | None, batch: int) -> Tensor:
     if kept is None:
         return packed
     full = packed.new_zeros((batch, *packed.shape[1:]))
-    return full.index_copy_(0, kept[1 : 1 + len(packed)].long(), packed)
+    return full.index_copy_(0, kept[1 : 1 + len(packed)].long(), filled(packed, kept))
+
+
+def _reads_count(kept: Tensor) -> bool:
+    return kept.is_cpu

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from deit_fast.ops.backend import use_triton
+
 _OPS = torch.ops.deit_fast
 
 
@@ -62,7 +64,7 @@ def _linear_backward(grad, x, weight, bias, layer_scale, scale, activation, kept
 
 @register_flop_formula(_OPS.layer_norm_linear_backward, get_raw=True)
 def _layer_norm_linear_backward(
-    x, norm_weight, norm_bias, eps, grads, weights, biases, kept, needs, out_val=None
+    x, norm_weight, norm_bias, eps, grads, weights, biases, kept, residual_grad, needs, out_val=None
 ) -> int:
     products = any(needs[:3]) * len(weights) + sum(needs[3 : 3 + len(weights)])
     return products * _product(_rows(x, kept), weights[0])
@@ -76,7 +78,7 @@ def _attention(qkv, scale, kept, out_val=None) -> int:
 
 @register_flop_formula(_OPS.attention_backward, get_raw=True)
 def _attention_backward(grad, qkv, out, log_sum_exp, scale, kept, out_val=None) -> int:
-    return _attention(qkv, scale, kept) * 5 // 2
+    return _attention(qkv, scale, kept) // 2 * _backward_products(qkv)
 
 
 @register_flop_formula(_OPS.attention_qkv, get_raw=True)
@@ -86,7 +88,14 @@ def _attention_qkv(q, k, *_, out_val=None) -> int:
 
 @register_flop_formula(_OPS.attention_qkv_backward, get_raw=True)
 def _attention_qkv_backward(grad, q, k, *_, out_val=None) -> int:
-    return 10 * q.numel() * k.shape[1]
+    return 2 * _backward_products(q) * q.numel() * k.shape[1]
+
+
+def _backward_products(q: Tensor) -> int:
+    """Of the tokens with the tokens: the kernels find the scores and their gradients twice, for the queries' gradient
+    and for the keys' and values'.
+    """
+    return 7 if use_triton(q) else 5
 
 
 def _attention_of_rows(x: Tensor, width: int) -> int:

@@ -94,7 +94,9 @@ def _backward(ctx, grad):
     of_qkv = attention_backward(grad, by_head, out, log_sum_exp, ctx.scale, None).flatten(2)
     wanted = ctx.needs_input_grad
     needs = [*wanted[:3], *wanted[4:6]]
-    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, [of_qkv], [weight], [bias], None, needs)
+    found = layer_norm_linear_backward(
+        x, norm_weight, norm_bias, ctx.eps, [of_qkv], [weight], [bias], None, None, needs
+    )
     dx, dnorm_weight, dnorm_bias, dweight, dbias = distribute(found, needs)
     return dx, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None
 
@@ -108,7 +110,7 @@ def _backward_qkv(ctx, grad):
     weights, biases = projections[::2], projections[1::2]
     needs = qkv_needs(ctx)
     found = layer_norm_linear_backward(
-        x, norm_weight, norm_bias, ctx.eps, [t.flatten(2) for t in of_projected], weights, biases, None, needs
+        x, norm_weight, norm_bias, ctx.eps, [t.flatten(2) for t in of_projected], weights, biases, None, None, needs
     )
     return *qkv_gradients(distribute(found, needs)), None, None
 

@@ -38,13 +38,13 @@ def stock_residual(
     if layer_scale is not None:
         branch = branch * layer_scale
     if drop_path_scale is not None:
-        branch = branch * drop_path.gather(drop_path_scale, kept).view(-1, *[1] * (branch.ndim - 1))
+        branch = branch * drop_path.gather(drop_path_scale, kept, len(branch)).view(-1, *[1] * (branch.ndim - 1))
     if kept is None:
         in_place = branch.dtype is torch.promote_types(residual.dtype, branch.dtype)
         return branch.add_(residual) if in_place else (residual + branch).contiguous()
     dtype = torch.promote_types(residual.dtype, branch.dtype)
     stream = residual.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return stream.index_add_(0, kept[1 : 1 + len(branch)], branch.to(stream.dtype))
+    return stream.index_add_(0, kept[1 : 1 + len(branch)], drop_path.filled(branch, kept).to(stream.dtype))
 
 
 def residual_dtype(residual: Tensor, weight: Tensor, layer_scale: Tensor | None) -> torch.dtype:
@@ -152,7 +152,8 @@ def linear(
 
 
 def _stock_layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity):
-    y = stock_linear(stock_layer_norm(drop_path.gather(x, kept), norm_weight, norm_bias, eps), weight, bias)
+    x = drop_path.gather(x, kept, capacity)
+    y = stock_linear(stock_layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
     return y if kept is None else drop_path.with_room(y, capacity)
 
 
@@ -175,11 +176,13 @@ def _save_layer_norm_linear(ctx, args, y):
     ctx.eps = eps
 
 
-def _backward_layer_norm_linear(ctx, grad):
+def _backward_layer_norm_linear(ctx, grad, residual_grad=None):
     x, norm_weight, norm_bias, weight, bias, kept = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [*wanted[:3], *wanted[4:6]]
-    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, [grad], [weight], [bias], kept, needs)
+    found = layer_norm_linear_backward(
+        x, norm_weight, norm_bias, ctx.eps, [grad], [weight], [bias], kept, residual_grad, needs
+    )
     dx, dnorm_weight, dnorm_bias, dweight, dbias = distribute(found, needs)
     return dx, dnorm_weight, dnorm_bias, None, dweight, dbias, None, None
 
@@ -236,6 +239,27 @@ def layer_norm_linear(
     return _layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity)
 
 
+def layer_norm_linear_branching(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm_linear` at the start of a branch, and x for the residual that goes past it.
+
+    The residual's gradient is added to the branch's as LayerNorm's backward writes that, in no pass of its own.
+    """
+    if x.dtype is not weight.dtype:
+        checks.same_dtype("layer_norm_linear", x, weight)
+    if kept is not None and capacity is None:
+        capacity = drop_path.capacity(kept)
+    return _layer_norm_linear.branching(x, norm_weight, norm_bias, eps, weight, bias, kept, capacity)
+
+
 # layer_norm_qkv ---------------------------------------------------------------------------------------------------
 
 
@@ -288,13 +312,15 @@ def _save_layer_norm_qkv(ctx, args, outputs):
     ctx.eps = eps
 
 
-def _backward_layer_norm_qkv(ctx, *grads):
+def _backward_layer_norm_qkv(ctx, of_q, of_k, of_v, residual_grad=None):
     x, norm_weight, norm_bias, *projections = ctx.saved_tensors
     weights, biases = projections[0::2], projections[1::2]
     needs = qkv_needs(ctx)
     shape = (*x.shape[:-1], weights[0].shape[0])
-    grads = [weights[0].new_zeros(shape) if grad is None else grad for grad in grads]
-    found = layer_norm_linear_backward(x, norm_weight, norm_bias, ctx.eps, grads, weights, biases, None, needs)
+    grads = [weights[0].new_zeros(shape) if grad is None else grad for grad in (of_q, of_k, of_v)]
+    found = layer_norm_linear_backward(
+        x, norm_weight, norm_bias, ctx.eps, grads, weights, biases, None, residual_grad, needs
+    )
     return qkv_gradients(distribute(found, needs))
 
 
@@ -335,6 +361,25 @@ def layer_norm_qkv(
     if x.dtype is not q_weight.dtype:
         checks.same_dtype("layer_norm_qkv", x, q_weight)
     return _layer_norm_qkv(x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
+
+
+def layer_norm_qkv_branching(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`layer_norm_qkv` at the start of a branch (`layer_norm_linear_branching`): q, k, v and x."""
+    if x.dtype is not q_weight.dtype:
+        checks.same_dtype("layer_norm_qkv", x, q_weight)
+    projections = q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
+    return _layer_norm_qkv.branching(x, norm_weight, norm_bias, eps, *projections)
 
 
 # linear_residual --------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ def _stock_linear_backward(
     need_x, need_weight, need_bias, need_layer_scale = needs
     dtype = product_dtype(weight)
     capacity, x = x.shape[0], drop_path.filled(x, kept)
-    grad = drop_path.gather(grad, kept)
+    grad = drop_path.gather(grad, kept, capacity)
     if drop_path_scale is not None:
-        grad = grad * drop_path.gather(drop_path_scale, kept).view(-1, *[1] * (grad.ndim - 1))
+        grad = grad * drop_path.gather(drop_path_scale, kept, capacity).view(-1, *[1] * (grad.ndim - 1))
     grad = _rows(as_dtype(grad, dtype))
     gradients = []
     if need_x:
@@ -129,10 +129,14 @@ def _stock_layer_norm_linear_backward(
     weights: list[Tensor],
     biases: list[Tensor | None],
     kept: Tensor | None,
+    residual_grad: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """For one projection of LayerNorm(x) or several (separate q, k, v): their `grads`, `weights` and `biases`."""
-    batch, x = x.shape[0], drop_path.gather(x, kept)
+    """For one projection of LayerNorm(x) or several (separate q, k, v): their `grads`, `weights` and `biases`.
+
+    `residual_grad`, of what went past them, is added to x's.
+    """
+    batch, x = x.shape[0], drop_path.gather(x, kept, len(grads[0]))
     need_norm, need_weights, need_biases = needs[:3], needs[3 : 3 + len(weights)], needs[3 + len(weights) :]
     dtype = product_dtype(weights[0])
     wide = torch.promote_types(dtype, torch.float32)
@@ -148,7 +152,8 @@ def _stock_layer_norm_linear_backward(
         found = torch.ops.aten.native_layer_norm_backward(of_norm, x, [x.shape[-1]], mean, rstd, *parameters, need_norm)
         dx, *of_parameters = found
         if need_norm[0]:
-            gradients.append(drop_path.scatter(dx, kept, batch))
+            dx = drop_path.scatter(dx, kept, batch)
+            gradients.append(dx if residual_grad is None else dx.add_(residual_grad))
         for gradient, need, like in zip(of_parameters, need_norm[1:], (norm_weight, norm_bias), strict=True):
             if need:
                 gradients.append(as_dtype(gradient, like.dtype))
@@ -172,6 +177,7 @@ def _triton_layer_norm_linear_backward(
     weights: list[Tensor],
     biases: list[Tensor | None],
     kept: Tensor | None,
+    residual_grad: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
     gradients = []
@@ -180,7 +186,9 @@ def _triton_layer_norm_linear_backward(
             of_norm = kernels.input_gradient_qkv(grads, weights)
         else:
             of_norm = kernels.input_gradient(grads[0], weights[0], kept=kept, packed_grad=True)
-        dx, mean, rstd = layer_norm_kernels.layer_norm_backward(of_norm, x, norm_weight, eps, kept=kept)
+        dx, mean, rstd = layer_norm_kernels.layer_norm_backward(
+            of_norm, x, norm_weight, eps, residual_grad=residual_grad, kept=kept
+        )
         gradients.append(dx)
     elif any(needs):
         capacity = None if kept is None else grads[0].shape[0]
@@ -193,7 +201,9 @@ def _triton_layer_norm_linear_backward(
     return gradients
 
 
-def _fake_layer_norm_linear_backward(x, norm_weight, norm_bias, eps, grads, weights, biases, kept, needs):
+def _fake_layer_norm_linear_backward(
+    x, norm_weight, norm_bias, eps, grads, weights, biases, kept, residual_grad, needs
+):
     inputs = (x, norm_weight, norm_bias, *weights, *biases)
     return [torch.empty(i.shape, dtype=i.dtype, device=i.device) for i, n in zip(inputs, needs, strict=True) if n]
 
@@ -201,12 +211,12 @@ def _fake_layer_norm_linear_backward(x, norm_weight, norm_bias, eps, grads, weig
 layer_norm_linear_backward = register_backward(
     "layer_norm_linear_backward",
     "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor[] grads, Tensor[] weights, "
-    "Tensor?[] biases, Tensor? kept, bool[] needs) -> Tensor[]",
+    "Tensor?[] biases, Tensor? kept, Tensor? residual_grad, bool[] needs) -> Tensor[]",
     stock=_stock_layer_norm_linear_backward,
     triton=_triton_layer_norm_linear_backward,
-    unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, *_: (
+    unsupported=lambda x, norm_weight, norm_bias, eps, grads, weights, biases, kept, residual_grad, _: (
         (launch.no_separate_projections(weights[0]) if len(weights) > 1 else None)
-        or checks.kernel_products(*weights, x, norm_weight, norm_bias, *grads, *biases)
+        or checks.kernel_products(*weights, x, norm_weight, norm_bias, *grads, *biases, residual_grad)
     ),
     fake=_fake_layer_norm_linear_backward,
 )

@@ -20,7 +20,7 @@ from deit_fast.ops.registration import cast, distribute, register
 
 def _stock(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale, act, kept):
     hidden = stock_linear(
-        stock_layer_norm(drop_path.gather(x, kept), norm_weight, norm_bias, eps), fc1_weight, fc1_bias
+        stock_layer_norm(drop_path.gather(x, kept, x.shape[0]), norm_weight, norm_bias, eps), fc1_weight, fc1_bias
     )
     hidden = activation.apply_(act, hidden)
     branch = stock_linear(hidden, fc2_weight, fc2_bias)
@@ -62,11 +62,9 @@ def _backward(ctx, grad):
     if inner:
         needs = [need_x, need_norm_weight, need_norm_bias, need_fc1, need_fc1_bias]
         found = layer_norm_linear_backward(
-            x, norm_weight, norm_bias, ctx.eps, [of_hidden], [fc1_weight], [fc1_bias], kept, needs
+            x, norm_weight, norm_bias, ctx.eps, [of_hidden], [fc1_weight], [fc1_bias], kept, grad, needs
         )
         of_fc1 = distribute(found, needs)
-    if need_x:
-        of_fc1[0] = of_fc1[0] + grad.to(x.dtype)
     return *of_fc1[:3], None, *of_fc1[3:], *of_fc2, None, None, None
 
 

@@ -103,13 +103,13 @@ def _implementation(layer_norm_linear_backward: Callable, readout_backward: Call
             q_needs = [need_x, need_norm_weight, need_norm_bias, need_q, need_q_bias]
             rows = x[:, : q.shape[1]]
             found = layer_norm_linear_backward(
-                rows, norm_weight, norm_bias, eps, [dq], [q_weight], [biases[0]], None, q_needs
+                rows, norm_weight, norm_bias, eps, [dq], [q_weight], [biases[0]], None, residual_grad, q_needs
             )
             of_rows, of_norm_weight, of_norm_bias, of_q, of_q_bias = distribute(found, q_needs)
             gradients |= {"q": of_q, "q_bias": of_q_bias}
             if need_x:
                 gradients["x"] = dx
-                dx[:, : q.shape[1]] += of_rows if residual_grad is None else of_rows + residual_grad
+                dx[:, : q.shape[1]] += of_rows
             if need_norm_weight:
                 here = torch.einsum("brhd,brhd->d", dweighted, summed)
                 here += torch.einsum("brhd,brhd->d", absorbed.to(wide), dscaled)

@@ -58,6 +58,9 @@ def register(
 ) -> Callable:
     """Defines `torch.ops.deit_fast.<name>` and returns the function to call it by.
 
+    The function has another, `branching`, for where a residual goes past the operator: what it returns and its first
+    argument. `backward` then gets that one's gradient after the others, to add it where it writes its own.
+
     check: raises on arguments that do not fit together, before any work.
     stock: the operator in stock PyTorch, differentiable; the CPU path.
     triton: launches the kernels.
@@ -91,8 +94,14 @@ def register(
         def backward(ctx, *gradients):
             return backward(ctx, *gradients)
 
+    class Branching(Function):
+        @staticmethod
+        def forward(ctx, *args):
+            return *_as_tuple(Function.forward(ctx, *args)), args[0]
+
     # Past what Function does for torch.func alone, whose transforms never come here.
     apply = super(torch.autograd.Function, Function).apply
+    apply_branching = super(torch.autograd.Function, Branching).apply
 
     kept = OPERATORS[name].parameters.index("kept") if "kept" in OPERATORS[name].parameters else None
 
@@ -133,7 +142,26 @@ def register(
         # Where the dispatcher would go next, without its way through Python.
         return autograd(*args)
 
+    def branching(*args) -> tuple:
+        x = args[0]
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_dynamo_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or transparent(args)
+        ):
+            return *_as_tuple(call(*args)), x
+        if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+            return apply_branching(*args)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[x.device.type])):
+            return apply_branching(*autocast(torch.get_autocast_dtype(x.device.type), *args))
+
+    call.branching = branching
     return call
+
+
+def _as_tuple(outputs: Tensor | tuple) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def register_backward(

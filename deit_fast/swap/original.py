@@ -138,7 +138,7 @@ def _block_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
         x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale)
     else:
         scale, kept, capacity = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
-        out = functional.attend_normalised(norm, attn, x, kept, capacity)
+        out, x = functional.attend_normalised(norm, attn, x, kept, capacity)
         x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
 
     mlp = modules["mlp"]._modules

@@ -193,7 +193,8 @@ def _layer_forward(layer: Module, x: Tensor) -> Tensor:
     if attends_in_one(x, q.weight.shape[0], heads):
         out = ops.layer_norm_attention_qkv(*of_rows, heads, attention.scaling)
     else:
-        out = _attend(attention, *ops.layer_norm_qkv(*of_rows))
+        q, k, v, x = ops.layer_norm_qkv_branching(*of_rows)
+        out = _attend(attention, q, k, v)
     out_proj = projections["o_proj"]
     x = ops.linear_residual(out, out_proj.weight, out_proj.bias, x)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast import ops
-from deit_fast.ops import backend
+from deit_fast.ops import backend, drop_path
 from tests.support.accuracy import assert_as_accurate_as_stock
 from tests.support.compare import DTYPES
 from tests.support.guard import Guard
@@ -31,14 +31,14 @@ CASES += [("triton", mixture, "some") for mixture in MIXTURES[1:]]
 
 def attention_half(x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias, gamma, *drop_path) -> Tensor:
     scale, kept, capacity = drop_path
-    packed = ops.layer_norm_linear(x, norm_weight, norm_bias, EPS, qkv, qkv_bias, kept, capacity)
+    packed, x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, qkv, qkv_bias, kept, capacity)
     out, _ = ops.attention(packed.unflatten(-1, (3, HEADS, -1)), SCALE, kept)
     return ops.linear_residual(out, proj, proj_bias, x, gamma, scale, "none", kept)
 
 
 def mlp_half(x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, gamma, *drop_path) -> Tensor:
     scale, kept, capacity = drop_path
-    hidden = ops.layer_norm_linear(x, norm_weight, norm_bias, EPS, fc1, fc1_bias, kept, capacity)
+    hidden, x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, fc1, fc1_bias, kept, capacity)
     return ops.linear_residual(hidden, fc2, fc2_bias, x, gamma, scale, "gelu", kept)
 
 
@@ -102,6 +102,24 @@ def test_kept_samples_are_as_alone_and_dropped_ones_pass_untouched(half, name, m
             torch.testing.assert_close(found[1][dropped], grad[dropped], rtol=0, atol=0, equal_nan=True)
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found[2:], rest, strict=True))
             assert chosen or not any(g.any() for g in found[2:])
+
+
+@halves
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_stock_operators_of_a_gpu_compute_all_the_room_and_no_dropped_sample_shows(half, pattern, monkeypatch) -> None:
+    chosen, dtype = PATTERNS[pattern], torch.float64
+    dropped = [i for i in range(BATCH) if i not in chosen]
+    params, scale = parameters(half, dtype), drop_path_scale(chosen, dtype)
+    x, grad = (torch.randn(BATCH, TOKENS, WIDTH).to(dtype) for _ in range(2))
+    x[dropped] = torch.nan
+    kept = ops.keep_samples(scale)
+    with backend.forced("torch"):
+        expected = differentiate(half, x, params, grad, scale, kept, BATCH)
+        monkeypatch.setattr(drop_path, "_reads_count", lambda kept: False)
+        for capacity in sorted({len(chosen), BATCH}):
+            found = differentiate(half, x, params, grad, scale, kept, capacity)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def masked_attention(x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias, gamma, scale) -> Tensor:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit_fast import ops, swap
+from deit_fast.ops import backend
 from tests.swap.helpers import randomise
 
 timm = pytest.importorskip("timm")
@@ -67,3 +68,11 @@ def test_only_the_gradients_asked_for_are_counted() -> None:
     assert count(lambda: ops.linear(x, weight).sum().backward()) == 2 * product
     x.requires_grad_()
     assert count(lambda: ops.linear(x, weight).sum().backward()) == 3 * product
+
+
+def test_attention_backwards_kernels_compute_two_products_twice() -> None:
+    qkv = torch.randn(1, TOKENS, 3, 1, 32, requires_grad=True)
+    product = 2 * TOKENS * TOKENS * 32
+    for chosen, products in (("torch", 2 + 5), ("triton", 2 + 7)):
+        with backend.forced(chosen):
+            assert count(lambda: ops.attention(qkv, 1.0)[0].sum().backward()) == products * product

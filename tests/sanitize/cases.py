@@ -253,7 +253,7 @@ def attention_branch(t: Arguments):
     norm = t.leaf(t.width), t.leaf(t.width)
     factors = t.factors()
     kept = ops.keep_samples(factors)
-    qkv = ops.layer_norm_linear(x, *norm, EPS, t.weight(3 * inner, t.width), t.leaf(3 * inner), kept)
+    qkv, x = ops.layer_norm_linear_branching(x, *norm, EPS, t.weight(3 * inner, t.width), t.leaf(3 * inner), kept)
     qkv = qkv.view(-1, t.tokens, 3, t.heads, t.head_dim)
     out, _ = ops.attention(qkv, t.head_dim**-0.5, kept)
     projection = t.weight(t.width, inner), t.leaf(t.width)
@@ -266,7 +266,7 @@ def mlp_branch(t: Arguments):
     norm = t.leaf(t.width), t.leaf(t.width)
     factors = t.factors()
     kept = ops.keep_samples(factors)
-    hidden = ops.layer_norm_linear(x, *norm, EPS, t.weight(HIDDEN, t.width), t.leaf(HIDDEN), kept)
+    hidden, x = ops.layer_norm_linear_branching(x, *norm, EPS, t.weight(HIDDEN, t.width), t.leaf(HIDDEN), kept)
     fc2 = t.weight(t.width, HIDDEN), t.leaf(t.width)
     return ops.linear_residual(hidden, *fc2, x, t.leaf(t.width), factors, "gelu", kept)
 
