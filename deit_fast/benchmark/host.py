@@ -2,29 +2,35 @@
 
 On the swapped side the launch itself is stubbed by a stand-in for Triton's driver, compiled kernels and their arguments
 included; on the stock side the batch is empty, so that PyTorch's kernels have nothing to do. Both run on CPU tensors in
-one process, in turn. It is not a GPU's host time: the CUDA calls behind a launch and an allocation are not in it.
+one process, in turn. It is not a GPU's host time: the CUDA calls behind a launch and an allocation are not in it. The
+read-out's products of queries and weights are PyTorch's: they do run, and are in its time.
 """
 
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.benchmark.standin_driver import current_device
 from deit_fast.benchmark.tables import figures
 from deit_fast.benchmark.tables import table as markdown_table
 from deit_fast.benchmark.targets import TARGETS
+from deit_fast.cli.check_cases import OPS, Case, Size, cases
 from deit_fast.ops import backend
-from deit_fast.swap import restore, swap
+from deit_fast.ops.registration import OPERATORS
+from deit_fast.swap import swap
 
 TARGET = "sm_90"
 # Narrow: PyTorch fills the gradients of an empty batch's weights with zeros.
-WIDTH, HEADS, TOKENS = 64, 1, 198
+WIDTH, HEADS, IMAGE, PATCH, TOKENS, CLASSES = 64, 1, 224, 16, 198, 10
 ROUNDS, CALLS = 21, 50
 
 
@@ -43,77 +49,136 @@ class HostTime:
 
 
 def host_times(rounds: int = ROUNDS, calls: int = CALLS) -> list[HostTime]:
-    """Of timm's block and of its DeiT, stock and swapped, for inference and for forward and backward."""
+    """Of every operator, of timm's block and of its DeiT, for inference and then for forward and backward."""
+    with _launches_stubbed():
+        return [
+            _measured(what, training, stock, ours, rounds, calls)
+            for training in (False, True)
+            for what, stock, ours in (*_operators(), *_modules(training))
+        ]
+
+
+def block_times(rounds: int, calls: int) -> list[HostTime]:
+    """Of timm's block alone."""
+    with _launches_stubbed():
+        found = ((training, *next(_modules(training))) for training in (False, True))
+        return [_measured(what, training, stock, ours, rounds, calls) for training, what, stock, ours in found]
+
+
+@contextmanager
+def _launches_stubbed() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with current_device(TARGETS[TARGET]):
-            return [
-                _measured(what, step, module, shape, rounds, calls)
-                for what, module, shape in (("block", _block(), (TOKENS, WIDTH)), ("model", _model(), (3, 224, 224)))
-                for step in ("inference", "forward and backward")
-            ]
+            yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _block() -> nn.Module:
+@dataclass(frozen=True)
+class _Side:
+    """What is called, and the tensors that its backward finds gradients of."""
+
+    function: Callable[[], object]
+    differentiable: list[Tensor]
+
+    def infer(self) -> None:
+        with torch.no_grad():
+            self.function()
+
+    def train(self) -> None:
+        outputs = self.function()
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        found = [output for output in outputs if output.requires_grad]
+        ones = [torch.ones_like(output) for output in found]
+        # A key's bias cancels out of a read-out.
+        torch.autograd.grad(found, self.differentiable, ones, allow_unused=True)
+
+
+def _operators() -> Iterator[tuple[str, _Side, _Side]]:
+    """By name, the stock operators that one stands for, and it, called as modules call it."""
+    for op in OPS:
+        # Stock has nothing in its place.
+        if op == "keep_samples":
+            continue
+        empty, one = (_case(op, batch) for batch in (0, 1))
+        stock = partial(OPERATORS[op].stock, *_positional(empty))
+        yield (
+            op,
+            _Side(stock, _differentiable(empty)),
+            _Side(partial(one.function, **one.arguments), _differentiable(one)),
+        )
+
+
+def _case(op: str, batch: int) -> Case:
+    size = Size(WIDTH, HEADS, IMAGE, PATCH, CLASSES, batch)
+    return next(cases(op, size, torch.bfloat16, torch.device("cpu")))
+
+
+def _differentiable(case: Case) -> list[Tensor]:
+    return [case.arguments[name].requires_grad_() for name in case.differentiable]
+
+
+class _FirstCall(TorchDispatchMode):
+    """Keeps what the first of our operators was called with."""
+
+    arguments: tuple | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.arguments is None and func.namespace == "deit_fast":
+            self.arguments = args
+        return func(*args, **(kwargs or {}))
+
+
+def _positional(case: Case) -> tuple:
+    """The case's arguments as the operator gets them, those that the case leaves out among them."""
+    with torch.no_grad(), _FirstCall() as call:
+        case.function(**case.arguments)
+    return call.arguments
+
+
+def _modules(training: bool) -> Iterator[tuple[str, _Side, _Side]]:
+    """By name, stock and swapped."""
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import Block
 
-    return nn.Sequential(Block(WIDTH, HEADS, qkv_bias=True)).to(torch.bfloat16)
+    def block() -> nn.Module:
+        return nn.Sequential(Block(WIDTH, HEADS, qkv_bias=True))
+
+    def model() -> nn.Module:
+        return VisionTransformerDistilled(embed_dim=WIDTH, num_heads=HEADS, num_classes=CLASSES)
+
+    for what, build, shape in (("block", block, (TOKENS, WIDTH)), ("model", model, (3, IMAGE, IMAGE))):
+        stock, swapped = (build().to(torch.bfloat16).train(training) for _ in range(2))
+        swap(swapped)
+        yield what, _side(stock, 0, shape), _side(swapped, 1, shape)
 
 
-def _model() -> nn.Module:
-    from timm.models.deit import VisionTransformerDistilled
-
-    return VisionTransformerDistilled(embed_dim=WIDTH, num_heads=HEADS, num_classes=10).to(torch.bfloat16)
-
-
-def _measured(what: str, step: str, module: nn.Module, shape: tuple[int, ...], rounds: int, calls: int) -> HostTime:
-    """Swapped and stock take turns, and each goes first in every other round."""
-    backward = step != "inference"
-    module.train(backward)
+def _side(module: nn.Module, batch: int, shape: tuple[int, ...]) -> _Side:
     called = module[0] if isinstance(module, nn.Sequential) else module
-    stock_call = _call(called, torch.zeros(0, *shape, dtype=torch.bfloat16), backward)
-    swapped_call = _call(called, torch.zeros(1, *shape, dtype=torch.bfloat16), backward)
+    return _Side(partial(called, torch.zeros(batch, *shape, dtype=torch.bfloat16)), list(module.parameters()))
 
-    def stock() -> float:
-        return _seconds(stock_call, calls)
 
-    def swapped() -> float:
-        swap(module)
-        try:
-            with backend.forced("triton"), warnings.catch_warnings():
-                warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
-                return _seconds(swapped_call, calls)
-        finally:
-            restore(module)
-
-    found: dict[Callable, list[float]] = {stock: [], swapped: []}
+def _measured(what: str, training: bool, stock: _Side, ours: _Side, rounds: int, calls: int) -> HostTime:
+    """Both take turns, and each goes first in every other round."""
+    found: dict[str, list[float]] = {"stock": [], "ours": []}
     for i in range(rounds + 1):
-        for side in (stock, swapped) if i % 2 else (swapped, stock):
-            found[side].append(side())
+        for name in ("stock", "ours") if i % 2 else ("ours", "stock"):
+            side, kernels = (ours, _kernels()) if name == "ours" else (stock, nullcontext())
+            with kernels:
+                found[name].append(_seconds(side.train if training else side.infer, calls))
+    step = "forward and backward" if training else "inference"
     # The first round compiles.
-    return HostTime(what, step, *(1e6 * median(found[side][1:]) for side in (stock, swapped)))
+    return HostTime(what, step, *(1e6 * median(seconds[1:]) for seconds in found.values()))
 
 
-def _call(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
-    if not backward:
-
-        def infer() -> None:
-            with torch.no_grad():
-                module(x)
-
-        return infer
-
-    parameters = list(module.parameters())
-
-    def train() -> None:
-        y = module(x)
-        y = sum(each.sum() for each in y) if isinstance(y, tuple) else y
-        torch.autograd.grad(y, parameters, torch.ones_like(y))
-
-    return train
+@contextmanager
+def _kernels() -> Iterator[None]:
+    """The kernels run, or it is an error."""
+    with backend.forced("triton"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
+        yield
 
 
 def _seconds(call: Callable[[], None], calls: int) -> float:

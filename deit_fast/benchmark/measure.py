@@ -1,22 +1,23 @@
 """Times contenders against each other: checked first, then in rounds, in which each has its turn."""
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit_fast.benchmark.clock import Clock
-from deit_fast.benchmark.contenders import CONTENDERS, DTYPES, Case, Contender
+from deit_fast.benchmark.contenders import CONTENDERS, DTYPES, Case, Contender, is_ours
 from deit_fast.benchmark.flops import WithoutProducts, flop_counter
 from deit_fast.benchmark.outputs import heads, summed
 from deit_fast.cli.operator_calls import operator_calls
 from deit_fast.cli.saved_bytes import saved_bytes
 from deit_fast.kernels import tuned
-from deit_fast.ops.backend import ran_out_of_memory
+from deit_fast.ops import backend
 
 # A contender whose logits are further from float64 than these times the stock model's is not timed: it is wrong.
 ERROR_ALLOWED = 4.0
@@ -24,6 +25,8 @@ ERROR_ALLOWED = 4.0
 LEAST_ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # Of images, for what is checked and counted, and need not be timed.
 FEW = 2
+# Draws of drop path's masks, whose FLOPs are averaged.
+SEEDS = 10
 _CPU = torch.device("cpu")
 
 
@@ -33,7 +36,8 @@ class Row:
 
     seconds: of a call, by round; rounds of all contenders of a case are paired. error: of the logits against the same
     model in float64 (relative L2 norm). failure: why there are no seconds. flops: really computed, an image;
-    stock_flops: what the stock model computes. peak_bytes: on a GPU. saved_bytes: kept for backward, an image.
+    stock_flops: what the stock model computes. peak_bytes: on a GPU, its weights and inputs included. saved_bytes: kept
+    for backward, an image. fallbacks: where the stock operators answered for deit_fast's, and why.
     """
 
     case: Case
@@ -46,6 +50,7 @@ class Row:
     operator_calls: int | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    fallbacks: list[str] = field(default_factory=list)
 
 
 class Step:
@@ -82,26 +87,54 @@ class Step:
 def measure(
     case: Case, contenders: list[Contender], device: torch.device, clock: Clock, rounds: int, say: Callable[[str], None]
 ) -> Iterator[Row]:
-    """A row for each contender, timed or with the reason why not."""
+    """A row for each contender, timed or with the reason why not; of an interrupted case, what is whole.
+
+    Says `2 + rounds` times for each what it does.
+    """
     rows = {contender.name: Row(case, contender.name) for contender in contenders}
+    try:
+        # Past its limit dynamo would run the stock code without a word, under the name of a compiled contender.
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            _measure(rows, case, contenders, device, clock, rounds, say)
+    except KeyboardInterrupt:
+        yield from whole_rounds(rows.values())
+        raise
+    yield from rows.values()
+
+
+def _measure(
+    rows: dict[str, Row],
+    case: Case,
+    contenders: list[Contender],
+    device: torch.device,
+    clock: Clock,
+    rounds: int,
+    say: Callable[[str], None],
+) -> None:
     steps: dict[str, Step] = {}
+    own_bytes: dict[str, int] = {}
     for contender in contenders:
         row = rows[contender.name]
-        row.failure = contender.missing(device)
-        if row.failure is None:
-            say(f"{contender.name}: checking")
-            with failures(row):
-                model = contender.prepare(case, device)
-                row.error = check(contender, model, case, device)
-                count(row, contender, case)
-                steps[contender.name] = Step(model, case, device, case.batch, contender.tuned)
+        say(f"{contender.name}: checking")
+        with failures(row):
+            before = _allocated(device)
+            model = contender.prepare(case, device)
+            row.error = check(contender, model, case, device)
+            count(row, contender, case)
+            steps[contender.name] = Step(model, case, device, case.batch, contender.tuned)
+            own_bytes[contender.name] = _allocated(device) - before
     calls = {}
     for name, step in list(steps.items()):
         say(f"{name}: warming up")
         with failures(rows[name]):
-            _peak(device)
+            # The models of the others are there, too.
+            resident = _restart_peak(device)
             calls[name] = clock.calls(step)
-            rows[name].peak_bytes = _peak(device)
+            peak = _peak(device)
+            if peak is not None:
+                rows[name].peak_bytes = peak - resident + own_bytes[name]
+            if is_ours(name):
+                rows[name].fallbacks += failed_kernels(backend.failed)
         if rows[name].failure is not None:
             del steps[name]
     names = list(steps)
@@ -114,7 +147,20 @@ def measure(
             with failures(rows[name]):
                 rows[name].seconds.append(clock.seconds(steps[name], calls[name]))
         names = [name for name in names if rows[name].failure is None]
-    yield from rows.values()
+
+
+def whole_rounds(rows: Collection) -> list:
+    """What an interrupted case leaves: the rounds in which each had its turn, so that they stay paired; failures."""
+    done = min((len(row.seconds) for row in rows if row.failure is None), default=0)
+    for row in rows:
+        del row.seconds[done:]
+    return [row for row in rows if row.seconds or row.failure]
+
+
+def best_peer(rows: Iterable):
+    """The fastest of the rows of one case that are not deit_fast's; None where none was timed."""
+    timed = (row for row in rows if row.seconds and not is_ours(row.contender))
+    return min(timed, key=lambda row: median(row.seconds), default=None)
 
 
 def check(contender: Contender, model: nn.Module, case: Case, device: torch.device) -> float:
@@ -124,8 +170,7 @@ def check(contender: Contender, model: nn.Module, case: Case, device: torch.devi
         ArithmeticError: it is more than `ERROR_ALLOWED` times the stock model's.
     """
     few, still = replace(case, batch=FEW), replace(case, batch=FEW, training=False)
-    stock_model = (CONTENDERS["timm"] if contender.stock else contender).build(few)
-    stock_model.load_state_dict(model.state_dict())
+    stock_model = _stock(contender, model, few)
     expected = Step(stock_model.double().eval(), replace(still, dtype="float64", amp=None), _CPU, FEW)().double()
     training = model.training
     found = Step(model.eval(), still, device, FEW, contender.tuned)().double().cpu()
@@ -135,6 +180,15 @@ def check(contender: Contender, model: nn.Module, case: Case, device: torch.devi
     error, allowed = (((logits - expected).norm() / expected.norm()).item() for logits in (found, of_stock))
     refuse_wrong(error, allowed, DTYPES[case.amp or case.dtype], "model")
     return error
+
+
+def _stock(contender: Contender, model: nn.Module, case: Case) -> nn.Module:
+    """What `model` is held to: a stock model with its weights."""
+    if contender.reference is not None:
+        return contender.reference(case).to(DTYPES[case.dtype])
+    stock_model = (CONTENDERS["timm"] if contender.stock else contender).build(case)
+    stock_model.load_state_dict(model.state_dict())
+    return stock_model
 
 
 def refuse_wrong(error: float, of_stock: float, dtype: torch.dtype, what: str) -> None:
@@ -147,7 +201,9 @@ def refuse_wrong(error: float, of_stock: float, dtype: torch.dtype, what: str) -
 
 
 def count(row: Row, contender: Contender, case: Case) -> None:
-    """FLOPs, operator calls and saved bytes, on the CPU, of a few images."""
+    """FLOPs, operator calls and saved bytes, on the CPU, of a few images; none where the model can't run there."""
+    if contender.reference is not None:
+        return
     step = _on_cpu(contender, case)
     row.flops = _flops(step)
     row.stock_flops = _flops(_on_cpu(CONTENDERS[contender.stock], case)) if contender.stock else row.flops
@@ -163,39 +219,69 @@ def _on_cpu(contender: Contender, case: Case) -> Step:
 
 
 def _flops(step: Step) -> int:
-    torch.manual_seed(0)
+    """Of an image; with drop path, the mean of several draws."""
+    seeds = SEEDS if step.case.training and step.case.drop_path > 0 else 1
     with WithoutProducts(), flop_counter() as counter:
-        step()
-    return counter.get_total_flops() // FEW
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            step()
+    return counter.get_total_flops() // (FEW * seeds)
 
 
-class failures:
-    """Notes in the row what went wrong for this contender: the others are still wanted."""
+@contextmanager
+def failures(row) -> Iterator[None]:
+    """Notes in the row what goes wrong in the block, and where stock operators answer: the others are still wanted."""
 
-    def __init__(self, row) -> None:
-        self.row = row
+    def failed(reason: str) -> None:
+        row.failure = reason
+        row.seconds.clear()
 
-    def __enter__(self) -> None:
-        pass
+    said = set(backend.said)
+    backend.said.clear()
+    try:
+        with noted(row.case, failed):
+            yield
+    finally:
+        row.fallbacks += sorted(backend.said.difference(row.fallbacks))
+        backend.said.update(said)
 
-    def __exit__(self, kind, error, traceback) -> bool:
-        if error is None or not isinstance(error, Exception):
-            return False
-        if ran_out_of_memory(error):
-            self.row.failure = f"out of memory at batch {self.row.case.batch}"
+
+@contextmanager
+def noted(case: Case, note: Callable[[str], None]) -> Iterator[None]:
+    """Hands `note` the reason where the block, which is about `case`, fails: the rest of the run goes on."""
+    try:
+        yield
+    except Exception as error:  # whatever a library, a compiler or a driver raises
+        if backend.ran_out_of_memory(error):
+            note(f"out of memory at batch {case.batch}")
         else:
-            self.row.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self.row.seconds.clear()
+            note(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return True
+
+
+def failed_kernels(operators: Iterable[str]) -> list[str]:
+    """What `failures` does not see again: kernels fail once in a process, and are left alone from then on."""
+    return [
+        f"deit_fast.{op}: its kernels failed: {backend.failed[op]}; using the stock PyTorch operators"
+        for op in operators
+        if op in backend.failed
+    ]
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of the GPU in use."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _restart_peak(device: torch.device) -> int:
+    """Bytes of the GPU in use, from which `_peak` counts on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return _allocated(device)
 
 
 def _peak(device: torch.device) -> int | None:
-    """Bytes of the GPU in use at most since the last call."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    """Bytes of the GPU in use at most since `_restart_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,20 +1,23 @@
 """Tables and a plot of operators beside the roofline."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from deit_fast.benchmark.clock import Interval, faster, interval
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import Case, is_ours
+from deit_fast.benchmark.measure import best_peer
 from deit_fast.benchmark.operators import OperatorRow
 from deit_fast.benchmark.peaks import Peaks
-from deit_fast.benchmark.tables import figures, table
+from deit_fast.benchmark.tables import figures, remarks, spread, table
 
 HEADER = (
-    "operator", "contender", "µs a call", "times faster than stock", "TFLOP/s", "GB/s", "of the roofline", "error",
+    "operator", "contender", "µs a call", "times faster than stock", "than the best peer", "TFLOP/s", "GB/s",
+    "of the roofline", "error",
 )  # fmt: skip
 NOTE = (
     "Each operator of one step, drop path off, by itself. GB/s count its distinct inputs and outputs once, TFLOP/s its "
-    "matrix products. The roofline is the longer of what these take at the device's peaks; what an operator reads "
-    "from a cache can pass it."
+    "matrix products. The best peer is the fastest that is not deit_fast's. The roofline is the longer of what these "
+    "take at the device's peaks; what an operator reads from a cache can pass it."
 )
 
 
@@ -24,11 +27,21 @@ def share(row: OperatorRow, peaks: Peaks | None) -> float | None:
     return None if bound is None or not row.seconds else bound / interval(row.seconds).median
 
 
+def of_same_call(row: OperatorRow, rows: Iterable[OperatorRow]) -> list[OperatorRow]:
+    what = attrgetter("case", "operator", "shape")
+    return [other for other in rows if what(other) == what(row)]
+
+
 def ratio(row: OperatorRow, rows: Iterable[OperatorRow]) -> Interval | None:
     """Of the stock operator's time to the row's, round by round."""
-    what = (row.case, row.operator, row.shape, "stock")
-    stock = next((r for r in rows if (r.case, r.operator, r.shape, r.contender) == what), row)
+    stock = next((other for other in of_same_call(row, rows) if other.contender == "stock"), row)
     return None if stock is row else faster(row.seconds, stock.seconds)
+
+
+def best(row: OperatorRow, rows: Iterable[OperatorRow]) -> str:
+    """The same with the fastest contender that is not deit_fast's, and its name, for those that are."""
+    peer = best_peer(of_same_call(row, rows)) if is_ours(row.contender) else None
+    return "" if peer is None else f"{spread(faster(row.seconds, peer.seconds))} {peer.contender}"
 
 
 def cells(row: OperatorRow, rows: list[OperatorRow], peaks: Peaks | None) -> tuple[str, ...]:
@@ -36,12 +49,13 @@ def cells(row: OperatorRow, rows: list[OperatorRow], peaks: Peaks | None) -> tup
     name = f"{row.times} × {row.operator} {row.shape.replace(',', ' ')}"
     if not row.seconds:
         return (name, row.contender, row.failure or "not timed", *[""] * (len(HEADER) - 3))
-    seconds, times, part = interval(row.seconds), ratio(row, rows), share(row, peaks)
+    seconds, part = interval(row.seconds), share(row, peaks)
     return (
         name,
         row.contender,
-        f"{1e6 * seconds.median:.1f} ({1e6 * seconds.low:.1f}–{1e6 * seconds.high:.1f})",
-        "" if times is None else f"{times.median:.2f} ({times.low:.2f}–{times.high:.2f})",
+        spread(seconds, 1e6, digits=1),
+        spread(ratio(row, rows)),
+        best(row, rows),
         "" if not row.flops else f"{row.flops / seconds.median / 1e12:.2f}",
         f"{row.moved / seconds.median / 1e9:.1f}",
         "" if part is None else f"{100 * part:.0f} %",
@@ -61,7 +75,7 @@ def markdown(rows: list[OperatorRow], peaks: Peaks | None) -> list[str]:
     parts = ["# Operators", NOTE]
     for case, group in by_case(rows).items():
         lines = (cells(row, group, peaks) for row in group)
-        parts += [f"## {case.title}", table((*HEADER[:2], *figures(HEADER[2:])), lines)]
+        parts += [f"## {case.title}", table((*HEADER[:2], *figures(HEADER[2:])), lines), *remarks(group)]
     return parts
 
 

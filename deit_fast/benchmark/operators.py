@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deit_fast.benchmark.clock import Clock
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import Case, is_ours
 from deit_fast.benchmark.flops import flop_counter
-from deit_fast.benchmark.measure import failures, refuse_wrong
+from deit_fast.benchmark.measure import failed_kernels, failures, refuse_wrong, whole_rounds
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
 from deit_fast.kernels import tuned
 
@@ -21,6 +21,7 @@ class OperatorRow:
     """One contender for one operator of a step.
 
     times: how often the step calls it. flops: of its matrix products. moved: bytes of its distinct inputs and outputs.
+    fallbacks: why the stock operator answered for deit_fast's.
     """
 
     case: Case
@@ -33,6 +34,7 @@ class OperatorRow:
     failure: str | None = None
     flops: int | None = None
     moved: int = 0
+    fallbacks: list[str] = field(default_factory=list)
 
 
 # A peer takes an operator's arguments and returns the call to time, or None where it has nothing in its place.
@@ -77,37 +79,54 @@ PEERS: dict[str, tuple[tuple[str, str, Peer], ...]] = {
 def measure_operators(
     case: Case, device: torch.device, clock: Clock, rounds: int, say: Callable[[str], None]
 ) -> Iterator[OperatorRow]:
-    """Rows of every operator of the step, checked against the stock operator in float64; drop path off."""
+    """Rows of every operator of the step, checked against the stock operator in float64; drop path off.
+
+    Of an operator that was interrupted, what is whole.
+    """
     for each in operator_cases(replace(case, drop_path=0.0), device):
         say(each.title)
-        with torch.no_grad():
-            rows = _measured(case, each, device, clock, rounds)
+        rows: list[OperatorRow] = []
+        try:
+            with torch.no_grad():
+                _measure(rows, case, each, device, clock, rounds)
+        except KeyboardInterrupt:
+            yield from whole_rounds(rows)
+            raise
         yield from rows
 
 
-def _measured(case: Case, each: OperatorCase, device: torch.device, clock: Clock, rounds: int) -> list[OperatorRow]:
-    expected = _tensors(each.operator.stock(*_double(each.arguments)))
-    stock = _tensors(each.operator.stock(*each.arguments))
+def _measure(
+    rows: list[OperatorRow], case: Case, each: OperatorCase, device: torch.device, clock: Clock, rounds: int
+) -> None:
+    def row(contender: str) -> OperatorRow:
+        return OperatorRow(case, each.operator.name, each.shape, each.times, contender)
+
+    reference = row("stock in float64")
+    with failures(reference):
+        expected = _tensors(each.operator.stock(*_double(each.arguments)))
+        stock = _tensors(each.operator.stock(*each.arguments))
+        flops = _flops(each)
+    if reference.failure is not None:
+        rows.append(reference)
+        return
     moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in (*_tensors(each.arguments), *stock)}.values())
-    flops = _flops(each)
-    rows, calls = [], {}
+    calls = {}
     for name, call in _contenders(each, device):
-        row = OperatorRow(
-            case, each.operator.name, each.shape, each.times, name, flops=flops, moved=moved,
-        )  # fmt: skip
-        rows.append(row)
+        found = replace(row(name), flops=flops, moved=moved)
+        rows.append(found)
         if isinstance(call, str):
-            row.failure = call
+            found.failure = call
             continue
-        with failures(row):
-            row.error = _check(_tensors(call()), stock, expected)
+        with failures(found):
+            found.error = _check(_tensors(call()), stock, expected)
             calls[name] = (call, clock.calls(call))
+            if is_ours(name):
+                found.fallbacks += failed_kernels([found.operator])
     for _ in range(rounds):
-        for row in rows:
-            if row.contender in calls and row.failure is None:
-                with failures(row):
-                    row.seconds.append(clock.seconds(*calls[row.contender]))
-    return rows
+        for found in rows:
+            if found.contender in calls and found.failure is None:
+                with failures(found):
+                    found.seconds.append(clock.seconds(*calls[found.contender]))
 
 
 def _contenders(each: OperatorCase, device: torch.device) -> Iterator[tuple[str, Callable[[], object] | str]]:

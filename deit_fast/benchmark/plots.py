@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deit_fast.benchmark import operator_results
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import Case, is_ours
 from deit_fast.benchmark.results import Line, Results, by_case
 
 _OURS, _THEIRS = "#d1495b", "#8d99ae"
@@ -52,7 +52,7 @@ def _throughput(pyplot, cases: dict[Case, list[Line]]):
             [speed - case.batch / line.seconds.high for line, speed in zip(group, speeds, strict=True)],
             [case.batch / line.seconds.low - speed for line, speed in zip(group, speeds, strict=True)],
         ]
-        colours = [_OURS if name.startswith("deit_fast") else _THEIRS for name in names]
+        colours = [_OURS if is_ours(name) else _THEIRS for name in names]
         bars = axis.barh(names, speeds, xerr=spread, color=colours, ecolor="#333333", capsize=2)
         axis.bar_label(bars, [f"{speed:,.1f}" for speed in speeds], padding=6, fontsize=8)
         axis.invert_yaxis()

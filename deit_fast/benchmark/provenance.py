@@ -1,10 +1,13 @@
-"""What a reader of a result needs, to judge it and to do it again: device, versions, clocks, commit, command."""
+"""What a reader of a result needs, to judge it and to do it again: date, device, versions, clocks, commit, command."""
 
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
@@ -13,14 +16,28 @@ from deit_fast.cli.check_environment import environment
 from deit_fast.ops.product_dtype import product_dtype
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """By name. On a GPU with its clocks now and at most; on a CPU with its threads and 16-bit instructions."""
+def provenance(device: torch.device, packages: Iterable[str] = ()) -> dict[str, str]:
+    """By name. On a GPU with its clocks now and at most; on a CPU with its threads and 16-bit instructions.
+
+    packages: the libraries that take part, by the names they are imported by.
+    """
     found = environment(device)
     if device.type == "cuda":
         found["clocks"] = _clocks(device)
     else:
         found["device"] = processor()
-    return {**found, "commit": _commit(), "command": shlex.join(["deit-fast", *sys.argv[1:]])}
+    found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**found, **_versions(packages), "commit": _commit(), "command": command()}
+
+
+def command() -> str:
+    return shlex.join(["deit-fast", *sys.argv[1:]])
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those installed."""
+    distributions = packages_distributions()
+    return {name: version(distributions[name][0]) for name in sorted(set(packages)) if name in distributions}
 
 
 def processor() -> str:

@@ -14,6 +14,7 @@ from deit_fast.benchmark.operator_cases import OperatorCase
 from deit_fast.kernels import launch
 from deit_fast.kernels.replay import Replayed
 from deit_fast.kernels.tuned import Choice
+from deit_fast.ops.backend import ran_out_of_memory
 
 # What is not faster by as much is noise, and what is shipped stays.
 LEAST_GAIN = 0.02
@@ -24,7 +25,10 @@ _FINALISTS = 3
 
 @dataclass
 class Tuned:
-    """What was found for one operator. seconds: the medians, by what ran: "stock", "shipped", "tuned"."""
+    """What was found for one operator. seconds: the medians, by what ran: "stock", "shipped", "tuned".
+
+    failure: why nothing was found, and what is shipped stays.
+    """
 
     case: OperatorCase
     choice: Choice
@@ -37,9 +41,18 @@ def tune(cases: list[OperatorCase], clock: Clock, rounds: int, say: Callable[[st
     """One result for each of `cases`, as soon as it is there."""
     for i, case in enumerate(cases):
         say(f"{i + 1} of {len(cases)}: {case.title}")
-        with torch.no_grad():
-            result = _tuned(case, clock, rounds)
+        try:
+            with torch.no_grad():
+                result = _tuned(case, clock, rounds)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            result = _failed(case, f"out of memory at batch {case.batch}")
         yield result
+
+
+def _failed(case: OperatorCase, reason: str) -> Tuned:
+    return Tuned(case, Choice(False, {}), {}, 0, reason)
 
 
 def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
@@ -50,11 +63,11 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
 
     reason = operator.unsupported(*arguments)
     if reason is not None:
-        return Tuned(case, Choice(True, {}), {}, 0, reason)
+        return _failed(case, reason)
     shipped: dict[str, object] = {}
     shipped_call = _prepared(case, {}, None, shipped)
     if isinstance(shipped_call, str):
-        return Tuned(case, Choice(True, {}), {}, 0, shipped_call)
+        return _failed(case, shipped_call)
     # Of packed tensors what lies past the kept samples is anything.
     packed = "kept" in operator.parameters and arguments[operator.parameters.index("kept")] is not None
     expected = None if packed else shipped_call()

@@ -1,8 +1,9 @@
 """`deit-fast bench`: what this machine makes of deit_fast, beside what one would use instead."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from deit_fast.kernels.launch import interpreted
 
 DEFAULT_OUT = "deit-fast-bench"
 SUITES = (*MODEL_SUITES, "ops", "host")
+# As shells report Ctrl-C.
+_INTERRUPTED = 130
 
 
 def add_parser(commands: Any) -> None:
@@ -47,65 +50,180 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and write; 1 where a contender computes something else than its stock model."""
+    """Measure and write; 1 where a contender computes something else than its stock model, or nothing was measured."""
     with user_input():
         for module in ("timm", "rich", "matplotlib"):
             require(module, extra="bench")
-    from deit_fast.benchmark import host, plots
+    from rich.console import Console
+
     from deit_fast.benchmark.clock import CpuClock, GpuClock
-    from deit_fast.benchmark.contenders import CONTENDERS
-    from deit_fast.benchmark.measure import Step
-    from deit_fast.benchmark.profile import profiled
     from deit_fast.benchmark.provenance import provenance
-    from deit_fast.benchmark.results import Results, markdown, write_csv
+    from deit_fast.benchmark.results import Results
 
     device = find_device(args.device)
     with user_input():
         suites = args.suite or SUITES
         found = cases(args, suites)
         of_operators = cases(args, MODEL_SUITES) if "ops" in suites else []
-        contenders = _contenders(args.peers)
+        contenders, skipped = _contenders(args.peers, device)
+        if found and not contenders:
+            raise ValueError(f"--peers: none can be measured here: {_listed(skipped)}")
         if "host" in suites and interpreted():
             raise ValueError("--suite host times launches, which TRITON_INTERPRET replaces: unset it")
         if args.profile and device.type != "cuda":
             raise ValueError("--profile shows a GPU's kernels, and there is none here")
         if args.rounds < 1:
             raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+        _refuse_unsupported(dict.fromkeys(case.model for case in found + of_operators))
+        _refuse_to_overwrite(Path(args.out))
         out = writable_folder(args.out)
     clock = GpuClock(device) if device.type == "cuda" else CpuClock()
     # On a GPU stock convolutions use TF32 unless told otherwise, and would look less right and faster than they are.
     torch.backends.cudnn.allow_tf32 = False
-    results = Results(provenance(device), [], peaks=_peaks(args, found + of_operators, device, clock))
-
-    from rich.console import Console
-
+    environment = provenance(device, _packages(contenders if found else [], device, "ops" in suites))
+    results = Results(environment, [], peaks=_peaks(args, found + of_operators, device, clock))
     console = Console(highlight=False)
-    with _interruptible(console):
+    if found and skipped:
+        results.unmeasured |= skipped
+        console.print(f"Not measured: {_listed(skipped)}", soft_wrap=True)
+
+    interrupted = False
+    try:
         tunes = device.type == "cuda" and not args.no_tune and any(contender.tuned for contender in contenders)
         for case in dict.fromkeys(found + of_operators) if tunes else ():
-            tune_case(case, device, clock, console)
-    with _interruptible(console), console.status("") as status:
-        for case in found:
-            _measure(case, contenders, device, clock, args.rounds, status.update, results, out)
-            _print(console, case, results)
-        for case in of_operators:
-            _measure_operators(case, device, clock, args.rounds, status.update, results, out)
-            console.print(f"\n[bold]Operators: {case.title}[/]", soft_wrap=True)
-            console.print(_operator_table(case, results))
-        for case in found if args.profile else ():
-            status.update(f"{case.title}: profile")
-            step = Step(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch)
-            results.kernels[case.title] = profiled(step)
-        if "host" in suites:
-            status.update("host time")
-            results.host = host.host_times()
-            console.print(host.table(results.host), markup=False)
+            with _noting(case, "tuning", results, console):
+                tune_case(case, device, clock, console, anew=False)
+        with _progress(console) as progress:
+            session = _Session(console, progress, device, clock, args.rounds, results, out)
+            session.run(found, contenders, of_operators, found if args.profile else [], "host" in suites)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("Interrupted: what was measured so far is written.")
+    _write(results, out, console)
+    return _INTERRUPTED if interrupted else _exit_code(results, console)
+
+
+def _write(results, out: Path, console) -> None:
+    from deit_fast.benchmark import plots
+    from deit_fast.benchmark.results import markdown, write_csv
+
     results.write(out / "results.json")
     (out / "results.md").write_text(markdown(results, plots.write_plots(results, out)))
     write_csv(results, out / "results.csv")
     console.print(f"Written to {out}/: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
-    wrong = [row for row in (*results.rows, *results.operators) if (row.failure or "").startswith("ArithmeticError")]
-    return int(bool(wrong))
+
+
+def _exit_code(results, console) -> int:
+    rows = [*results.rows, *results.operators]
+    if not results.host and not any(row.seconds for row in rows):
+        console.print("Nothing could be measured.")
+        return 1
+    return int(any((row.failure or "").startswith("ArithmeticError") for row in rows))
+
+
+def _progress(console):
+    """A bar, how much of how much, the time that remains, and what is being done, as far as it fits."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    what = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), what)
+    return Progress(*columns, console=console, transient=True, expand=True, speed_estimate_period=3600)
+
+
+@dataclass
+class _Session:
+    """What the suites share. Each of their cases is a unit of the bar, and all there is is written after it."""
+
+    console: Any
+    progress: Any
+    device: torch.device
+    clock: Any
+    rounds: int
+    results: Any
+    out: Path
+
+    def run(self, found: list, contenders: list, of_operators: list, to_profile: list, host: bool) -> None:
+        self.task = self.progress.add_task("", total=len(found) + len(of_operators) + len(to_profile) + host)
+        for case in found:
+            with self._unit(), _noting(case, "models", self.results, self.console):
+                self._models(case, contenders)
+        for case in of_operators:
+            with self._unit(), _noting(case, "operators", self.results, self.console):
+                self._operators(case)
+        for case in to_profile:
+            with self._unit(), _noting(case, "profile", self.results, self.console):
+                self._profile(case)
+        if host:
+            with self._unit():
+                self._host()
+
+    @contextmanager
+    def _unit(self) -> Iterator[None]:
+        done = round(self.progress.tasks[0].completed)
+        yield
+        self.progress.update(self.task, completed=done + 1)
+        self.results.write(self.out / "results.json")
+
+    def _say(self, what: str, part: float = 0.0) -> None:
+        self.progress.update(self.task, description=what, advance=part)
+
+    def _models(self, case, contenders: list) -> None:
+        from deit_fast.benchmark.measure import measure
+
+        part = 1 / (len(contenders) * (2 + self.rounds))
+        for row in measure(
+            case,
+            contenders,
+            self.device,
+            self.clock,
+            self.rounds,
+            lambda what: self._say(f"{what}: {case.title}", part),
+        ):
+            self.results.rows.append(row)
+        _print_models(self.console, case, self.results)
+
+    def _operators(self, case) -> None:
+        from deit_fast.benchmark.operators import measure_operators
+
+        for row in measure_operators(
+            case, self.device, self.clock, self.rounds, lambda what: self._say(f"{what}: {case.title}")
+        ):
+            self.results.operators.append(row)
+        _print_operators(self.console, case, self.results)
+
+    def _profile(self, case) -> None:
+        from deit_fast.benchmark.contenders import CONTENDERS
+        from deit_fast.benchmark.measure import Step
+        from deit_fast.benchmark.profile import profiled
+
+        self._say(f"profile: {case.title}")
+        step = Step(CONTENDERS["deit_fast"].prepare(case, self.device), case, self.device, case.batch)
+        self.results.kernels[case.title] = profiled(step)
+
+    def _host(self) -> None:
+        from deit_fast.benchmark import host
+
+        self._say("host time")
+        self.results.host = host.host_times()
+        self.console.print(host.table(self.results.host), markup=False)
+
+
+@contextmanager
+def _noting(case, what: str, results, console) -> Iterator[None]:
+    """Where the block fails, that is noted in the results and said: the run goes on."""
+    from deit_fast.benchmark.measure import noted
+
+    def note(reason: str) -> None:
+        results.unmeasured[f"{case.title}: {what}"] = reason
+        console.print(f"Not measured: {case.title}: {what}: {reason}", markup=False, soft_wrap=True)
+
+    with noted(case, note):
+        yield
+
+
+def _listed(unmeasured: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in unmeasured.items())
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -113,20 +231,65 @@ def run_compare(args: argparse.Namespace) -> int:
     from deit_fast.benchmark.results import Results, compare
 
     with user_input():
-        found = compare(Results.read(args.before), Results.read(args.after))
+        before, after = Results.read(args.before), Results.read(args.after)
+    found = compare(before, after)
     if not found:
         raise UserError(f"{args.before} and {args.after} have no measurement in common")
-    for case, contender, ratio, verdict in found:
-        print(f"{verdict:12} {ratio:5.2f}x  {contender}: {case}")
+    # A CPU's load is no other device.
+    devices = [each.environment.get("device", "unknown").partition("; load average")[0] for each in (before, after)]
+    if devices[0] != devices[1]:
+        print(f"Measured on different devices: {devices[0]}; {devices[1]}")
+    for what, contender, ratio, verdict in found:
+        print(f"{verdict:12} {ratio:5.2f}x  {contender}: {what}")
     return int(any(verdict == "slower" for *_, verdict in found))
 
 
-def _contenders(names: str | None) -> list:
+def _contenders(names: str | None, device: torch.device) -> tuple[list, dict[str, str]]:
+    """Those to measure, and those asked for that can't be measured here → why."""
     from deit_fast.benchmark.contenders import CONTENDERS
 
-    if names is None:
-        return list(CONTENDERS.values())
-    return [CONTENDERS[name] for name in choices("--peers", names, CONTENDERS, separator=";")]
+    chosen = list(CONTENDERS) if names is None else choices("--peers", names, CONTENDERS, separator=";")
+    reasons = {name: CONTENDERS[name].missing(device) for name in chosen}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [CONTENDERS[name] for name in chosen if name not in skipped], skipped
+
+
+def _packages(contenders: list, device: torch.device, operators: bool) -> set[str]:
+    """Other libraries that take part, where they are installed."""
+    from deit_fast.benchmark.operators import PEERS
+
+    of_operators = {package for peers in PEERS.values() for _, package, _ in peers}
+    of_models = {package for contender in contenders for package in contender.packages}
+    return {"timm"} | of_models | (of_operators if operators and device.type == "cuda" else set())
+
+
+def _refuse_unsupported(models: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a model of timm is none that deit_fast replaces.
+    """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    for name in models:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        if not isinstance(model, VisionTransformer):
+            kind = type(model).__name__
+            raise ValueError(f"--models: {name} is a {kind}; supported: timm's VisionTransformer (deit, deit3, vit)")
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    """
+    Raises:
+        ValueError: the folder holds what another command measured.
+    """
+    from deit_fast.benchmark.provenance import command
+    from deit_fast.benchmark.results import Results
+
+    file = out / "results.json"
+    if file.exists() and Results.read(file).environment.get("command") != command():
+        raise ValueError(f"--out {out} holds the results of another command: give another folder, or move them away")
 
 
 def _peaks(args: argparse.Namespace, found: list, device: torch.device, clock):
@@ -137,63 +300,43 @@ def _peaks(args: argparse.Namespace, found: list, device: torch.device, clock):
     return peaks.measured(device, sorted({case.amp or case.dtype for case in found}), clock)
 
 
-def _measure(case, contenders, device, clock, rounds: int, say: Callable[[str], None], results, out: Path) -> None:
-    """Adds the case's rows and writes all there are, also when it is interrupted."""
-    from deit_fast.benchmark.measure import measure
-
-    # A peer for GPUs has no place in a CPU's table.
-    fitting = [contender for contender in contenders if device.type == "cuda" or not contender.gpu_only]
-    for row in measure(case, fitting, device, clock, rounds, lambda what: say(f"{case.title}: {what}")):
-        results.rows.append(row)
-    results.write(out / "results.json")
-
-
-def _measure_operators(case, device, clock, rounds: int, say: Callable[[str], None], results, out: Path) -> None:
-    """Adds the rows of the case's operators and writes all there are."""
-    from deit_fast.benchmark.operators import measure_operators
-
-    for row in measure_operators(case, device, clock, rounds, lambda what: say(f"{case.title}: {what}")):
-        results.operators.append(row)
-    results.write(out / "results.json")
-
-
-def _operator_table(case, results):
+def _print_operators(console, case, results) -> None:
     """What fits a terminal; the page has the rest."""
     from rich.table import Table
 
     from deit_fast.benchmark import operator_results
 
     rows = operator_results.by_case(results.operators)[case]
-    table = Table("operator", "of", "contender", "µs a call", "faster", "roofline", box=None)
+    table = Table("operator", "of", "contender", "µs a call", "faster", "than the best peer", "roofline", box=None)
     for row in rows:
-        _, contender, time, faster, _, _, roofline, _ = operator_results.cells(row, rows, results.peaks)
+        _, contender, time, faster, best, _, _, roofline, _ = operator_results.cells(row, rows, results.peaks)
         weights = [part for part in row.shape.split(",") if "weight" in part and "=" in part]
         of = (weights or row.shape.split(","))[0].partition("=")[2]
-        table.add_row(
-            f"{row.times} × {row.operator}", of, contender, time.partition(" (")[0], faster.partition(" ")[0], roofline
-        )
-    return table
+        ratios = (each.partition(" ")[0] for each in (faster, best))
+        table.add_row(f"{row.times} × {row.operator}", of, contender, time.partition(" (")[0], *ratios, roofline)
+    _print_table(console, f"Operators: {case.title}", table, rows)
 
 
-@contextmanager
-def _interruptible(console) -> Iterator[None]:
-    """Ctrl-C ends the measuring; what is measured is still written."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("Interrupted: only the cases measured so far are written.")
-
-
-def _print(console, case, results) -> None:
+def _print_models(console, case, results) -> None:
     """What fits a terminal; the page has the rest."""
     from rich.table import Table
 
     from deit_fast.benchmark.results import HEADER, by_case, cells
 
-    shown = [HEADER.index(name) for name in ("contender", "images/s", "times faster than", "error")]
-    table = Table(*(HEADER[i] for i in shown), box=None)
-    for line in by_case(results.rows)[case]:
+    columns = ("contender", "images/s", "times faster than", "than the best peer", "error")
+    shown = [HEADER.index(name) for name in columns]
+    table = Table(*columns, box=None)
+    lines = by_case(results.rows)[case]
+    for line in lines:
         found = cells(line, results.peaks)
         table.add_row(*(found[i] for i in shown))
-    console.print(f"\n[bold]{case.title}[/]", soft_wrap=True)
+    _print_table(console, case.title, table, [line.row for line in lines])
+
+
+def _print_table(console, title: str, table, rows: list) -> None:
+    from deit_fast.benchmark.tables import remarks
+
+    console.print(f"\n[bold]{title}[/]", soft_wrap=True)
     console.print(table)
+    for remark in remarks(rows):
+        console.print(remark, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from deit_fast.cli.demo import writable_folder
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
 from deit_fast.kernels import launch, replay, tuned
+from deit_fast.ops.backend import ran_out_of_memory
 
 ROUNDS = 7
 
@@ -49,27 +50,54 @@ def run(args: argparse.Namespace) -> int:
     try:
         clock = GpuClock(device)
         for case in found:
-            tune_case(case, device, clock, console)
+            tune_case(case, device, clock, console, anew=True)
     except KeyboardInterrupt:
         console.print("Interrupted: what was measured so far is kept.")
     console.print(f"Written to {tuned.folder()}", soft_wrap=True)
     return 0
 
 
-def tune_case(case, device: torch.device, clock, console) -> None:
-    """Tunes every operator of a step, and writes each as soon as it is measured."""
+def tune_case(case, device: torch.device, clock, console, anew: bool) -> None:
+    """Tunes every operator of a step, and writes each as soon as it is measured.
+
+    anew: also those that were tuned before.
+    """
+    from deit_fast.benchmark.operator_cases import operator_cases
+
+    console.print(f"\n[bold]{case.title}[/]", soft_wrap=True)
+    with console.status(f"{case.title}: its operators"):
+        try:
+            operators = operator_cases(case, device)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            console.print(f"Not tuned: out of memory at batch {case.batch}")
+            return
+    waiting = [each for each in operators if anew or not _was_tuned(each, device)]
+    if len(waiting) < len(operators):
+        found = f"{len(operators) - len(waiting)} of {len(operators)} operators"
+        console.print(f"{found} are as they were tuned before, in {tuned.folder()}", soft_wrap=True)
+    if waiting:
+        _tune_operators(waiting, device, clock, console)
+
+
+def _was_tuned(each, device: torch.device) -> bool:
+    """Whether a file that is heeded here has its batch."""
+    name, driver = launch.device_name(device), launch.driver_version()
+    return each.batch in tuned.measured(each.operator.name, each.shape, name, driver)
+
+
+def _tune_operators(operators: list, device: torch.device, clock, console) -> None:
     from rich.table import Table
 
-    from deit_fast.benchmark.operator_cases import operator_cases
     from deit_fast.benchmark.tune import tune
 
     table = Table("operator", "batch", "stock µs", "shipped µs", "tuned µs", "tried", "fastest", box=None)
-    with console.status(f"{case.title}: its operators") as status:
-        operators = operator_cases(case, device)
+    name, driver = launch.device_name(device), launch.driver_version()
+    with console.status("") as status:
         for result in tune(operators, clock, ROUNDS, lambda what: status.update(f"tuning {what}")):
             operator = result.case
             if result.failure is None:
-                name, driver = launch.device_name(device), launch.driver_version()
                 tuned.write(operator.operator.name, operator.shape, name, driver, operator.batch, result.choice)
             times = [f"{1e6 * seconds:.1f}" for seconds in result.seconds.values()]
             table.add_row(
@@ -81,5 +109,4 @@ def tune_case(case, device: torch.device, clock, console) -> None:
                 or ("stock" if result.choice.stock else "tuned" if result.choice.settings else "shipped"),
             )
     replay.forget()
-    console.print(f"\n[bold]{case.title}[/]", soft_wrap=True)
     console.print(table)

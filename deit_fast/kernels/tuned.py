@@ -83,11 +83,16 @@ def choice(op: str, names: Sequence[str], arguments: tuple, device_name: str, dr
     if not is_there():
         return None
     shape, batch = described(names, arguments)
-    file = _names().get(file_name(op, shape, device_name))
-    measured = {} if file is None else _measured(file, driver)
-    if not measured or batch < 1:
+    found = measured(op, shape, device_name, driver)
+    if not found or batch < 1:
         return None
-    return measured[min(measured, key=lambda size: abs(log(size / batch)))]
+    return found[min(found, key=lambda size: abs(log(size / batch)))]
+
+
+def measured(op: str, shape: str, device_name: str, driver: str) -> dict[int, Choice]:
+    """By batch, what was measured for `op` at this shape (`described`)."""
+    file = _names().get(file_name(op, shape, device_name))
+    return {} if file is None else _measured(file, driver)
 
 
 def described(names: Sequence[str], arguments: Sequence[object]) -> tuple[str, int]:

@@ -79,7 +79,13 @@ def gives_up(op: str, error: Exception) -> bool:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    """A GPU's memory, or the CPU's, whose allocator raises a RuntimeError of its own."""
+    said = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "out of memory" in said
+        or "can't allocate memory" in said
+    )
 
 
 def in_a_line(error: Exception) -> str:

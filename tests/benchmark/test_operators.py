@@ -9,6 +9,7 @@ from deit_fast.benchmark import operators
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.operator_cases import operator_cases
 from deit_fast.benchmark.operators import PEERS, measure_operators
+from deit_fast.ops import backend
 
 CPU = torch.device("cpu")
 CASE = Case("deit_tiny_distilled_patch16_224", 2, 32, training=True, drop_path=0.5)
@@ -72,6 +73,48 @@ def test_peers_are_named_where_they_are_not_installed_and_called_where_they_are(
     assert list(found) == ["stock", "deit_fast", "deit_fast, tuned", "flash-attn", "xformers"]
     assert found["xformers"] == "xformers is not installed"
     assert found["flash-attn"]().shape == case.operator.stock(*case.arguments)[0].shape
+
+
+def test_where_memory_runs_out_the_other_operators_go_on(monkeypatch):
+    """The stock call in float64 takes twice the memory."""
+    double = operators._double
+    full = iter([True])
+
+    def doubled(arguments: tuple) -> tuple:
+        if next(full, False):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return double(arguments)
+
+    monkeypatch.setattr(operators, "_double", doubled)
+    first, *others = measure_operators(replace(CASE, training=False), CPU, Clock(), 1, lambda what: None)
+    assert (first.contender, first.failure) == ("stock in float64", "out of memory at batch 2")
+    assert others and all(row.seconds == [1.0] for row in others)
+
+
+def test_an_interrupted_operator_keeps_its_whole_rounds():
+    class Stopped(Clock):
+        timings = 0
+
+        def seconds(self, call, calls: int) -> float:
+            self.timings += 1
+            if self.timings == 6:
+                raise KeyboardInterrupt
+            return 1.0
+
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        for row in measure_operators(replace(CASE, training=False), CPU, Stopped(), 9, lambda what: None):
+            rows.append(row)
+    assert [(row.contender, row.seconds) for row in rows] == [("stock", [1.0, 1.0]), ("deit_fast", [1.0, 1.0])]
+
+
+def test_an_operator_whose_kernels_failed_says_so(monkeypatch):
+    monkeypatch.setattr(backend, "failed", {"mlp": "no such GPU"})
+    rows = list(measure_operators(replace(CASE, training=False), CPU, Clock(), 1, lambda what: None))
+    said = {(row.operator, row.contender): row.fallbacks for row in rows if row.fallbacks}
+    assert said == {
+        ("mlp", "deit_fast"): ["deit_fast.mlp: its kernels failed: no such GPU; using the stock PyTorch operators"]
+    }
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "attention"])

@@ -1,7 +1,9 @@
 import subprocess
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 
 from deit_fast.benchmark import provenance as module
@@ -15,6 +17,14 @@ def test_a_cpus_names_threads_and_16_bit_instructions():
     assert found["device"].split(";")[0] == processor().split(";")[0]
     assert found["command"].startswith("deit-fast")
     assert found["torch"].startswith(torch.__version__)
+
+
+def test_the_date_and_the_versions_of_what_took_part():
+    found = provenance(torch.device("cpu"), ["timm", "no_such_package"])
+    assert found["timm"] == timm.__version__
+    assert "no_such_package" not in found and "transformers" not in found
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(found["date"])
+    assert timedelta(0) <= age < timedelta(minutes=1)
 
 
 def test_outside_a_clone_the_package_is_called_installed(monkeypatch, tmp_path):

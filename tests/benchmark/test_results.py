@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -21,7 +22,7 @@ def results(factor: float = 1.0) -> Results:
     rows = [
         Row(INFERENCE, "timm", seconds, error=1e-6, flops=2_000_000_000, stock_flops=2_000_000_000, operator_calls=100),
         Row(INFERENCE, "deit_fast", [s / 2 * factor for s in seconds], flops=1_840_000_000, stock_flops=2_000_000_000),
-        Row(INFERENCE, "flash-attn ViT", failure="flash_attn is not installed"),
+        Row(INFERENCE, "timm, compiled", failure="out of memory at batch 8"),
         Row(TRAINING, "timm", [1.0] * 7, saved_bytes=2**21, peak_bytes=2**30),
     ]
     operators = [
@@ -32,7 +33,8 @@ def results(factor: float = 1.0) -> Results:
     kernels = {INFERENCE.title: [KernelTime("mlp_kernel 8×198×192", 12, 6e-4, 3e9, 6e6), KernelTime("copy", 1, 2e-4)]}
     peaks = Peaks({"float32": 4e12}, 1e12, "a data sheet")
     host = [HostTime("block", "inference", 80.0, 60.0)]
-    return Results({"device": "a GPU", "torch": "2"}, rows, host, operators, kernels, peaks)
+    unmeasured = {"flash-attn ViT": "flash_attn is not installed"}
+    return Results({"device": "a GPU", "torch": "2"}, rows, host, operators, kernels, peaks, unmeasured)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -63,12 +65,17 @@ def test_the_page_has_environment_tables_and_what_was_not_timed():
     text = markdown(results(), ["throughput-inference.png"])
     assert "- device: a GPU" in text
     assert "## deit_tiny_patch16_224, 224 px, inference, float32, batch 8" in text
-    assert "| deit_fast | 40.0 | 200.00 (50.00–350.00) | 2.00 (2.00–2.00) timm | 1.84 (2.00) |" in text
-    assert "| flash-attn ViT | flash_attn is not installed |" in text
+    assert (
+        "| deit_fast | 40.0 | 200.00 (50.00–350.00) | 2.00 (2.00–2.00) timm | "
+        "2.00 (2.00–2.00) timm | 1.84 (2.00) |" in text
+    )
+    assert "| timm, compiled | out of memory at batch 8 |" in text
+    assert "Not measured:\n\n- flash-attn ViT: flash_attn is not installed\n" in text
     # 1.84 GFLOPs an image at 40 images/s; 10⁹ FLOPs take 0.25 ms at the peak, and take 1.
     assert "| 0.07 (2 %) |" in text
     assert (
-        "| 12 × mlp x=198x192bf16 | deit_fast | 1000.0 (1000.0–1000.0) | 2.00 (2.00–2.00) | 1.00 | 1.0 | 25 % |" in text
+        "| 12 × mlp x=198x192bf16 | deit_fast | 1000.0 (1000.0–1000.0) | 2.00 (2.00–2.00) | 2.00 (2.00–2.00) stock | "
+        "1.00 | 1.0 | 25 % |" in text
     )
     assert "| 12 × mlp x=198x192bf16 | Apex | apex is not installed |" in text
     assert "| mlp_kernel 8×198×192 | 12 | 600.0 | 75.0 % | 5.00 | 10.00 |" in text
@@ -88,12 +95,64 @@ def test_the_csv_has_timms_columns(tmp_path):
     assert timm["model"] == "deit_tiny_patch16_224"
 
 
-def test_a_change_is_one_whose_intervals_do_not_meet():
-    assert {verdict for *_, verdict in compare(results(), results(1.2))} == {"within noise"}
-    faster = {contender: verdict for _, contender, _, verdict in compare(results(), results(0.1))}
-    assert faster["deit_fast"] == "faster"
-    slower = {contender: (ratio, verdict) for _, contender, ratio, verdict in compare(results(), results(10.0))}
-    assert slower["deit_fast"] == (pytest.approx(0.1), "slower")
+def test_the_best_peer_is_the_fastest_that_is_not_ours():
+    rows = [
+        Row(INFERENCE, "timm", [3.0] * 7),
+        Row(INFERENCE, "transformers, sdpa", [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0]),
+        Row(INFERENCE, "transformers, eager", failure="ValueError: no"),
+        Row(INFERENCE, "deit_fast", [1.0] * 7),
+        Row(INFERENCE, "deit_fast, tuned", [0.5] * 7),
+        Row(TRAINING, "timm, explicit attention", [1.0] * 7),
+    ]
+    found = {line.row.contender: line for line in lines(rows)}
+    ours = found["deit_fast"]
+    assert (ours.ratio.median, ours.against) == (3.0, "timm")
+    assert (ours.best, ours.peer) == ((2.0, 1.0, 2.0), "transformers, sdpa")
+    assert found["transformers, sdpa"].best is None
+    assert "| 3.00 (3.00–3.00) timm | 2.00 (1.00–2.00) transformers, sdpa |" in markdown(Results({}, rows))
+
+
+def test_the_best_peer_of_an_operator_is_another_librarys():
+    rows = results().operators[:2]
+    rows.append(replace(rows[0], contender="Apex", seconds=[1.5e-3] * 7))
+    # Faster, at another shape.
+    rows.append(replace(rows[0], contender="Apex", shape="x=198x384bf16", seconds=[1e-6] * 7))
+    assert "| 2.00 (2.00–2.00) | 1.50 (1.50–1.50) Apex |" in markdown(Results({}, [], operators=rows))
+
+
+def test_where_stock_operators_answered_the_page_says_so():
+    found = results()
+    found.rows[1].fallbacks = ["deit_fast.mlp: no kernel"]
+    found.operators[1].fallbacks = ["deit_fast.mlp: none here"]
+    text = markdown(found)
+    assert "\n- deit_fast: deit_fast.mlp: no kernel\n" in text and "\n- deit_fast: deit_fast.mlp: none here\n" in text
+
+
+def verdicts(found: Results) -> dict[tuple[str, str], tuple[float, str]]:
+    return {(what, contender): (ratio, verdict) for what, contender, ratio, verdict in compare(results(), found)}
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict", "ratio"),
+    [(1.2, "within noise", 1 / 1.2), (0.1, "faster", 10.0), (10.0, "slower", 0.1)],
+)
+def test_a_change_is_one_whose_intervals_do_not_meet(factor, verdict, ratio):
+    found = verdicts(results(factor))
+    assert found[INFERENCE.title, "deit_fast"] == (pytest.approx(ratio), verdict)
+    assert found[INFERENCE.title, "timm"] == (1.0, "within noise")
+
+
+def test_operators_host_and_memory_are_compared_too():
+    after = results()
+    after.operators[1].seconds = [2e-3] * 7
+    after.host = [HostTime("block", "inference", 80.0, 120.0)]
+    after.rows[3].peak_bytes = 2**29
+    found = verdicts(after)
+    assert found[f"{INFERENCE.title}: mlp x=198x192bf16", "deit_fast"] == (0.5, "slower")
+    assert found["host time: block, inference", "swapped"] == (0.5, "one median")
+    assert found[f"{TRAINING.title}: peak bytes", "timm"] == (2.0, "less")
+    assert found[f"{TRAINING.title}: saved bytes", "timm"] == (1.0, "the same")
+    assert compare(results(), Results({}, [])) == []
 
 
 def test_plots_are_written_for_what_was_timed(tmp_path):

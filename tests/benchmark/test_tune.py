@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from deit_fast.benchmark.candidates import neighbours, tunable
-from deit_fast.benchmark.tune import _agree
+from deit_fast.benchmark.operator_cases import OperatorCase
+from deit_fast.benchmark.tune import _agree, tune
 from deit_fast.kernels.launch import AttentionTile, Tile
+from deit_fast.ops.registration import OPERATORS
 from tests.support.compiled import printed_by
 
 
@@ -90,3 +92,25 @@ def test_results_that_differ_by_more_than_rounding_do_not_agree():
     assert _agree([expected[0] * (1 + 1e-5), torch.zeros(100)], expected)
     assert not _agree([expected[0] * 1.01, expected[1]], expected)
     assert not _agree([expected[0] * float("nan"), expected[1]], expected)
+
+
+def test_an_operator_that_memory_does_not_suffice_for_is_named_and_the_next_one_tuned():
+    """At the larger batch there is less than a timing takes. Stock operators stand for the kernels."""
+
+    class Clock:
+        def calls(self, call) -> int:
+            return 1
+
+        def seconds(self, call, calls: int) -> float:
+            if call().shape[0] == 8:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+            return 1.0
+
+    layer_norm = OPERATORS["layer_norm"]
+    layer_norm = layer_norm._replace(launcher=layer_norm.stock)
+    large, small = (
+        OperatorCase(layer_norm, "x=3x64fp32", batch, (torch.ones(batch, 3, 64), None, None, 1e-6)) for batch in (8, 2)
+    )
+    failed, found = tune([large, small], Clock(), 1, lambda what: None)
+    assert failed.failure == "out of memory at batch 8" and failed.choice == (False, {}) and failed.seconds == {}
+    assert found.failure is None and found.seconds["shipped"] == 1.0

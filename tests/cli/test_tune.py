@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_every_operator_is_written_as_soon_as_it_is_measured(tmp_path, monkeypat
     monkeypatch.setattr(operator_cases, "operator_cases", lambda case, device: [case])
     monkeypatch.setattr(tune, "tune", measured)
     with pytest.raises(KeyboardInterrupt):
-        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console())
+        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(), anew=True)
     assert [file.name for file in tmp_path.iterdir()] == ["mlp,x=198x192bf16,device_name=GPU.json"]
     tuned.forget()
 
@@ -43,9 +45,53 @@ def test_what_has_no_kernel_is_named_and_not_written(tmp_path, monkeypatch, caps
     from rich.console import Console
 
     monkeypatch.setenv("DEIT_FAST_TUNED", str(tmp_path))
+    monkeypatch.setattr(launch, "device_name", lambda device: "GPU")
     case = operator_cases.OperatorCase(OPERATORS["mlp"], "x=198x192fp64", 8, ())
     monkeypatch.setattr(operator_cases, "operator_cases", lambda case, device: [case])
     monkeypatch.setattr(tune, "tune", lambda *_: iter([Tuned(case, Choice(True, {}), {}, 0, "no kernel for float64")]))
-    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(width=200))
+    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(width=200), anew=True)
     assert "no kernel for float64" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_tuned_before_is_tuned_again_only_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    """Of two shapes, one measured at this batch, and the other at another batch, by another driver, or not at all."""
+    from rich.console import Console
+
+    monkeypatch.setenv("DEIT_FAST_TUNED", str(tmp_path))
+    monkeypatch.setattr(launch, "device_name", lambda device: "GPU")
+    here, mlp = launch.driver_version(), OPERATORS["mlp"]
+    known, other = (operator_cases.OperatorCase(mlp, f"x={tokens}x192bf16", 8, ()) for tokens in (198, 578))
+    monkeypatch.setattr(operator_cases, "operator_cases", lambda case, device: [known, other])
+    tuned_now = []
+    monkeypatch.setattr(tune, "tune", lambda cases, *_: iter(tuned_now.append(cases) or ()))
+
+    def tuned_with(anew: bool) -> list:
+        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(width=200), anew)
+        return tuned_now.pop() if tuned_now else []
+
+    tuned.forget()
+    assert tuned_with(anew=False) == [known, other]
+    tuned.write("mlp", known.shape, "GPU", here, 8, Choice(True, {}))
+    for batch, driver in ((4, here), (8, "another")):
+        tuned.write("mlp", other.shape, "GPU", driver, batch, Choice(True, {}))
+        tuned._said.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert tuned_with(anew=False) == [other]
+    assert "1 of 2 operators are as they were tuned before" in capsys.readouterr().out
+    assert tuned_with(anew=True) == [known, other]
+    tuned.write("mlp", other.shape, "GPU", here, 8, Choice(True, {}))
+    assert tuned_with(anew=False) == []
+    tuned.forget()
+
+
+def test_a_step_that_memory_does_not_suffice_for_is_named(monkeypatch, capsys):
+    from rich.console import Console
+
+    def full(case, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(operator_cases, "operator_cases", full)
+    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(width=200), anew=True)
+    assert "Not tuned: out of memory at batch 8" in capsys.readouterr().out

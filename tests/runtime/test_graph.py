@@ -4,12 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 import deit_fast
+from deit_fast.kernels import launch
 from deit_fast.runtime.graph import GraphedModel
+from tests.swap.helpers import randomise
 
 CPU = torch.device("cpu")
+SIZES = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 10}
 
 
 class Stream:
@@ -121,3 +125,62 @@ def test_what_a_graph_cannot_do_is_an_error(model, graphs):
 def test_without_a_gpu_it_is_an_error(model):
     with pytest.raises(ValueError, match="CUDA graphs need a GPU, the example is on cpu"):
         deit_fast.graph(model, torch.zeros(2, 3, 4, 4))
+
+
+class OnGpu(torch.Tensor):
+    """Says so, and lies on the CPU."""
+
+    device = torch.device("cuda")
+
+
+def test_the_example_is_captured_and_sets_dtype_and_device(model, graphs):
+    graphed = deit_fast.graph(model, torch.zeros(2, 3, 4, 4).as_subclass(OnGpu))
+    assert (graphed.dtype, graphed.device) == (torch.float32, torch.device("cuda"))
+    assert graphs.calls == [*[(False, False)] * 3, (True, False)]
+    images = torch.randn(2, 3, 4, 4).as_subclass(OnGpu)
+    assert torch.allclose(graphed(images), images.sum((1, 2, 3)))
+    assert len(graphs.calls) == 4
+
+
+def test_a_swapped_classifiers_graphs_hold_its_kernels_and_follow_its_weights(monkeypatch, triton_backend):
+    stock, swapped = (randomise(VisionTransformerDistilled(**SIZES)).eval() for _ in range(2))
+    deit_fast.swap(swapped)
+    graphs, captured, run = Graphs(swapped, monkeypatch), set(), launch._run
+
+    def noted(kernel, *rest) -> None:
+        if graphs.capturing:
+            captured.add(kernel.fn.__name__)
+        run(kernel, *rest)
+
+    monkeypatch.setattr(launch, "_run", noted)
+    graphed = GraphedModel(swapped, torch.float32, CPU)
+    for batch in (1, 3, 1):
+        images = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            for model in (stock, swapped):
+                for changed in (model.blocks[0].mlp.fc1, model.blocks[-1].attn.qkv):
+                    changed.weight.mul_(1.5)
+            torch.testing.assert_close(graphed(images), stock(images), rtol=1e-4, atol=1e-4)
+    assert {"attention_kernel", "readout_kernel"} <= captured
+    assert graphs.calls == [*[(False, False)] * 3, (True, False)] * 2 and graphs.replays == 3
+
+
+def test_reduce_overhead_takes_a_swapped_models_training_steps_as_one_graph():
+    """As far as a CPU shows: what is not broken off can be captured."""
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = randomise(VisionTransformerDistilled(drop_path_rate=0.5, **SIZES)).train()
+    deit_fast.swap(model)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
+    for step in range(2):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            loss = nn.functional.cross_entropy(compiled(images), labels)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+        model.zero_grad()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
