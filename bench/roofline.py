@@ -89,8 +89,9 @@ def layer_norm_linear(rows: int, k: int, n: int) -> Cost:
 
 
 def layer_norm_linear_backward(rows: int, k: int, n: int) -> Cost:
+    """With the gradient of the residual, which goes past it and is added to the input's."""
     plain = linear_backward(rows, k, n)
-    return Cost(plain.flops, plain.activations, plain.weights + BF16 * 4 * k)
+    return Cost(plain.flops, plain.activations + BF16 * rows * k, plain.weights + BF16 * 4 * k)
 
 
 def mlp(rows: int, d: int, hidden: int) -> Cost:
@@ -141,11 +142,6 @@ def patch_embed_backward(pixels: int, patches: int, tokens: int, d: int) -> Cost
     """Of the weights alone: nobody wants the images' gradient."""
     forward = patch_embed(pixels, patches, tokens, d)
     return Cost(forward.flops, forward.activations, 2 * forward.weights)
-
-
-def add(rows: int, d: int) -> Cost:
-    """Where a tensor has two readers, autograd adds their gradients."""
-    return Cost(0, BF16 * rows * 3 * d, 0)
 
 
 BACKWARD = {
@@ -205,9 +201,6 @@ def calls(config: DeiTConfig, training: bool) -> list[Call]:
         for times, cost, part, shape in reversed(forward):
             backward = BACKWARD[cost]
             found.append(Call(backward.__name__, part, times, backward(*shape)))
-        # What enters a half of a block has two readers; readout's backward adds up for itself.
-        found.append(Call(add.__name__, "gradients", 2 * blocks, add(tokens, d)))
-        found.append(Call(add.__name__, f"{last}gradients", 1, add(read, d)))
     return found
 
 

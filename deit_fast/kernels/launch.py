@@ -251,10 +251,10 @@ def patch_embed(width: int, patch_width: int, depth: int, itemsize: int, arch: s
 def mlp(width: int, arch: str) -> Tile:
     """The whole MLP in one kernel: `rows` stay on chip, `columns` of the hidden layer a step."""
     if arch in _MMA_SYNC:
-        return Tile(32, 32, width, 8, 1)
+        return Tile(32, 32, width, 8, 2)
     if is_amd(arch):
         return Tile(32, 16 if arch in _WAVES_OF_32 else 32, width, 4, 1)
-    return Tile(64, 16 if arch == "sm_100" else 32, width, 8, 1)
+    return Tile(64, 32, width, 8, 2)
 
 
 @setting

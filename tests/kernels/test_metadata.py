@@ -16,13 +16,7 @@ def seen() -> list[dict]:
 def test_the_flops_of_an_operators_launches_are_those_of_its_formula(seen):
     checked = [case for case in seen if not case["title"].startswith(IN_PART)]
     assert len(checked) > 15
-    for case in checked:
-        # Two backward kernels compute the scores and their gradient each: 18 products' worth in place of 14.
-        attention = {"attention": (9, 7), "attention_qkv": (9, 7)}.get(case["title"].split()[0], (1, 1))
-        if case["title"].startswith("layer_norm_attention"):
-            assert 1 < case["told"] / case["formula"] < 1.05, case["title"]
-        else:
-            assert case["told"] * attention[1] == case["formula"] * attention[0], case["title"]
+    assert [case["title"] for case in checked if case["told"] != case["formula"]] == []
 
 
 def test_every_launch_has_a_name_with_its_shape_and_counts_its_bytes(seen):
