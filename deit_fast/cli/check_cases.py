@@ -134,7 +134,11 @@ def _layer_norm_linear(size: Size, new: Inputs) -> Iterator[Case]:
 def _layer_norm_qkv(size: Size, new: Inputs) -> Iterator[Case]:
     arguments = {"x": new.tokens(), **new.norm(), **new.qkv()}
     yield Case("layer_norm_qkv", "", ops.layer_norm_qkv, arguments)
-    yield Case("layer_norm_qkv", "and the residual", ops.layer_norm_qkv_branching, arguments)
+    yield Case("layer_norm_qkv", "and the residual", _layer_norm_qkv_branching, arguments)
+
+
+def _layer_norm_qkv_branching(**arguments: Any) -> tuple[Tensor, ...]:
+    return ops.layer_norm_qkv_branching(*arguments.values())
 
 
 def _linear_residual(size: Size, new: Inputs) -> Iterator[Case]:

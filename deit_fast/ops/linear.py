@@ -364,21 +364,14 @@ def layer_norm_qkv(
 
 
 def layer_norm_qkv_branching(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, *projections: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`layer_norm_qkv` at the start of a branch (`layer_norm_linear_branching`): q, k, v and x."""
-    if x.dtype is not q_weight.dtype:
-        checks.same_dtype("layer_norm_qkv", x, q_weight)
-    projections = q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
+    """`layer_norm_qkv` at the start of a branch (`layer_norm_linear_branching`): q, k, v and x.
+
+    projections: weight and bias of q, of k, of v.
+    """
+    if x.dtype is not projections[0].dtype:
+        checks.same_dtype("layer_norm_qkv", x, projections[0])
     return _layer_norm_qkv.branching(x, norm_weight, norm_bias, eps, *projections)
 
 
