@@ -133,8 +133,6 @@ def _measure(
             peak = _peak(device)
             if peak is not None:
                 rows[name].peak_bytes = peak - resident + own_bytes[name]
-            if is_ours(name):
-                rows[name].fallbacks += failed_kernels(backend.failed)
         if rows[name].failure is not None:
             del steps[name]
     names = list(steps)
@@ -236,14 +234,12 @@ def failures(row) -> Iterator[None]:
         row.failure = reason
         row.seconds.clear()
 
-    said = set(backend.said)
-    backend.said.clear()
-    try:
-        with noted(row.case, failed):
-            yield
-    finally:
-        row.fallbacks += sorted(backend.said.difference(row.fallbacks))
-        backend.said.update(said)
+    with backend.fallbacks() as heard:
+        try:
+            with noted(row.case, failed):
+                yield
+        finally:
+            row.fallbacks += [message for message in heard if message not in row.fallbacks]
 
 
 @contextmanager
@@ -259,15 +255,6 @@ def noted(case: Case, note: Callable[[str], None]) -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def failed_kernels(operators: Iterable[str]) -> list[str]:
-    """What `failures` does not see again: kernels fail once in a process, and are left alone from then on."""
-    return [
-        f"deit_fast.{op}: its kernels failed: {backend.failed[op]}; using the stock PyTorch operators"
-        for op in operators
-        if op in backend.failed
-    ]
 
 
 def _allocated(device: torch.device) -> int:

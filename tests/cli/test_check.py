@@ -224,6 +224,7 @@ def stand_in_gpu(monkeypatch) -> torch.device:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(check, "interpreted", lambda: False)
     monkeypatch.setattr(check, "find_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(check, "run_tasks", check.run_tasks_here)
     monkeypatch.setattr(check, "cases", lambda op, size, dtype, device: cases(op, size, dtype, CPU))
     small = tuple(replace(size, batch=1, image=32) for size in DEIT_SIZES[:2])
     monkeypatch.setattr(check, "DEIT_SIZES", small)
@@ -250,6 +251,35 @@ def test_a_case_that_the_width_does_not_change_runs_once(capsys, stand_in_gpu):
     assert [line["case"] for line in report["lines"]] == ["hard, batch 1, 1000 classes"] * 9 + [
         "soft, batch 1, 1000 classes"
     ] * 9
+
+
+def test_a_case_that_ends_its_process_fails_and_the_others_are_checked(capsys, monkeypatch, stand_in_gpu):
+    def in_processes(function, tasks, heard):
+        for done in check.run_tasks_here(function, tasks, heard):
+            ended = done.task.size.width == 192 and done.task.dtype is torch.float16
+            yield replace(done, result=check.Failed("its process ended: killed by SIGSEGV", "core")) if ended else done
+
+    monkeypatch.setattr(check, "run_tasks", in_processes)
+    assert main(["check", "--op", "layer_norm", "--json"]) == 1
+    lines = printed_json(capsys)["lines"]
+    (failed,) = (line for line in lines if line["failure"])
+    assert (failed["case"], failed["dtype"]) == ("batch 1, 6 tokens, width 192", "float16")
+    assert (failed["failure"], failed["traceback"]) == ("its process ended: killed by SIGSEGV", "core")
+    assert len(lines) == 1 + 5 * 4
+
+
+def test_what_stock_operators_answer_by_design_is_no_failure_and_is_told_apart(capsys, monkeypatch):
+    monkeypatch.setattr(launch, "no_products", lambda weight: "the abacus has no matrix instructions")
+    assert main(["check", "--op", "linear", "--op", "layer_norm"]) == 0
+    out = capsys.readouterr().out
+    said = "the abacus has no matrix instructions; using the stock PyTorch operators"
+    assert f"STOCK deit_fast.linear: {said}" in out and f"STOCK deit_fast.linear_backward: {said}" in out
+    assert "FAILED" not in out and "10 of them are of stock operators, for the reasons above." in out
+    assert main(["check", "--op", "linear", "--op", "layer_norm", "--json"]) == 0
+    report = printed_json(capsys)
+    assert report["passed"]
+    outcomes = {(line["op"], line["outcome"]) for line in report["lines"]}
+    assert outcomes == {("linear", "stock"), ("layer_norm", "passed")}
 
 
 def test_an_amd_gpu_is_described_by_its_own_names(monkeypatch, stand_in_gpu):

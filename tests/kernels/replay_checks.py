@@ -208,6 +208,44 @@ def on_the_drivers_own_runner() -> bool:
     return len(first) == len(again) and all(shown[0][i] == shown[1][i] for i in kept if i != tensors[-1])
 
 
+def linear_of(rows: int) -> Callable[[], Tensor]:
+    x, weight = torch.zeros(rows, 64), torch.zeros(64, 64)
+    return lambda: ops.linear(x, weight, None)
+
+
+def with_a_runner_that_refuses_addresses(gpu: Gpu) -> dict:
+    """How often, call by call, four shapes are run from a plan and launched through Triton; and what is said."""
+    ran = []
+    run = Compiled.run
+
+    def refusing(self, *arguments) -> None:
+        if not any(isinstance(argument, Tensor) for argument in arguments):
+            ran.append(self.name)
+            raise TypeError("an integer is no pointer")
+        run(self, *arguments)
+
+    seen = {"plans run": [], "anew": []}
+    replay.forget()
+    with torch.no_grad(), mock.patch.object(Compiled, "run", refusing), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rows in (1, 2, 3, 4):
+            calls = linear_of(rows)
+            for _ in range(3):
+                ran.clear()
+                seen["anew"].append(gpu.launches(calls)[2])
+                seen["plans run"].append(len(ran))
+    replay.forget()
+    return {**seen, "said": [str(each.message) for each in caught]}
+
+
+def with_an_unknown_release(gpu: Gpu) -> dict:
+    known = mock.patch.object(replay, "RUNNER_IS_KNOWN", False)
+    with torch.no_grad(), known, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        anew = [gpu.launches(linear_of(rows))[2] for rows in (5, 5, 6)]
+    return {"anew": anew, "said": [str(each.message) for each in caught]}
+
+
 def main() -> None:
     gpu = Gpu()
     torch.manual_seed(0)
@@ -233,11 +271,14 @@ def main() -> None:
                             function = of_block(block.train(training), x, training, autocast)
                             seen.append(differences(gpu, what, function))
                 apart = distinguished(gpu)
+                refused = with_a_runner_that_refuses_addresses(gpu)
+                unknown = with_an_unknown_release(gpu)
             with backend.forced("triton"):
                 runs = on_the_drivers_own_runner()
                 with mock.patch.object(torch._C._dynamo.guards, "_empty_strided_cpu", None):
                     without = on_the_drivers_own_runner()
-    print(json.dumps({"seen": seen, "apart": apart, "runs": runs, "without": without}))
+    found = {"seen": seen, "apart": apart, "refused": refused, "unknown": unknown, "runs": runs, "without": without}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,13 @@ FAILURES = [
 
 @pytest.fixture(autouse=True)
 def nothing_failed_yet(triton_backend) -> Iterator[None]:
+    backend._warned.clear()
     yield
     backend.failed.clear()
+
+
+def failed_operators() -> list[str]:
+    return [failure.op for failure in backend.failed.values()]
 
 
 class Launches:
@@ -78,7 +83,7 @@ def test_an_operator_whose_kernels_fail_falls_back_once_forward_and_backward(nam
         assert_equal(gradients(name, arguments), stock(name, arguments))
     warned = warned_operators(caught)
     assert name in warned and any(op.endswith("_backward") for op in warned)
-    assert sorted(warned) == sorted(set(warned)) == sorted(backend.failed)
+    assert sorted(warned) == sorted(set(warned)) == sorted(failed_operators())
 
     refused = len(launches.refused)
     with warnings.catch_warnings():
@@ -106,8 +111,8 @@ def test_a_backward_that_fails_halfway_starts_over_on_the_stock_operators(name, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = gradients(name, arguments)
-    assert warned_operators(caught) == list(backend.failed)
-    assert name not in backend.failed
+    assert warned_operators(caught) == failed_operators()
+    assert name not in failed_operators()
     assert len(backend.failed) == len(launches.refused) == (len(seen) >= len(forward) + 2)
     # Their softmax is all but one-hot, and some gradients all but nothing.
     scale = max(stocks.norm() for stocks in expected)
@@ -133,7 +138,7 @@ def test_the_failure_of_one_operator_leaves_the_others_on_their_kernels(monkeypa
     with pytest.warns(UserWarning):
         ops.layer_norm(*samples()["layer_norm"])
     ops.attention(*samples()["attention"])
-    assert list(backend.failed) == ["layer_norm"]
+    assert failed_operators() == ["layer_norm"]
     assert launches.refused == ["layer_norm_kernel"]
 
 
@@ -169,4 +174,62 @@ def test_the_report_lists_operators_whose_kernels_have_failed(monkeypatch) -> No
     assert "failed" not in str(report)
     with pytest.warns(UserWarning):
         ops.layer_norm(*samples()["layer_norm"])
-    assert "\nkernels of layer_norm failed, stock operators run: OutOfResources: out of resource" in str(report)
+    said = "\nkernels of layer_norm failed for batch 2, x=6x64fp32 weight bias on cpu, stock operators run: OutOfRes"
+    assert said in str(report)
+
+
+def test_another_shape_is_tried_anew_and_what_failed_alike_is_not_said_again(monkeypatch) -> None:
+    x, *rest = samples()["layer_norm"]
+    launches = Launches(monkeypatch, FAILURES[0])
+    with pytest.warns(UserWarning):
+        ops.layer_norm(x, *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.layer_norm(x[:1], *rest)
+    assert len(launches.refused) == 2
+    monkeypatch.undo()
+    with backend.fallbacks() as heard:
+        ops.layer_norm(x, *rest)
+        assert len(heard) == 1, "the shape that failed is left to the stock operators"
+        ops.layer_norm(torch.cat((x, x)), *rest)
+    assert len(heard) == 1, "a shape that did not fail runs its kernels"
+
+
+BROKEN = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("error", FAILURES[3:4])
+def test_a_device_that_an_earlier_kernel_broke_is_told_of_as_that(error, monkeypatch) -> None:
+    monkeypatch.setattr(backend, "device_error", lambda error, device: BROKEN)
+    launches = Launches(monkeypatch, error)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(torch.AcceleratorError) as caught:
+                ops.layer_norm(*samples()["layer_norm"])
+        assert caught.value is BROKEN and caught.value.__cause__ is error
+    assert len(launches.refused) == 2 and not backend.failed
+
+
+def test_a_device_is_asked_whether_it_still_answers(monkeypatch) -> None:
+    gpu, asked = torch.device("cuda", 1), []
+
+    def synchronize(device) -> None:
+        asked.append(device)
+        if broken:
+            raise BROKEN
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for broken in (False, True):
+        assert backend.device_error(FAILURES[3], gpu) is (BROKEN if broken else None)
+    assert asked == [gpu, gpu]
+    assert backend.device_error(FAILURES[3], torch.device("cpu")) is None
+
+
+def test_while_a_graph_is_captured_the_drivers_errors_go_through_and_the_compilers_do_not(monkeypatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("synchronised in a capture"))
+    assert backend.device_error(FAILURES[3], gpu) is FAILURES[3]
+    assert backend.device_error(FAILURES[0], gpu) is None
