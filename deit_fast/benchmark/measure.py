@@ -96,7 +96,7 @@ def measure(
         # Past its limit dynamo would run the stock code without a word, under the name of a compiled contender.
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             _measure(rows, case, contenders, device, clock, rounds, say)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DeviceLostError):
         yield from whole_rounds(rows.values())
         raise
     yield from rows.values()
@@ -242,12 +242,26 @@ def failures(row) -> Iterator[None]:
             row.fallbacks += [message for message in heard if message not in row.fallbacks]
 
 
+class DeviceLostError(RuntimeError):
+    """No later call in this process is answered either."""
+
+
 @contextmanager
 def noted(case: Case, note: Callable[[str], None]) -> Iterator[None]:
-    """Hands `note` the reason where the block, which is about `case`, fails: the rest of the run goes on."""
+    """Hands `note` the reason where the block, which is about `case`, fails: the rest of the run goes on.
+
+    Raises:
+        DeviceLostError: it can't, in this process.
+    """
     try:
         yield
+    except DeviceLostError:
+        raise
     except Exception as error:  # whatever a library, a compiler or a driver raises
+        if torch.cuda.is_initialized() and backend.device_error(error, torch.device("cuda")) is not None:
+            reason = backend.in_a_line(error)
+            note(reason)
+            raise DeviceLostError(reason) from error
         if backend.ran_out_of_memory(error):
             note(f"out of memory at batch {case.batch}")
         else:

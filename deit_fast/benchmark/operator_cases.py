@@ -1,5 +1,6 @@
 """The operator calls of a model's step, with the tensors that they are called with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,12 @@ class _Calls(TorchDispatchMode):
 
 
 def operator_cases(case: Case, device: torch.device) -> list[OperatorCase]:
-    """Of a swapped model's step, in the order of their first calls; untuned, whatever was measured before."""
-    step = Step(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch)
+    """Of a swapped model's step, in the order of their first calls."""
+    return calls_of(Step(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch))
+
+
+def calls_of(step: Callable[[], object]) -> list[OperatorCase]:
+    """Of one call of `step`; untuned, whatever was measured before."""
     torch.manual_seed(0)
     with tuned.enabled(False), _Calls() as calls:
         step()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.flops import flop_counter
-from deit_fast.benchmark.measure import failures, refuse_wrong, whole_rounds
+from deit_fast.benchmark.measure import DeviceLostError, failures, refuse_wrong, whole_rounds
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
 from deit_fast.kernels import tuned
 
@@ -89,7 +89,7 @@ def measure_operators(
         try:
             with torch.no_grad():
                 _measure(rows, case, each, device, clock, rounds)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, DeviceLostError):
             yield from whole_rounds(rows)
             raise
         yield from rows

@@ -26,7 +26,7 @@ class Failed:
     """A task without a result. reason: one line. printed: the end of its process's output."""
 
     reason: str
-    printed: str
+    printed: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Done:
     task: Any
     result: Any
     seconds: float
+
+    @property
+    def failure(self) -> str | None:
+        return self.result.reason if isinstance(self.result, Failed) else None
 
 
 # Tells the other side something while a task is under way.

@@ -56,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
             require(module, extra="bench")
     from rich.console import Console
 
-    from deit_fast.benchmark.clock import CpuClock, GpuClock
     from deit_fast.benchmark.provenance import provenance
     from deit_fast.benchmark.results import Results
 
@@ -77,11 +76,8 @@ def run(args: argparse.Namespace) -> int:
         _refuse_unsupported(dict.fromkeys(case.model for case in found + of_operators))
         _refuse_to_overwrite(Path(args.out))
         out = writable_folder(args.out)
-    clock = GpuClock(device) if device.type == "cuda" else CpuClock()
-    # On a GPU stock convolutions use TF32 unless told otherwise, and would look less right and faster than they are.
-    torch.backends.cudnn.allow_tf32 = False
     environment = provenance(device, _packages(contenders if found else [], device, "ops" in suites))
-    results = Results(environment, [], peaks=_peaks(args, found + of_operators, device, clock))
+    results = Results(environment, [], peaks=_peaks(args, found + of_operators, device))
     console = Console(highlight=False)
     if found and skipped:
         results.unmeasured |= skipped
@@ -92,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
         tunes = device.type == "cuda" and not args.no_tune and any(contender.tuned for contender in contenders)
         for case in dict.fromkeys(found + of_operators) if tunes else ():
             with _noting(case, "tuning", results, console):
-                tune_case(case, device, clock, console, anew=False)
+                tune_case(case, device, console, anew=False)
         with _progress(console) as progress:
-            session = _Session(console, progress, device, clock, args.rounds, results, out)
+            session = _Session(console, progress, device, args.rounds, results, out)
             session.run(found, contenders, of_operators, found if args.profile else [], "host" in suites)
     except KeyboardInterrupt:
         interrupted = True
@@ -138,68 +134,65 @@ class _Session:
     console: Any
     progress: Any
     device: torch.device
-    clock: Any
     rounds: int
     results: Any
     out: Path
 
     def run(self, found: list, contenders: list, of_operators: list, to_profile: list, host: bool) -> None:
-        self.task = self.progress.add_task("", total=len(found) + len(of_operators) + len(to_profile) + host)
-        for case in found:
-            with self._unit(), _noting(case, "models", self.results, self.console):
-                self._models(case, contenders)
-        for case in of_operators:
-            with self._unit(), _noting(case, "operators", self.results, self.console):
-                self._operators(case)
-        for case in to_profile:
-            with self._unit(), _noting(case, "profile", self.results, self.console):
-                self._profile(case)
-        if host:
-            with self._unit():
-                self._host()
+        from deit_fast.benchmark.tasks import Measured, measure_task, runner
 
-    @contextmanager
-    def _unit(self) -> Iterator[None]:
-        done = round(self.progress.tasks[0].completed)
-        yield
-        self.progress.update(self.task, completed=done + 1)
+        names = tuple(contender.name for contender in contenders)
+        tasks = [
+            *(Measured("models", case, self.device, self.rounds, names) for case in found),
+            *(Measured("operators", case, self.device, self.rounds) for case in of_operators),
+            *(Measured("profile", case, self.device) for case in to_profile),
+        ]
+        self.task = self.progress.add_task("", total=len(tasks) + host)
+        try:
+            for number, done in enumerate(runner(self.device)(measure_task, tasks, self._heard), start=1):
+                if done.failure is not None:
+                    self._not_measured(done.task, done.failure)
+                self._print(done.task)
+                self._completed(number)
+        finally:
+            self.results.write(self.out / "results.json")
+        if host:
+            self._host()
+            self._completed(len(tasks) + 1)
+
+    def _completed(self, units: int) -> None:
+        self.progress.update(self.task, completed=units)
         self.results.write(self.out / "results.json")
+
+    def _heard(self, task, told: tuple[str, Any]) -> None:
+        kind, content = told
+        if kind == "say":
+            # A model's case is checked, warmed up and timed in rounds.
+            part = 1 / (len(task.contenders) * (2 + task.rounds)) if task.what == "models" else 0.0
+            self._say(content, part)
+        elif kind == "row":
+            self.results.rows.append(content)
+        elif kind == "operator":
+            self.results.operators.append(content)
+        elif kind == "kernels":
+            self.results.kernels[task.case.title] = content
+        else:
+            self._not_measured(task, content)
+
+    def _not_measured(self, task, reason: str) -> None:
+        self.results.unmeasured[task.title] = reason
+        self.console.print(f"Not measured: {task.title}: {reason}", markup=False, soft_wrap=True)
+
+    def _print(self, task) -> None:
+        if task.title in self.results.unmeasured:
+            return
+        if task.what == "models":
+            _print_models(self.console, task.case, self.results)
+        elif task.what == "operators":
+            _print_operators(self.console, task.case, self.results)
 
     def _say(self, what: str, part: float = 0.0) -> None:
         self.progress.update(self.task, description=what, advance=part)
-
-    def _models(self, case, contenders: list) -> None:
-        from deit_fast.benchmark.measure import measure
-
-        part = 1 / (len(contenders) * (2 + self.rounds))
-        for row in measure(
-            case,
-            contenders,
-            self.device,
-            self.clock,
-            self.rounds,
-            lambda what: self._say(f"{what}: {case.title}", part),
-        ):
-            self.results.rows.append(row)
-        _print_models(self.console, case, self.results)
-
-    def _operators(self, case) -> None:
-        from deit_fast.benchmark.operators import measure_operators
-
-        for row in measure_operators(
-            case, self.device, self.clock, self.rounds, lambda what: self._say(f"{what}: {case.title}")
-        ):
-            self.results.operators.append(row)
-        _print_operators(self.console, case, self.results)
-
-    def _profile(self, case) -> None:
-        from deit_fast.benchmark.contenders import CONTENDERS
-        from deit_fast.benchmark.measure import Step
-        from deit_fast.benchmark.profile import profiled
-
-        self._say(f"profile: {case.title}")
-        step = Step(CONTENDERS["deit_fast"].prepare(case, self.device), case, self.device, case.batch)
-        self.results.kernels[case.title] = profiled(step)
 
     def _host(self) -> None:
         from deit_fast.benchmark import host
@@ -292,12 +285,13 @@ def _refuse_to_overwrite(out: Path) -> None:
         raise ValueError(f"--out {out} holds the results of another command: give another folder, or move them away")
 
 
-def _peaks(args: argparse.Namespace, found: list, device: torch.device, clock):
+def _peaks(args: argparse.Namespace, found: list, device: torch.device):
     from deit_fast.benchmark import peaks
+    from deit_fast.benchmark.tasks import clock_of
 
     if not args.measure_peaks:
         return peaks.published(device)
-    return peaks.measured(device, sorted({case.amp or case.dtype for case in found}), clock)
+    return peaks.measured(device, sorted({case.amp or case.dtype for case in found}), clock_of(device))
 
 
 def _print_operators(console, case, results) -> None:

@@ -11,7 +11,6 @@ from deit_fast.cli.demo import writable_folder
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
 from deit_fast.kernels import launch, replay, tuned
-from deit_fast.ops.backend import ran_out_of_memory
 
 ROUNDS = 7
 
@@ -38,8 +37,6 @@ def run(args: argparse.Namespace) -> int:
             require(module, extra="bench")
     from rich.console import Console
 
-    from deit_fast.benchmark.clock import GpuClock
-
     device = find_device(args.device)
     if device.type != "cuda":
         raise UserError("tune measures a GPU, and there is none here: on a CPU the stock operators run")
@@ -48,65 +45,60 @@ def run(args: argparse.Namespace) -> int:
         writable_folder(tuned.folder(), "$DEIT_FAST_TUNED")
     console = Console(highlight=False)
     try:
-        clock = GpuClock(device)
         for case in found:
-            tune_case(case, device, clock, console, anew=True)
+            tune_case(case, device, console, anew=True)
     except KeyboardInterrupt:
         console.print("Interrupted: what was measured so far is kept.")
     console.print(f"Written to {tuned.folder()}", soft_wrap=True)
     return 0
 
 
-def tune_case(case, device: torch.device, clock, console, anew: bool) -> None:
+def tune_case(case, device: torch.device, console, anew: bool) -> None:
     """Tunes every operator of a step, and writes each as soon as it is measured.
 
     anew: also those that were tuned before.
     """
-    from deit_fast.benchmark.operator_cases import operator_cases
+    from deit_fast.benchmark.tasks import Tuning, runner, tune_task
 
     console.print(f"\n[bold]{case.title}[/]", soft_wrap=True)
     with console.status(f"{case.title}: its operators"):
-        try:
-            operators = operator_cases(case, device)
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
-            console.print(f"Not tuned: out of memory at batch {case.batch}")
-            return
-    waiting = [each for each in operators if anew or not _was_tuned(each, device)]
-    if len(waiting) < len(operators):
-        found = f"{len(operators) - len(waiting)} of {len(operators)} operators"
+        (listed,) = runner(device)(tune_task, [Tuning(case, device, ROUNDS)])
+    if listed.failure is not None:
+        console.print(f"Not tuned: {listed.failure}", markup=False, soft_wrap=True)
+        return
+    waiting = [each for each in listed.result if anew or not _was_tuned(each, device)]
+    if len(waiting) < len(listed.result):
+        found = f"{len(listed.result) - len(waiting)} of {len(listed.result)} operators"
         console.print(f"{found} are as they were tuned before, in {tuned.folder()}", soft_wrap=True)
     if waiting:
-        _tune_operators(waiting, device, clock, console)
+        _tune_operators(case, waiting, device, console)
 
 
 def _was_tuned(each, device: torch.device) -> bool:
     """Whether a file that is heeded here has its batch."""
     name, driver = launch.device_name(device), launch.driver_version()
-    return each.batch in tuned.measured(each.operator.name, each.shape, name, driver)
+    return each.batch in tuned.measured(each.operator, each.shape, name, driver)
 
 
-def _tune_operators(operators: list, device: torch.device, clock, console) -> None:
+def _tune_operators(case, waiting: list, device: torch.device, console) -> None:
     from rich.table import Table
 
-    from deit_fast.benchmark.tune import tune
+    from deit_fast.benchmark.tasks import Tuning, runner, tune_task
 
     table = Table("operator", "batch", "stock µs", "shipped µs", "tuned µs", "tried", "fastest", box=None)
     name, driver = launch.device_name(device), launch.driver_version()
+    tasks = [Tuning(case, device, ROUNDS, each.place) for each in waiting]
     with console.status("") as status:
-        for result in tune(operators, clock, ROUNDS, lambda what: status.update(f"tuning {what}")):
-            operator = result.case
-            if result.failure is None:
-                tuned.write(operator.operator.name, operator.shape, name, driver, operator.batch, result.choice)
-            times = [f"{1e6 * seconds:.1f}" for seconds in result.seconds.values()]
-            table.add_row(
-                f"{operator.operator.name} {operator.shape.replace(',', ' ')}",
-                str(operator.batch),
-                *(times or [""] * 3),
-                str(result.tried),
-                result.failure
-                or ("stock" if result.choice.stock else "tuned" if result.choice.settings else "shipped"),
-            )
+        for each, done in zip(
+            waiting, runner(device)(tune_task, tasks, lambda _, what: status.update(f"tuning {what}")), strict=True
+        ):
+            of = f"{each.operator} {each.shape.replace(',', ' ')}", str(each.batch)
+            if done.failure is not None:
+                table.add_row(*of, "", "", "", "", done.failure)
+                continue
+            found = done.result
+            tuned.write(each.operator, each.shape, name, driver, each.batch, found.choice)
+            fastest = "stock" if found.choice.stock else "tuned" if found.choice.settings else "shipped"
+            table.add_row(*of, *(f"{1e6 * each:.1f}" for each in found.seconds.values()), str(found.tried), fastest)
     replay.forget()
     console.print(table)

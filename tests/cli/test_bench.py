@@ -136,7 +136,7 @@ def test_what_a_profile_dies_of_is_noted(tmp_path, monkeypatch):
     results = Results({}, [])
     case = Case("deit_tiny_distilled_patch16_224", 2, 32)
     console = Console()
-    session = bench._Session(console, bench._progress(console), torch.device("cpu"), CpuClock(), 1, results, tmp_path)
+    session = bench._Session(console, bench._progress(console), torch.device("cpu"), 1, results, tmp_path)
     session.run([], [], [], [case], host=False)
     assert results.unmeasured == {f"{case.title}: profile": "out of memory at batch 2"}
     assert results.kernels == {}
@@ -153,7 +153,7 @@ def test_the_bar_goes_on_with_the_rounds_and_ends_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CpuClock, "seconds", seconds)
     case = Case("deit_tiny_distilled_patch16_224", 2, 32)
-    session = bench._Session(console, progress, torch.device("cpu"), CpuClock(), 2, Results({}, []), tmp_path)
+    session = bench._Session(console, progress, torch.device("cpu"), 2, Results({}, []), tmp_path)
     session.run([case, case], [CONTENDERS["timm"]], [], [], host=False)
     # Checking, warming up, and two rounds make a case.
     assert seen == pytest.approx([3 / 4, 1, 1 + 3 / 4, 2])

@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from deit_fast.benchmark import operator_cases, tune
+from deit_fast.benchmark import operator_cases, tasks, tune
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.tune import Tuned
 from deit_fast.cli.main import main
@@ -11,6 +11,16 @@ from deit_fast.cli.tune import tune_case
 from deit_fast.kernels import launch, tuned
 from deit_fast.kernels.tuned import Choice
 from deit_fast.ops.registration import OPERATORS
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """A worker would not find what stands in for the measuring."""
+    monkeypatch.setattr(tasks, "run_tasks", tasks.run_tasks_here)
+    monkeypatch.setattr(tasks, "clock_of", lambda device: None)
+    tasks._operators.cache_clear()
+    yield
+    tasks._operators.cache_clear()
 
 
 def test_without_a_gpu_it_is_one_error(capsys):
@@ -24,19 +34,22 @@ def test_every_operator_is_written_as_soon_as_it_is_measured(tmp_path, monkeypat
 
     monkeypatch.setenv("DEIT_FAST_TUNED", str(tmp_path))
     monkeypatch.setattr(launch, "device_name", lambda device: "GPU")
-    case = operator_cases.OperatorCase(OPERATORS["mlp"], "x=198x192bf16", 8, ())
+    case, next_case = (
+        operator_cases.OperatorCase(OPERATORS[name], "x=198x192bf16", 8, ()) for name in ("mlp", "layer_norm")
+    )
 
     def measured(cases, clock, rounds, say):
-        say("first")
+        say("tuning")
+        if cases == [next_case]:
+            raise KeyboardInterrupt
         yield Tuned(
             case, Choice(False, {"mlp(192, sm_90)": {"rows": 32}}), {"stock": 3e-6, "shipped": 2e-6, "tuned": 1e-6}, 9
         )
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(operator_cases, "operator_cases", lambda case, device: [case])
+    monkeypatch.setattr(operator_cases, "operator_cases", lambda *_: [case, next_case])
     monkeypatch.setattr(tune, "tune", measured)
     with pytest.raises(KeyboardInterrupt):
-        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(), anew=True)
+        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(), anew=True)
     assert [file.name for file in tmp_path.iterdir()] == ["mlp,x=198x192bf16,device_name=GPU.json"]
     tuned.forget()
 
@@ -47,9 +60,9 @@ def test_what_has_no_kernel_is_named_and_not_written(tmp_path, monkeypatch, caps
     monkeypatch.setenv("DEIT_FAST_TUNED", str(tmp_path))
     monkeypatch.setattr(launch, "device_name", lambda device: "GPU")
     case = operator_cases.OperatorCase(OPERATORS["mlp"], "x=198x192fp64", 8, ())
-    monkeypatch.setattr(operator_cases, "operator_cases", lambda case, device: [case])
+    monkeypatch.setattr(operator_cases, "operator_cases", lambda *_: [case])
     monkeypatch.setattr(tune, "tune", lambda *_: iter([Tuned(case, Choice(True, {}), {}, 0, "no kernel for float64")]))
-    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(width=200), anew=True)
+    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew=True)
     assert "no kernel for float64" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -64,11 +77,16 @@ def test_what_was_tuned_before_is_tuned_again_only_where_it_is_asked_for(tmp_pat
     known, other = (operator_cases.OperatorCase(mlp, f"x={tokens}x192bf16", 8, ()) for tokens in (198, 578))
     monkeypatch.setattr(operator_cases, "operator_cases", lambda case, device: [known, other])
     tuned_now = []
-    monkeypatch.setattr(tune, "tune", lambda cases, *_: iter(tuned_now.append(cases) or ()))
+    monkeypatch.setattr(
+        tune,
+        "tune",
+        lambda cases, *_: iter([tuned_now.extend(cases) or Tuned(cases[0], Choice(True, {}), {}, 0, "not measured")]),
+    )
 
     def tuned_with(anew: bool) -> list:
-        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(width=200), anew)
-        return tuned_now.pop() if tuned_now else []
+        tuned_now.clear()
+        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew)
+        return list(tuned_now)
 
     tuned.forget()
     assert tuned_with(anew=False) == [known, other]
@@ -93,5 +111,5 @@ def test_a_step_that_memory_does_not_suffice_for_is_named(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(operator_cases, "operator_cases", full)
-    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), None, Console(width=200), anew=True)
+    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew=True)
     assert "Not tuned: out of memory at batch 8" in capsys.readouterr().out

@@ -1,0 +1,67 @@
+"""A block's step, ours and in plain PyTorch, for the steps that launch, compare and time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deit_fast import nn as ours
+from deit_fast.benchmark import plain
+
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a block and what it is given."""
+
+    width: int
+    batch: int
+    tokens: int = 198
+    dtype: torch.dtype = torch.bfloat16
+    training: bool = False
+    drop_path: float = 0.0
+
+    @property
+    def title(self) -> str:
+        return f"width {self.width}, batch {self.batch}, {'training' if self.training else 'inference'}"
+
+
+@dataclass
+class Step:
+    """Calling it runs the block once, forward and in training backward; it returns the output and all gradients."""
+
+    block: nn.Module
+    x: Tensor
+    gradient: Tensor
+
+    def __call__(self) -> list[Tensor]:
+        with torch.set_grad_enabled(self.block.training):
+            y = self.block(self.x)
+        if not self.block.training:
+            return [y]
+        return [y, *torch.autograd.grad(y, [self.x, *self.block.parameters()], self.gradient)]
+
+
+def steps(shape: Shape, device: torch.device) -> tuple[Step, Step]:
+    """Plain PyTorch's and ours, with the same weights and input."""
+    heads = shape.width // HEAD_DIM
+    torch.manual_seed(0)
+    stock = plain.Block(shape.width, heads, drop_path=shape.drop_path)
+    block = ours.Block(shape.width, heads, qkv_bias=True, drop_path=shape.drop_path)
+    block.load_state_dict(stock.state_dict())
+    size = (shape.batch, shape.tokens, shape.width)
+    x, gradient = (torch.randn(size, device=device, dtype=shape.dtype) for _ in range(2))
+    x.requires_grad_(shape.training)
+    return tuple(Step(each.to(device, shape.dtype).train(shape.training), x, gradient) for each in (stock, block))
+
+
+def launch_block(device: torch.device, shape: Shape) -> None:
+    """Makes the launches of our block's step, for their kernels to be compiled."""
+    _, step = steps(shape, device)
+    step()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """L2, of float64."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()

@@ -1,0 +1,124 @@
+"""summary.md, one page: what failed, what is slower than stock and by how much, in which launch."""
+
+from collections.abc import Iterable
+
+from deit_fast.benchmark.gpu.bounds import bound
+from deit_fast.benchmark.gpu.record import Entry, Record
+from deit_fast.benchmark.tables import figures, table
+
+_MOST = 12  # rows of a table: one page
+
+
+def summary(record: Record) -> str:
+    parts = [f"# deit_fast on {record.environment['device']}"]
+    parts.append("; ".join(f"{name} {value}" for name, value in record.environment.items() if name != "device"))
+    peaks = record.result("contact", "peaks")
+    if peaks is not None:
+        parts.append(
+            f"Measured peaks: {peaks['flops']['bfloat16'] / 1e12:.0f} TFLOP/s in bfloat16, "
+            f"{peaks['bandwidth'] / 1e12:.2f} TB/s."
+        )
+    parts += ["## What failed", _listed(failures(record)) or "Nothing that was reached."]
+    fallbacks = sorted({reason for found in _results(record) for reason in found.get("fallbacks", ())})
+    parts += ["## Left to stock operators by design", _listed(fallbacks) or "Nothing that was reached."]
+    parts += ["## Operators, the slowest beside stock first", _operators(record) or "Not reached."]
+    parts += ["## Launches, the furthest from their bound first", _launches(record) or "Not reached."]
+    parts += ["## Blocks and models", _models(record) or "Not reached."]
+    tuned = [found for found in _results(record, "tuning") if found.get("file")]
+    files = [f"{found['file']}: {found['operator']} {found['shape']}, batch {found['batch']}" for found in tuned]
+    parts += ["## Tuned settings, in tuned/", _listed(files) or "Not reached."]
+    missed = [f"{step}: {len(names)}, from {names[0]} on" for step, names in record.not_reached.items()]
+    parts += ["## Not reached", _listed(missed) or "Everything was reached."]
+    return "\n\n".join(parts) + "\n"
+
+
+def failures(record: Record) -> list[str]:
+    """Tasks without a result, results that are wrong, and what differs where nothing may."""
+    found = []
+    for entry in record.entries:
+        result = entry.result if isinstance(entry.result, dict) else {}
+        if entry.failure is not None:
+            found.append(f"{entry.step}: {entry.name}: {entry.failure}")
+        if entry.step == "compile":
+            found += [f"does not compile: {kernel}: {why}" for kernel, why in result.get("failed", {}).items()]
+        elif isinstance(result.get("failed"), list):
+            found += [line["said"] for line in result["failed"]]
+        if result.get("different"):
+            found.append(f"{entry.name}: {', '.join(result['different'])} differ")
+    return found
+
+
+def _results(record: Record, step: str | None = None) -> Iterable[dict]:
+    entries = record.entries if step is None else record.of(step)
+    return (entry.result for entry in entries if isinstance(entry.result, dict))
+
+
+def _operators(record: Record) -> str:
+    timed = [(entry, _ratio(entry)) for entry in record.of("launches") if entry.result]
+    rows = []
+    for entry, ratio in sorted(timed, key=lambda pair: pair[1])[:_MOST]:
+        seconds = dict(entry.result["seconds"])
+        ours, stock = seconds.pop("deit_fast"), seconds.pop("stock")
+        peers = ", ".join(f"{name} {_us(value)}" for name, value in seconds.items())
+        rows.append((entry.name, _us(ours), _us(stock), f"{ratio:.2f}", peers, _share(record, entry.result, ours)))
+    return rows and table(("operator", *figures(("µs", "stock", "times faster", "peer", "of bound"))), rows)
+
+
+def _ratio(entry: Entry) -> float:
+    return entry.result["seconds"]["stock"] / entry.result["seconds"]["deit_fast"]
+
+
+def _launches(record: Record) -> str:
+    found = [
+        (entry.name, launch) for entry in record.of("launches") if entry.result for launch in entry.result["launches"]
+    ]
+    least = {id(launch): bound(record, launch["flops"], launch["bytes"]) or 0.0 for _, launch in found}
+    rows = []
+    for name, launch in sorted(found, key=lambda pair: least[id(pair[1])] - pair[1]["seconds"])[:_MOST]:
+        seconds = launch["seconds"]
+        rates = f"{launch['flops'] / seconds / 1e12:.1f}", f"{launch['bytes'] / seconds / 1e12:.2f}"
+        share = _share(record, launch, seconds)
+        rows.append(
+            (f"{launch['name']} ({name})", _us(seconds), *rates, share, str(launch["registers"]), str(launch["spills"]))
+        )
+    columns = ("µs", "TFLOP/s", "TB/s", "of bound", "registers", "spills")
+    return rows and table(("launch", *figures(columns)), rows)
+
+
+def _models(record: Record) -> str:
+    found = {entry.name: entry.result for entry in record.of("models") if entry.result}
+    names = dict.fromkeys(_of(name)[0] for name in found)
+    contenders = ("stock", "stock, compiled", "deit_fast", "deit_fast, compiled")
+    rows = []
+    for name in names:
+        seconds = [found.get(f"{name}, {contender}", {}).get("seconds") for contender in contenders]
+        stock = min((each for each in seconds[:2] if each), default=None)
+        ours = min((each for each in seconds[2:] if each), default=None)
+        ratio = f"{stock / ours:.2f}" if stock and ours else ""
+        rows.append((name, *("" if each is None else f"{1e3 * each:.2f}" for each in seconds), ratio))
+    return rows and table(
+        ("step", *figures((*(f"{each}, ms" for each in contenders), "best of each, times faster"))), rows
+    )
+
+
+def _of(name: str) -> tuple[str, str]:
+    """A task's name without its contender, and that."""
+    for contender in ("stock, compiled", "deit_fast, compiled", "stock", "deit_fast"):
+        if name.endswith(f", {contender}"):
+            return name.removesuffix(f", {contender}"), contender
+    return name, ""
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}"
+
+
+def _share(record: Record, found: dict, seconds: float) -> str:
+    least = bound(record, found["flops"], found["bytes"])
+    return "" if least is None else f"{100 * least / seconds:.0f} %"
+
+
+def _listed(lines: Iterable[str]) -> str:
+    lines = list(lines)
+    more = [f"- and {len(lines) - _MOST} more, in results.json"] if len(lines) > _MOST else []
+    return "\n".join([*(f"- {line}" for line in lines[:_MOST]), *more])

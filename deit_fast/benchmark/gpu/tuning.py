@@ -1,0 +1,53 @@
+"""Step 6: with the time that is left, better settings, a profile, and what NVIDIA's own profiler says."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+
+import torch
+
+from deit_fast.benchmark import clock, profile
+from deit_fast.benchmark.gpu.blocks import Shape
+from deit_fast.benchmark.gpu.launches import operators
+from deit_fast.benchmark.gpu.models import model_step
+from deit_fast.benchmark.tune import tune
+from deit_fast.kernels import launch, tuned
+from deit_fast.models.config import DeiTConfig
+
+_ROUNDS = 5
+_NCU_SECONDS = 120
+
+
+def tune_operator(device: torch.device, shape: Shape, place: int) -> dict[str, object]:
+    """The fastest settings of one operator of a block's step; written where tuned settings are kept."""
+    case = operators(device, shape)[place]
+    result = next(tune([case], clock.GpuClock(device), _ROUNDS, lambda what: None))
+    found = {"operator": case.operator.name, "shape": case.shape, "batch": case.batch, "failure": result.failure}
+    if result.failure is not None:
+        return found
+    name, driver = launch.device_name(device), launch.driver_version()
+    file = tuned.write(case.operator.name, case.shape, name, driver, case.batch, result.choice)
+    stock = {"runs": "stock"} if result.choice.stock else {"settings": result.choice.settings}
+    return {**found, **stock, "seconds": result.seconds, "tried": result.tried, "file": file.name}
+
+
+def profiled_model(device: torch.device, config: DeiTConfig, batch: int, training: bool) -> list[dict[str, object]]:
+    """Where our model's step spends its time, by kernel, the longest first."""
+    return [asdict(each) for each in profile.profiled(model_step(device, config, batch, training))]
+
+
+def nsight(device: torch.device, shape: Shape, kernel: str) -> dict[str, object]:
+    """What Nsight Compute says of one launch of `kernel` in a block's step; why it says nothing."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        return {"absent": "ncu is not installed"}
+    code = (
+        "import torch; from deit_fast.benchmark.gpu.blocks import Shape, launch_block; "
+        f"launch_block(torch.device({str(device)!r}), {shape!r})"
+    )
+    command = [ncu, "--set", "basic", "--launch-count", "1", "--kernel-name", f"regex:^{kernel}"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=_NCU_SECONDS
+    )  # fmt: skip
+    return {"exit code": done.returncode, "said": (done.stdout + done.stderr)[-6000:]}
