@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from deit_fast.runtime.apart import apart
+
 
 def warmup(
     model: nn.Module,
@@ -20,9 +22,9 @@ def warmup(
     Triton compiles a kernel the first time it meets its dtypes and widths: seconds each, minutes for a training step,
     kept in Triton's cache from then on. Afterwards the first step takes as long as the next. The model, its gradients,
     its modes and the random numbers drawn after it are as before; a batch norm's or another buffer's running
-    statistics are put back too.
+    statistics are put back too. It may be called in inference mode or in an autocast block.
 
-    img_size: the model's own where None. amp: autocast's dtype, as the steps will run.
+    img_size: the model's own where None. amp: autocast's dtype, as the steps will run; None leaves autocast as it is.
 
     Raises:
         ValueError: `batch` is not positive, or the model does not say its image size and none is given.
@@ -32,12 +34,12 @@ def warmup(
     height, width = _size(model, img_size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     like = next(model.parameters())
-    images = torch.zeros(batch, channels, height, width, dtype=like.dtype, device=like.device)
     backward = model.training and bool(parameters)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    autocast = nullcontext() if amp is None else torch.autocast(like.device.type, amp)
     gpus = [like.device] if like.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
+    with torch.random.fork_rng(gpus), apart():
+        autocast = nullcontext() if amp is None else torch.autocast(like.device.type, amp)
+        images = torch.zeros(batch, channels, height, width, dtype=like.dtype, device=like.device)
         with torch.set_grad_enabled(backward), autocast:
             outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor)]
         if backward:

@@ -46,6 +46,9 @@ def swap(
     many each branch keeps, and no room for more: saved memory falls with the drop rate (timm's models; not where
     blocks are checkpointed or compiled). On a CPU it is always so.
 
+    Drop path draws from one seed what the stock model draws from it; under `torch.compile`, what the stock model
+    compiled alike draws. On a GPU Inductor's draws are not eager mode's (`torch._inductor.config.fallback_random`).
+
     Raises:
         ValueError: nothing in `model` is known, or no such `memory`.
         ImportError: the installed release of the model's library is too old.

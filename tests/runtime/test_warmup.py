@@ -63,6 +63,26 @@ def test_nothing_of_the_model_or_the_generator_changes():
     assert model.training
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_it_may_be_called_in_inference_mode(training):
+    model = nn.Sequential(distilled(), nn.BatchNorm1d(10)).train(training)
+    before = model[1].running_mean.clone()
+    with torch.inference_mode():
+        deit_fast.warmup(model, 2, 32)
+    assert torch.equal(model[1].running_mean, before)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_autocast_keeps_none_of_the_weights_it_casts():
+    """One cast to another dtype would serve the step that follows."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        deit_fast.warmup(model, 2, 2, amp=torch.float16)
+        assert torch.is_autocast_cache_enabled()
+        assert model(torch.randn(2, 3, 2, 2)).dtype is torch.bfloat16
+
+
 def test_the_image_size_is_the_models_own():
     from transformers import DeiTConfig as Config
     from transformers import DeiTForImageClassification
