@@ -6,6 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -126,7 +127,8 @@ class _Worker:
             self.process.join()
             return self._failed(f"its process ended: {_how(self.process.exitcode)}"), False
         except KeyboardInterrupt:
-            # The worker has been interrupted too, and tells what it has.
+            # The worker still tells what it has.
+            os.kill(self.process.pid, signal.SIGINT)
             while self.connection.poll(_LAST_WORDS):
                 try:
                     kind, content = self.connection.recv()
@@ -142,7 +144,9 @@ class _Worker:
         return Failed(reason, self.output.read_text(errors="replace")[-_PRINTED:])
 
     def _kill(self) -> None:
-        self.process.kill()
+        """The worker and what it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
 
 
@@ -154,6 +158,7 @@ def _how(code: int | None) -> str:
 
 def _serve(connection: Connection, function: Callable[[Any, Tell], object], output: str) -> None:
     """Answers tasks until there are no more, or the device is lost."""
+    os.setsid()
     with open(output, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
         help="check and time everything on this GPU, the most valuable first, within so many minutes",
         description="Checks the operators, times each launch, blocks and models beside stock PyTorch, and tunes, in "
         "processes of their own with deadlines. Writes results.json after every task, summary.md, and tuned settings "
-        "in tuned/. A second call goes on where the first stopped.",
+        "in tuned/. A second call goes on where the first stopped; what failed is not tried again.",
     )
     parser.add_argument("--minutes", type=float, default=12.0, help="default: %(default)g")
     parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help="default: %(default)s")

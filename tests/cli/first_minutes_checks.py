@@ -6,6 +6,7 @@ Prints what it did, as JSON for `test_gpu`. A program of its own because the tes
 
 import io
 import json
+import os
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
@@ -15,9 +16,12 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from triton.compiler.compiler import ASTSource
 
-from deit_fast.benchmark import clock, peaks, profile
-from deit_fast.benchmark.gpu import run, steps
+from deit_fast.benchmark import clock, peaks, profile, tune
+from deit_fast.benchmark.gpu import compiling, run, steps
 from deit_fast.benchmark.standin_driver import current_device
 from deit_fast.benchmark.targets import TARGETS
 from deit_fast.benchmark.workers import run_tasks_here
@@ -25,7 +29,6 @@ from deit_fast.cli.check_cases import Size
 from deit_fast.cli.main import main as deit_fast
 from deit_fast.models.registry import get_config
 from deit_fast.ops import backend
-from tests.cli.gpu_checks import OnTheCpu
 
 NAME = "sm_90"
 # What would need an extra.
@@ -52,6 +55,16 @@ def graph_seconds(call) -> float:
 
 class Graph:
     def replay(self) -> None: ...
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Where a GPU is asked for, the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(
+            torch.device, lambda device: torch.device("cpu") if device.type == "cuda" else device, (args, kwargs or {})
+        )
+        return function(*args, **kwargs)
 
 
 def small() -> steps.Scope:
@@ -88,6 +101,9 @@ def a_gpu():
         stack.enter_context(mock.patch.dict(peaks._SIDE, cuda=16))
         stack.enter_context(mock.patch.dict(peaks._COPIED, cuda=16))
         stack.enter_context(mock.patch.object(profile, "profiled", lambda step: step() or []))
+        # Every candidate would be compiled.
+        stack.enter_context(mock.patch.object(tune, "neighbours", lambda asked, setting: ()))
+        stack.enter_context(mock.patch.object(tune, "may_be_none", lambda asked: False))
         stack.enter_context(mock.patch.object(torch.nn.Module, "compile", lambda self, dynamic: None))
         # A worker would not find what stands in here.
         stack.enter_context(
@@ -102,9 +118,34 @@ def a_gpu():
         yield
 
 
+@contextmanager
+def compiled_later():
+    """The list fills with the kernels that are compiled in this process after the compile step."""
+    found: list[str] = []
+    make_ir, compile_all = ASTSource.make_ir, compiling.compile_all
+
+    def noted(self, *args, **kwargs):
+        found.append(self.fn.__name__)
+        return make_ir(self, *args, **kwargs)
+
+    def step(*args):
+        result = compile_all(*args)
+        found.clear()
+        return result
+
+    with mock.patch.object(ASTSource, "make_ir", noted), mock.patch.object(compiling, "compile_all", step):
+        yield found
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, a_gpu():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        # What was compiled on this machine before would hide what the compile step forgets.
+        mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": str(Path(folder, "triton"))}),
+        a_gpu(),
+        compiled_later() as compiled,
+    ):
         found = {}
         for name in ("first", "second"):
             with redirect_stdout(io.StringIO()) as printed:
@@ -113,7 +154,7 @@ def main() -> None:
         found["results"] = json.loads(Path(folder, "results.json").read_text())
         found["summary"] = Path(folder, "summary.md").read_text()
         found["tuned"] = sorted(file.name for file in Path(folder, "tuned").glob("*.json"))
-    print(json.dumps(found))
+    print(json.dumps({**found, "compiled later": compiled}))
 
 
 if __name__ == "__main__":

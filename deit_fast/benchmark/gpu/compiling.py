@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 import torch
@@ -39,7 +39,8 @@ def target_of(device: torch.device) -> Target:
         name = f"sm_{properties.major}{properties.minor}"
         gpu = GPUTarget("cuda", 10 * properties.major + properties.minor, 32)
     if name in TARGETS:
-        return TARGETS[name]
+        # Cards of one architecture have more multiprocessors or fewer, and launches go by that.
+        return replace(TARGETS[name], multiprocessors=properties.multi_processor_count)
     shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
     return Target(name, gpu, shared, 255, properties.multi_processor_count, shared, 48, 16)
 

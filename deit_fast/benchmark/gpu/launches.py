@@ -1,6 +1,7 @@
 """Step 4: each operator of a block's step, and each launch of it, beside stock's and the vendor's for the same work."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from deit_fast.kernels import launch, replay, tuned
 from deit_fast.ops import backend
 
 
+@lru_cache(maxsize=1)
 def operators(device: torch.device, shape: Shape) -> list[OperatorCase]:
     """Those that our block's step calls, with their arguments."""
     _, step = steps(shape, device)
@@ -23,30 +25,41 @@ def operators(device: torch.device, shape: Shape) -> list[OperatorCase]:
 
 def listed(device: torch.device, shape: Shape) -> list[str]:
     """Their names, in the order of their first calls."""
-    return [f"{case.operator.name} {case.shape.replace(',', ' ')}" for case in operators(device, shape)]
+    return [f"{case.operator.name} {_of(case)}" for case in operators(device, shape)]
+
+
+def _of(case: OperatorCase) -> str:
+    """What tells an operator's calls of one step apart: its first weight, or its first argument."""
+    parts = [part for part in case.shape.split(",") if "=" in part]
+    return next((part for part in parts if "weight" in part), parts[0])
 
 
 def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, object]:
     """Seconds of one operator, of the stock operators and the vendor's in its place, and of each launch it makes."""
     case = operators(device, shape)[place]
     seconds: dict[str, float] = {}
-    with torch.no_grad(), tuned.enabled(False), backend.fallbacks() as fallbacks:
-        seconds["deit_fast"] = clock.graph_seconds(lambda: case.operator.call(*case.arguments))
+    not_timed: dict[str, str] = {}
+    with torch.no_grad(), tuned.enabled(False):
+        with backend.fallbacks() as fallbacks:
+            seconds["deit_fast"] = clock.graph_seconds(lambda: case.operator.call(*case.arguments))
         launched = list(_launches(case))
-    with torch.no_grad():
         for name, call in (("stock", lambda: case.operator.stock(*case.arguments)), *_peers(case)):
-            seconds[name] = clock.graph_seconds(call)
+            try:
+                seconds[name] = clock.graph_seconds(call)
+            except Exception as error:  # ours is timed all the same
+                not_timed[name] = backend.in_a_line(error)
         with flop_counter() as counter:
             case.operator.call(*case.arguments)
-    tensors = {id(t): t for t in (*_tensors(case.arguments), *_tensors(case.operator.stock(*case.arguments)))}.values()
+        tensors = (*_tensors(case.arguments), *_tensors(case.operator.stock(*case.arguments)))
     return {
         "operator": case.operator.name,
         "shape": case.shape,
         "batch": case.batch,
         "times": case.times,
         "seconds": seconds,
+        "not timed": not_timed,
         "flops": counter.get_total_flops(),
-        "bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "bytes": sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values()),
         "launches": launched,
         "fallbacks": list(fallbacks),
     }

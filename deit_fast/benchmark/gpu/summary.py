@@ -41,11 +41,12 @@ def failures(record: Record) -> list[str]:
             found.append(f"{entry.step}: {entry.name}: {entry.failure}")
         if entry.step == "compile":
             found += [f"does not compile: {kernel}: {why}" for kernel, why in result.get("failed", {}).items()]
-        elif isinstance(result.get("failed"), list):
-            found += [line["said"] for line in result["failed"]]
+        elif result.get("failed"):
+            wrong = result["failed"]
+            found.append(f"{len(wrong)} of {result['results']} results of {wrong[0]['said']}")
         if result.get("different"):
             found.append(f"{entry.name}: {', '.join(result['different'])} differ")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _results(record: Record, step: str | None = None) -> Iterable[dict]:
@@ -54,7 +55,9 @@ def _results(record: Record, step: str | None = None) -> Iterable[dict]:
 
 
 def _operators(record: Record) -> str:
-    timed = [(entry, _ratio(entry)) for entry in record.of("launches") if entry.result]
+    timed = [
+        (entry, _ratio(entry)) for entry in record.of("launches") if entry.result and "stock" in entry.result["seconds"]
+    ]
     rows = []
     for entry, ratio in sorted(timed, key=lambda pair: pair[1])[:_MOST]:
         seconds = dict(entry.result["seconds"])
