@@ -13,13 +13,14 @@ STAMP := $(VENV)/.installed
 SANITIZER := $(VENV)/.sanitizer
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format kernels kernels-all versions fuzz sanitize traffic clean
+.PHONY: help demo test lint format gpu kernels kernels-all versions fuzz sanitize traffic clean
 
 help:
 	@echo "make demo      stock and swapped DeiT on two real photographs"
 	@echo "make test      the whole test suite"
 	@echo "make lint      ruff: rules and formatting"
 	@echo "make format    ruff: mend what can be mended"
+	@echo "make gpu       on a machine with a GPU: check and time everything there, in 12 minutes"
 	@echo "make kernels   compile Ti's, S's and B's bfloat16 launches for ten GPUs, compare with the table in bench/results;"
 	@echo "               kernels-all: every launch, to write that table"
 	@echo "make versions  the kernels with the oldest and the newest Triton that are supported"
@@ -48,6 +49,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+gpu: $(STAMP)
+	$(VENV)/bin/deit-fast gpu
 
 # The bfloat16 launches of DeiT-Ti, -S and -B, compared with the table in bench/results, which kernels-all writes.
 kernels: $(STAMP)

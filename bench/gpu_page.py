@@ -7,12 +7,11 @@ A GPU's results are a folder in bench/results/gpu/, which `COMMAND` fills on a m
 
 from pathlib import Path
 
-from deit_fast.benchmark.results import HEADER, Results, by_case, cells
-from deit_fast.benchmark.tables import figures, table
+from deit_fast.benchmark.gpu.record import Record
+from deit_fast.benchmark.gpu.summary import measured
 
 RESULTS = Path(__file__).with_name("results")
-COLUMNS = ("contender", "images/s", "times faster than", "TFLOP/s (of peak)")
-COMMAND = "deit-fast bench --dtype bfloat16 --batch 1,8,64,256 --profile --out bench/results/gpu/NAME"
+COMMAND = "deit-fast gpu --out bench/results/gpu/NAME"
 
 
 def page(folder: Path) -> str:
@@ -23,14 +22,10 @@ def page(folder: Path) -> str:
         parts += ["Not yet measured: no GPU has run these benchmarks.", f"This fills the page:\n\n    {COMMAND}"]
         parts.append("and after it, `python -m bench.gpu_page`. It is the machine's own GPU that speaks.")
     for file in files:
-        results = Results.read(file)
+        record = Record.read(file)
         name = file.parent.name
-        parts.append(f"## {results.environment['device']}\n\n[All of it](gpu/{name}/results.md)")
-        parts.append(f"`{results.environment['command']}`, commit {results.environment['commit']}")
-        for case, group in by_case(results.rows).items():
-            shown = [HEADER.index(name) for name in COLUMNS]
-            rows = ([found[i] for i in shown] for found in (cells(line, results.peaks) for line in group))
-            parts.append(f"### {case.title}\n\n{table((COLUMNS[0], *figures(COLUMNS[1:])), rows)}")
+        parts.append(f"## {record.environment['device']}\n\n[What failed, and all else](gpu/{name}/summary.md)")
+        parts += [f"### {title}\n\n{table}" for title, table in measured(record).items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -14,7 +14,8 @@ from deit_fast.models import VisionTransformer
 from deit_fast.models.config import DeiTConfig
 from deit_fast.ops import backend
 
-CONTENDERS = ("stock", "deit_fast", "stock, compiled", "deit_fast, compiled")
+EAGER = ("stock", "deit_fast")
+COMPILED = ("stock, compiled", "deit_fast, compiled")
 DROP_PATH = 0.1  # of DeiT's recipe
 
 

@@ -154,23 +154,21 @@ def _time_operators(what: Scope, device: torch.device, record: Record) -> list[T
 
 
 def _time_models(what: Scope, device: torch.device, record: Record) -> list[Task]:
-    blocks = [
-        Task("models", f"block, {shape.title}, {contender}", models.block_time, (device, shape, contender))
-        for shape in _shapes(what)
-        for contender in models.CONTENDERS
-    ]
-    whole = [
-        Task(
-            "models",
-            f"DeiT-{name}, batch {what.batch}, {'training' if training else 'inference'}, {contender}",
-            models.model_time,
-            (device, config, what.batch, training, contender),
-        )
-        for name, config in what.models.items()
-        for training in (False, True)
-        for contender in models.CONTENDERS
-    ]
-    return [*blocks, *whole]
+    """Models before blocks; all eager ones first, since compiling takes most of a minute each."""
+
+    def model(name: str, config: DeiTConfig, training: bool, contender: str) -> Task:
+        title = f"DeiT-{name}, batch {what.batch}, {'training' if training else 'inference'}, {contender}"
+        return Task("models", title, models.model_time, (device, config, what.batch, training, contender))
+
+    def block(shape: Shape, contender: str) -> Task:
+        return Task("models", f"block, {shape.title}, {contender}", models.block_time, (device, shape, contender))
+
+    found = []
+    for contenders in (models.EAGER, models.COMPILED):
+        for (name, config), training in product(what.models.items(), (False, True)):
+            found += [model(name, config, training, contender) for contender in contenders]
+        found += [block(shape, contender) for shape in _shapes(what) for contender in contenders]
+    return found
 
 
 def _tune(what: Scope, device: torch.device, record: Record) -> list[Task]:

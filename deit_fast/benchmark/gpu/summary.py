@@ -21,15 +21,23 @@ def summary(record: Record) -> str:
     parts += ["## What failed", _listed(failures(record)) or "Nothing that was reached."]
     fallbacks = sorted({reason for found in _results(record) for reason in found.get("fallbacks", ())})
     parts += ["## Left to stock operators by design", _listed(fallbacks) or "Nothing that was reached."]
-    parts += ["## Operators, the slowest beside stock first", _operators(record) or "Not reached."]
-    parts += ["## Launches, the furthest from their bound first", _launches(record) or "Not reached."]
-    parts += ["## Blocks and models", _models(record) or "Not reached."]
+    parts += [f"## {title}\n\n{found}" for title, found in measured(record).items()]
     tuned = [found for found in _results(record, "tuning") if found.get("file")]
     files = [f"{found['file']}: {found['operator']} {found['shape']}, batch {found['batch']}" for found in tuned]
     parts += ["## Tuned settings, in tuned/", _listed(files) or "Not reached."]
     missed = [f"{step}: {len(names)}, from {names[0]} on" for step, names in record.not_reached.items()]
     parts += ["## Not reached", _listed(missed) or "Everything was reached."]
     return "\n\n".join(parts) + "\n"
+
+
+def measured(record: Record) -> dict[str, str]:
+    """Tables by title, of what was reached."""
+    tables = {
+        "Operators, the slowest beside stock first": _operators(record),
+        "Launches, the furthest from their bound first": _launches(record),
+        "Blocks and models": _models(record),
+    }
+    return {title: found for title, found in tables.items() if found}
 
 
 def failures(record: Record) -> list[str]:
@@ -64,7 +72,7 @@ def _operators(record: Record) -> str:
         ours, stock = seconds.pop("deit_fast"), seconds.pop("stock")
         peers = ", ".join(f"{name} {_us(value)}" for name, value in seconds.items())
         rows.append((entry.name, _us(ours), _us(stock), f"{ratio:.2f}", peers, _share(record, entry.result, ours)))
-    return rows and table(("operator", *figures(("µs", "stock", "times faster", "peer", "of bound"))), rows)
+    return "" if not rows else table(("operator", *figures(("µs", "stock", "times faster", "peer", "of bound"))), rows)
 
 
 def _ratio(entry: Entry) -> float:
@@ -85,13 +93,13 @@ def _launches(record: Record) -> str:
             (f"{launch['name']} ({name})", _us(seconds), *rates, share, str(launch["registers"]), str(launch["spills"]))
         )
     columns = ("µs", "TFLOP/s", "TB/s", "of bound", "registers", "spills")
-    return rows and table(("launch", *figures(columns)), rows)
+    return "" if not rows else table(("launch", *figures(columns)), rows)
 
 
 def _models(record: Record) -> str:
     found = {entry.name: entry.result for entry in record.of("models") if entry.result}
     names = dict.fromkeys(_of(name)[0] for name in found)
-    contenders = ("stock", "stock, compiled", "deit_fast", "deit_fast, compiled")
+    contenders = ("stock", "stock, compiled", "deit_fast", "deit_fast, compiled")  # stock's before ours
     rows = []
     for name in names:
         seconds = [found.get(f"{name}, {contender}", {}).get("seconds") for contender in contenders]
@@ -99,8 +107,10 @@ def _models(record: Record) -> str:
         ours = min((each for each in seconds[2:] if each), default=None)
         ratio = f"{stock / ours:.2f}" if stock and ours else ""
         rows.append((name, *("" if each is None else f"{1e3 * each:.2f}" for each in seconds), ratio))
-    return rows and table(
-        ("step", *figures((*(f"{each}, ms" for each in contenders), "best of each, times faster"))), rows
+    return (
+        ""
+        if not rows
+        else table(("step", *figures((*(f"{each}, ms" for each in contenders), "best of each, times faster"))), rows)
     )
 
 
