@@ -24,11 +24,12 @@ from deit_fast.benchmark import clock, measure, operators, peaks
 from deit_fast.benchmark.standin_driver import recording
 from deit_fast.benchmark.targets import TARGETS
 from deit_fast.cli.main import main as deit_fast
+from deit_fast.kernels import launch
 from deit_fast.ops import backend
 
 CASE = ["--models", "deit_tiny_distilled_patch16_224", "--img-size", "32", "--batch", "2", "--dtype", "bfloat16"]
-# As the stand-in for the driver names its device, and so as the tensors on the CPU do.
-NAME = "sm_90"
+# As the stand-in for the driver names its device; as a GPU is called, which no file can be.
+NAME, GPU = "sm_90", "NVIDIA H100/80GB: HBM3 (MIG 1g.10gb) " + 100 * "™"
 PEAK = 12345
 PEERS = "timm;timm, compiled max-autotune;deit_fast;deit_fast, tuned;deit_fast, CUDA graphs"
 # Rows of linear_kernel's tiles that spill, and that compute something else.
@@ -136,6 +137,7 @@ def a_gpu(modes: list):
         launches = stack.enter_context(recording(TARGETS[NAME], compiling=False))
         stack.enter_context(compiled(launches))
         Clock.launches, Clock.timed, Profiler.launches = launches, set(), launches
+        stack.enter_context(mock.patch.object(launch, "device_name", lambda device: GPU))
         stack.enter_context(mock.patch.object(clock, "GpuClock", Clock))
         stack.enter_context(mock.patch.object(torch.profiler, "profile", Profiler))
         stack.enter_context(
@@ -162,7 +164,9 @@ def run(*arguments: str) -> dict:
 
 
 def files(folder: Path) -> dict:
-    return {file.name.partition(",")[0]: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    assert {content["device"] for content in found} == {GPU}
+    return {content["operator"]: content for content in found}
 
 
 def main() -> None:
