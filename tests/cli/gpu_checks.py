@@ -37,14 +37,18 @@ SPILLS, WRONG = 256, 64
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Where a GPU is asked for, the CPU; new memory is zero, as no kernel writes it."""
+    """Where a GPU is asked for, the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         args, kwargs = tree_map_only(
             torch.device, lambda device: torch.device("cpu") if device.type == "cuda" else device, (args, kwargs or {})
         )
-        result = function(*args, **kwargs)
-        return result.zero_() if function in (torch.empty, torch.empty_like) else result
+        return function(*args, **kwargs)
+
+
+def zeroed(allocate):
+    """New memory is zero, as no kernel writes it; within operators too, where no mode is asked."""
+    return lambda *args, **kwargs: allocate(*args, **kwargs).zero_()
 
 
 class Clock:
@@ -152,6 +156,8 @@ def a_gpu(modes: list):
             mock.patch.object(timm, "create_model", lambda name, **options: create(name, depth=1, **options))
         )
         stack.enter_context(backend.forced("triton"))
+        for name in ("empty", "empty_like"):
+            stack.enter_context(mock.patch.object(torch, name, zeroed(getattr(torch, name))))
         stack.enter_context(OnTheCpu())
         yield
 
