@@ -61,12 +61,12 @@ NARROW = {
     "layer_norm_backward_kernel": "a program's few rows weigh little beside γ",
     "layer_norm_kernel": "a program's few rows weigh little beside γ and β",
     "patch_embed_kernel": _PATCHES,
+    "patch_weight_gradient_kernel": _PATCHES,
     "query_gradient_kernel": "heads of 80 (DeiT III-H) end in a tile 16 wide",
     "readout_backward_kernel": "tiles 16 columns wide at the widths that are no multiple of its widest",
     "sum_partials_kernel": _VECTORS,
     "sum_splits_kernel": _VECTORS,
     "token_gradients_kernel": _VECTORS,
-    "weight_gradient_kernel": _PATCHES,
 }
 
 

@@ -65,7 +65,7 @@ def by_kernel(kernels: Iterable[tuple[str, float]], metadata: Iterable[dict], st
     """`kernels` in the order in which they ran, `metadata` in that of their launches: one stream runs them alike."""
     waiting: dict[str, deque[dict]] = defaultdict(deque)
     for each in metadata:
-        waiting[each["name"].partition(" ")[0]].append(each)
+        waiting[each.get("symbol", each["name"])].append(each)
     found: dict[str, KernelTime] = {}
     for name, seconds in kernels:
         known = waiting[name].popleft() if waiting[name] else {"name": name}

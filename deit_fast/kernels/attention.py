@@ -12,14 +12,18 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import online_softmax
 from deit_fast.kernels.layout import unit_stride
-from deit_fast.kernels.metadata import described
+from deit_fast.kernels.metadata import attention_shape, described
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 # Of heads whose products are split into what TF32 multiplies: wider ones spill registers.
 _WIDEST_FLOAT32 = 64
 
 
-@triton.jit(launch_metadata=described(lambda a: 4 * a["out_ptr"].numel() * a["keys"]))
+@triton.jit(
+    **described(
+        "attention_kernel", attention_shape, ("kept_ptr",), flops=lambda a: 4 * a["out_ptr"].numel() * a["keys"]
+    )
+)
 def attention_kernel(
     q_ptr,
     k_ptr,

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from deit_fast.kernels import launch
 from deit_fast.kernels.layout import unit_stride
-from deit_fast.kernels.metadata import described
+from deit_fast.kernels.metadata import attention_shape, described
 
 
-@triton.jit(launch_metadata=described(lambda a: 6 * a["out_ptr"].numel() * a["keys"]))
+@triton.jit(
+    **described(
+        "query_gradient_kernel", attention_shape, ("kept_ptr",), flops=lambda a: 6 * a["out_ptr"].numel() * a["keys"]
+    )
+)
 def query_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -102,9 +106,9 @@ def _query_gradient(
     KEY_BLOCK: tl.constexpr, MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     query = first_query + tl.arange(0, QUERIES)
-    q_head, q_tail = _load(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
-    grad_head, grad_tail = _load(grad_ptr, query, grad_token, queries, HEAD, TAIL, MASKED)
-    out_head, out_tail = _load(out_ptr, query, out_token, queries, HEAD, TAIL, MASKED)
+    q_head, q_tail = _load_head(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
+    grad_head, grad_tail = _load_head(grad_ptr, query, grad_token, queries, HEAD, TAIL, MASKED)
+    out_head, out_tail = _load_head(out_ptr, query, out_token, queries, HEAD, TAIL, MASKED)
     delta = tl.sum(grad_head.to(tl.float32) * out_head.to(tl.float32), axis=1)
     if TAIL > 0:
         delta += tl.sum(grad_tail.to(tl.float32) * out_tail.to(tl.float32), axis=1)
@@ -118,7 +122,7 @@ def _query_gradient(
             dq_head, dq_tail, q_head, q_tail, grad_head, grad_tail, log_sum_exp, delta, k_ptr, v_ptr,
             first_key, keys, scale, k_token, v_token, HEAD, TAIL, KEY_BLOCK, MASK_KEYS, PRECISION,
         )  # fmt: skip
-    _store(dq_ptr, query, dq_token, queries, dq_head * scale, dq_tail * scale, HEAD, TAIL, MASKED)
+    _store_head(dq_ptr, query, dq_token, queries, dq_head * scale, dq_tail * scale, HEAD, TAIL, MASKED)
 
 
 @triton.jit
@@ -129,8 +133,8 @@ def _add_keys(
 ):  # fmt: skip
     """dq with what one block of KEYS keys adds to it, the scale left out."""
     key = first_key + tl.arange(0, KEYS)
-    k_head, k_tail = _load(k_ptr, key, k_token, keys, HEAD, TAIL, MASKED)
-    v_head, v_tail = _load(v_ptr, key, v_token, keys, HEAD, TAIL, MASKED)
+    k_head, k_tail = _load_head(k_ptr, key, k_token, keys, HEAD, TAIL, MASKED)
+    v_head, v_tail = _load_head(v_ptr, key, v_token, keys, HEAD, TAIL, MASKED)
     scores = tl.dot(q_head, tl.trans(k_head), input_precision=PRECISION)
     of_weights = tl.dot(grad_head, tl.trans(v_head), input_precision=PRECISION)
     if TAIL > 0:
@@ -147,7 +151,11 @@ def _add_keys(
     return dq_head, dq_tail
 
 
-@triton.jit(launch_metadata=described(lambda a: 8 * a["grad_ptr"].numel() * a["keys"]))
+@triton.jit(
+    **described(
+        "key_gradient_kernel", attention_shape, ("kept_ptr",), flops=lambda a: 8 * a["grad_ptr"].numel() * a["keys"]
+    )
+)
 def key_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -229,8 +237,8 @@ def _key_gradient(
     QUERY_BLOCK: tl.constexpr, MASK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key = first_key + tl.arange(0, KEYS)
-    k_head, k_tail = _load(k_ptr, key, k_token, keys, HEAD, TAIL, MASKED)
-    v_head, v_tail = _load(v_ptr, key, v_token, keys, HEAD, TAIL, MASKED)
+    k_head, k_tail = _load_head(k_ptr, key, k_token, keys, HEAD, TAIL, MASKED)
+    v_head, v_tail = _load_head(v_ptr, key, v_token, keys, HEAD, TAIL, MASKED)
     dk_head = tl.zeros([KEYS, HEAD], dtype=tl.float32)
     dv_head = tl.zeros([KEYS, HEAD], dtype=tl.float32)
     dk_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], dtype=tl.float32)  # folded away where there is no tail
@@ -241,8 +249,8 @@ def _key_gradient(
             delta_ptr, first_query, queries, scale, q_token, grad_token,
             HEAD, TAIL, QUERY_BLOCK, MASK_QUERIES, PRECISION,
         )  # fmt: skip
-    _store(dk_ptr, key, dk_token, keys, dk_head * scale, dk_tail * scale, HEAD, TAIL, MASKED)
-    _store(dv_ptr, key, dv_token, keys, dv_head, dv_tail, HEAD, TAIL, MASKED)
+    _store_head(dk_ptr, key, dk_token, keys, dk_head * scale, dk_tail * scale, HEAD, TAIL, MASKED)
+    _store_head(dv_ptr, key, dv_token, keys, dv_head, dv_tail, HEAD, TAIL, MASKED)
 
 
 @triton.jit
@@ -253,8 +261,8 @@ def _add_queries(
 ):  # fmt: skip
     """dk, the scale left out, and dv with what one block of QUERIES queries adds. Scores lie [KEYS, QUERIES]."""
     query = first_query + tl.arange(0, QUERIES)
-    q_head, q_tail = _load(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
-    grad_head, grad_tail = _load(grad_ptr, query, grad_token, queries, HEAD, TAIL, MASKED)
+    q_head, q_tail = _load_head(q_ptr, query, q_token, queries, HEAD, TAIL, MASKED)
+    grad_head, grad_tail = _load_head(grad_ptr, query, grad_token, queries, HEAD, TAIL, MASKED)
     scores = tl.dot(k_head, tl.trans(q_head), input_precision=PRECISION)
     if TAIL > 0:
         scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
@@ -283,7 +291,7 @@ def _weights(scores, log_sum_exp, scale):
 
 
 @triton.jit
-def _load(ptr, rows, token, length, HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr):
+def _load_head(ptr, rows, token, length, HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr):
     """Rows of a head in two tiles, zeros past `length`; no `tail` where TAIL is 0."""
     head = ptr + (rows.to(tl.int64) * token)[:, None] + tl.arange(0, HEAD)[None, :]
     mask = (rows < length)[:, None] if MASKED else None
@@ -305,7 +313,7 @@ def _load_vector(ptr, rows, length, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _store(
+def _store_head(
     ptr, rows, token, length, head_tile, tail_tile, HEAD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr
 ):
     head = ptr + (rows.to(tl.int64) * token)[:, None] + tl.arange(0, HEAD)[None, :]

@@ -12,7 +12,7 @@ from deit_fast.kernels.metadata import described
 _BLOCK = 1024
 
 
-@triton.jit(launch_metadata=described())
+@triton.jit(**described("keep_samples_kernel", lambda a: (a["batch"],)))
 def keep_samples_kernel(drop_path_scale_ptr, kept_ptr, batch, BLOCK: tl.constexpr):
     """One program, so that a sample's place is a running count."""
     kept = 0

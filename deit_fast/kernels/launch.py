@@ -102,9 +102,9 @@ def multiprocessors(tensor: torch.Tensor) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """As files are named by it: NVIDIA_H100_80GB_HBM3; the architecture where a stand-in takes a GPU's place."""
+    """NVIDIA H100 80GB HBM3; the architecture where a stand-in takes a GPU's place."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "-")
+        return torch.cuda.get_device_name(device)
     return _architecture(driver.active, device.index)
 
 

@@ -13,7 +13,9 @@ from deit_fast.kernels.metadata import described
 _MAX_WIDTH = 8192
 
 
-@triton.jit(launch_metadata=described())
+@triton.jit(
+    **described("layer_norm_kernel", lambda a: (a["rows"], a["WIDTH"]), ("residual_ptr", "weight_ptr", "bias_ptr"))
+)
 def layer_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -36,10 +38,10 @@ def layer_norm_kernel(
     head_mask = head < WIDTH
     tail = HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
     tail_mask = tail < WIDTH
-    x_head = _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, head, x_stride, residual_stride, WIDTH)
+    x_head = _load_sum(x_ptr, residual_ptr, sum_ptr, row, row_mask, head, x_stride, residual_stride, WIDTH)
     x_tail = x_head
     if TAIL > 0:
-        x_tail = _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, tail, x_stride, residual_stride, WIDTH)
+        x_tail = _load_sum(x_ptr, residual_ptr, sum_ptr, row, row_mask, tail, x_stride, residual_stride, WIDTH)
     mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
 
     y = normalise(x_head, mean, rstd, weight_ptr, bias_ptr, head, head_mask)
@@ -58,7 +60,7 @@ def layer_norm_kernel(
 
 
 @triton.jit
-def _load(x_ptr, residual_ptr, sum_ptr, row, row_mask, columns, x_stride, residual_stride, WIDTH: tl.constexpr):
+def _load_sum(x_ptr, residual_ptr, sum_ptr, row, row_mask, columns, x_stride, residual_stride, WIDTH: tl.constexpr):
     """A float32 tile of x, or of x + residual, which it also writes; the sum is normalised as it was rounded."""
     mask = row_mask[:, None] & (columns < WIDTH)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)

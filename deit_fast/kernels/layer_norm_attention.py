@@ -23,8 +23,11 @@ _STATISTICS_BLOCK = tl.constexpr(64)
 
 
 @triton.jit(
-    launch_metadata=described(
-        lambda a: a["x_ptr"].numel() * (6 * a["heads"] * a["HEAD_DIM"]) + 4 * a["out_ptr"].numel() * a["tokens"]
+    **described(
+        "layer_norm_attention_kernel",
+        lambda a: (len(a["x_ptr"]), a["heads"], a["tokens"], a["HEAD_DIM"]),
+        ("norm_weight_ptr", "q_bias_ptr"),
+        flops=lambda a: a["x_ptr"].numel() * (6 * a["heads"] * a["HEAD_DIM"]) + 4 * a["out_ptr"].numel() * a["tokens"],
     )
 )
 def layer_norm_attention_kernel(
@@ -76,7 +79,7 @@ def layer_norm_attention_kernel(
             WIDTH, HEAD_DIM, TAIL, WIDTH_BLOCK, True,
         )  # fmt: skip
         maximum, denominator, out = _nothing_seen(TAIL, HEAD_DIM)
-        maximum, denominator, out = _attend_keys(
+        maximum, denominator, out = _attend_block(
             q_tail, k_tail, v_tail, maximum, denominator, out, first_of_tail, tokens, scale, TAIL, True
         )  # fmt: skip
     keys, values = (), ()
@@ -88,7 +91,7 @@ def layer_norm_attention_kernel(
         )  # fmt: skip
         tl.store(_rows(out_ptr, block * BLOCK, out_token, BLOCK, HEAD_DIM), q)
         if TAIL > 0:
-            maximum, denominator, out = _attend_keys(
+            maximum, denominator, out = _attend_block(
                 q_tail, k, v, maximum, denominator, out, block * BLOCK, tokens, scale, BLOCK, False
             )  # fmt: skip
         keys += (k,)
@@ -101,7 +104,7 @@ def layer_norm_attention_kernel(
     # Other threads than those that stored the queries load them.
     tl.debug_barrier()
     for first_query in range(0, first_of_tail, BLOCK):
-        _attend(
+        _attend_in_place(
             _rows(out_ptr, first_query, out_token, BLOCK, HEAD_DIM), keys, values, k_tail, v_tail, tokens, scale,
             HEAD_DIM, BLOCKS, BLOCK, TAIL,
         )  # fmt: skip
@@ -167,7 +170,7 @@ def _nothing_seen(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _attend(
+def _attend_in_place(
     rows, keys, values, k_tail, v_tail, tokens, scale,
     HEAD_DIM: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -177,18 +180,18 @@ def _attend(
     tl.debug_barrier()
     maximum, denominator, out = _nothing_seen(BLOCK, HEAD_DIM)
     for block in tl.static_range(BLOCKS):
-        maximum, denominator, out = _attend_keys(
+        maximum, denominator, out = _attend_block(
             q, keys[block], values[block], maximum, denominator, out, block * BLOCK, tokens, scale, BLOCK, False
         )  # fmt: skip
     if TAIL > 0:
-        maximum, denominator, out = _attend_keys(
+        maximum, denominator, out = _attend_block(
             q, k_tail, v_tail, maximum, denominator, out, BLOCKS * BLOCK, tokens, scale, TAIL, True
         )  # fmt: skip
     tl.store(rows, (out / denominator[:, None]).to(q.dtype))
 
 
 @triton.jit
-def _attend_keys(
+def _attend_block(
     q, k, v, maximum, denominator, out, first_key, tokens, scale, KEYS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     scores = tl.dot(q, tl.trans(k))

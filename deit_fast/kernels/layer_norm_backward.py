@@ -11,7 +11,13 @@ from deit_fast.kernels.layout import as_rows, dense
 from deit_fast.kernels.metadata import described
 
 
-@triton.jit(launch_metadata=described())
+@triton.jit(
+    **described(
+        "layer_norm_backward_kernel",
+        lambda a: (a["rows"], a["WIDTH"]),
+        ("grad_ptr", "weight_ptr", "residual_grad_ptr", "kept_ptr"),
+    )
+)
 def layer_norm_backward_kernel(
     grad_ptr,
     x_ptr,
@@ -49,10 +55,10 @@ def layer_norm_backward_kernel(
         full = full_row(kept_ptr, row, row_mask, tokens).to(tl.int64)
         is_kept = row < tl.load(kept_ptr) * tokens
     x_rows = x_ptr + full[:, None] * x_stride
-    x_head = _load(x_rows, is_kept, head, head_mask)
+    x_head = _load_tile(x_rows, is_kept, head, head_mask)
     x_tail = x_head
     if TAIL > 0:
-        x_tail = _load(x_rows, is_kept, tail, tail_mask)
+        x_tail = _load_tile(x_rows, is_kept, tail, tail_mask)
     mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
     tl.store(mean_ptr + row, mean, mask=is_kept)
     tl.store(rstd_ptr + row, rstd, mask=is_kept)
@@ -76,17 +82,17 @@ def layer_norm_backward_kernel(
         dx_rows = dx_ptr + full[:, None] * WIDTH
         if kept_ptr is None:
             is_kept = None
-        _store(
+        _store_gradient(
             dx_rows, residual_grad_rows, x_head, g_head, total, projection, rstd, is_kept, row_mask, head, head_mask
         )  # fmt: skip
         if TAIL > 0:
-            _store(
+            _store_gradient(
                 dx_rows, residual_grad_rows, x_tail, g_tail, total, projection, rstd, is_kept, row_mask, tail, tail_mask
             )  # fmt: skip
 
 
 @triton.jit
-def _load(x_rows, row_mask, columns, column_mask):
+def _load_tile(x_rows, row_mask, columns, column_mask):
     return tl.load(x_rows + columns[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
 
 
@@ -94,18 +100,20 @@ def _load(x_rows, row_mask, columns, column_mask):
 def _normalised(x, grad_rows, weight_ptr, mean, rstd, row_mask, columns, column_mask):
     """x̂ and g, with their row sums Σ g and Σ g x̂; g is 0 where masked."""
     x = (x - mean[:, None]) * rstd[:, None]
-    g = _load(grad_rows, row_mask, columns, column_mask)
+    g = _load_tile(grad_rows, row_mask, columns, column_mask)
     if weight_ptr is not None:
         g *= tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     return x, g, tl.sum(g, axis=1), tl.sum(g * x, axis=1)
 
 
 @triton.jit
-def _store(dx_rows, residual_grad_rows, x, g, total, projection, rstd, is_kept, row_mask, columns, column_mask):
+def _store_gradient(
+    dx_rows, residual_grad_rows, x, g, total, projection, rstd, is_kept, row_mask, columns, column_mask
+):
     dx = (g - total[:, None] - x * projection[:, None]) * rstd[:, None]
     of_dropped = 0.0
     if residual_grad_rows is not None:
-        of_dropped = _load(residual_grad_rows, row_mask, columns, column_mask)
+        of_dropped = _load_tile(residual_grad_rows, row_mask, columns, column_mask)
         dx += of_dropped
     if is_kept is not None:
         dx = tl.where(is_kept[:, None], dx, of_dropped)
@@ -116,7 +124,14 @@ def _store(dx_rows, residual_grad_rows, x, g, total, projection, rstd, is_kept, 
     )
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"], launch_metadata=described())
+@triton.jit(
+    do_not_specialize=["rows", "tokens"],
+    **described(
+        "column_sums_kernel",
+        lambda a: (a["rows"], a["width"]),
+        ("rstd_ptr", "drop_path_scale_ptr", "kept_ptr"),
+    ),
+)
 def column_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -160,7 +175,10 @@ def column_sums_kernel(
     tl.store(sums_ptr + column, total, mask=column_mask)
 
 
-@triton.jit(do_not_specialize=["splits"], launch_metadata=described())
+@triton.jit(
+    do_not_specialize=["splits"],
+    **described("sum_splits_kernel", lambda a: (a["splits"], a["width"]), ("scale_ptr", "second_ptr")),
+)
 def sum_splits_kernel(
     sums_ptr,
     scale_ptr,
@@ -192,7 +210,7 @@ def _sum(
     total = tl.zeros([SPLIT_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
     for start in range(0, splits, SPLIT_BLOCK):
         split = start + tl.arange(0, SPLIT_BLOCK)
-        total += _load(sums_ptr + split.to(tl.int64)[:, None] * split_stride, split < splits, column, column_mask)
+        total += _load_tile(sums_ptr + split.to(tl.int64)[:, None] * split_stride, split < splits, column, column_mask)
     return tl.sum(total, axis=0)
 
 

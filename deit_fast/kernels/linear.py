@@ -16,12 +16,18 @@ from deit_fast.kernels.device import (
     tile_of_program,
 )
 from deit_fast.kernels.layout import all_or_none, as_rows, dense, one_stride
-from deit_fast.kernels.metadata import described, linear_flops
+from deit_fast.kernels.metadata import described_product, linear_shape
 
 _GROUP = 8
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"], launch_metadata=described(linear_flops))
+_FUSED = (
+    "PROLOGUE", "k_weight_ptr", "bias_ptr", "ACTIVATION", "layer_scale_ptr", "drop_path_scale_ptr", "residual_ptr",
+    "kept_ptr",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "tokens"], **described_product("linear_kernel", linear_shape, _FUSED))
 def linear_kernel(
     x_ptr,
     norm_weight_ptr,

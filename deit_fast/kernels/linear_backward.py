@@ -24,12 +24,28 @@ from deit_fast.kernels import launch
 from deit_fast.kernels.device import full_row, gelu, gelu_derivative, sum_rows, tile_of_program
 from deit_fast.kernels.layer_norm_backward import column_sums
 from deit_fast.kernels.layout import as_rows, dense, one_stride
-from deit_fast.kernels.metadata import described, linear_flops
+from deit_fast.kernels.metadata import described, described_product, linear_shape
 
 _GROUP = 8
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"], launch_metadata=described(linear_flops))
+def _input_gradient_shape(arguments: dict) -> tuple[int, int, int]:
+    rows, out_features, in_features = linear_shape(arguments)
+    return rows, in_features, out_features
+
+
+def _weight_gradient_shape(arguments: dict) -> tuple[int, int, int]:
+    return arguments["PROJECTIONS"] * arguments["out_features"], arguments["in_features"], arguments["rows"]
+
+
+@triton.jit(
+    do_not_specialize=["rows", "tokens"],
+    **described_product(
+        "input_gradient_kernel",
+        _input_gradient_shape,
+        ("k_weight_ptr", "layer_scale_ptr", "ACTIVATION", "drop_path_scale_ptr", "kept_ptr"),
+    ),
+)
 def input_gradient_kernel(
     grad_ptr,
     k_grad_ptr,
@@ -132,7 +148,11 @@ def _add_product(
 
 @triton.jit(
     do_not_specialize=["rows", "split_rows", "tokens"],
-    launch_metadata=described(lambda a: 2 * a["rows"] * a["in_features"] * a["out_features"] * a["PROJECTIONS"]),
+    **described_product(
+        "weight_gradient_kernel",
+        _weight_gradient_shape,
+        ("rstd_ptr", "ACTIVATION", "k_grad_ptr", "drop_path_scale_ptr", "kept_ptr", "sum_ptr"),
+    ),
 )
 def weight_gradient_kernel(
     grad_ptr,
@@ -242,7 +262,13 @@ def weight_gradient_kernel(
             tl.store(products, product, mask=n_mask[:, None] & k_mask[None, :])
 
 
-@triton.jit(launch_metadata=described())
+@triton.jit(
+    **described(
+        "finish_linear_kernel",
+        lambda a: (a["SPLITS"], a["out_features"], a["in_features"]),
+        ("weight_grad_ptr", "bias_grad_ptr", "layer_scale_grad_ptr", "layer_scale_ptr"),
+    )
+)
 def finish_linear_kernel(
     product_ptr,
     sum_ptr,
@@ -291,7 +317,13 @@ def finish_linear_kernel(
         tl.store(bias_grad_ptr + n, total.to(bias_grad_ptr.dtype.element_ty), mask=n_mask)
 
 
-@triton.jit(launch_metadata=described())
+@triton.jit(
+    **described(
+        "finish_layer_norm_linear_kernel",
+        lambda a: (a["SPLITS"], a["PROJECTIONS"] * a["out_features"], a["in_features"]),
+        ("k_weight_ptr", "weight_grad_ptr", "bias_grad_ptr", "norm_weight_grad_ptr", "norm_bias_grad_ptr"),
+    )
+)
 def finish_layer_norm_linear_kernel(
     product_ptr,
     sum_ptr,

@@ -11,12 +11,16 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import full_row, normalised_rows
 from deit_fast.kernels.layout import dense
-from deit_fast.kernels.metadata import described, linear_flops
+from deit_fast.kernels.metadata import described_product, linear_shape
 
 
 @triton.jit(
     do_not_specialize=["rows", "tokens"],
-    launch_metadata=described(lambda a: linear_flops(a | {"in_features": a["WIDTH"]})),
+    **described_product(
+        "linear_rows_kernel",
+        lambda a: linear_shape(a | {"in_features": a["WIDTH"]}),
+        ("norm_weight_ptr", "k_weight_ptr", "bias_ptr", "kept_ptr"),
+    ),
 )
 def linear_rows_kernel(
     x_ptr,

@@ -17,7 +17,13 @@ from deit_fast.kernels.metadata import described
 _LABEL_BLOCK = 256
 
 
-@triton.jit(launch_metadata=described())
+@triton.jit(
+    **described(
+        "distillation_loss_kernel",
+        lambda a: (a["batch"], a["CLASSES"]),
+        ("SOFT", "SOFT_TARGETS", "logits_grad_ptr", "dist_grad_ptr"),
+    )
+)
 def distillation_loss_kernel(
     logits_ptr,
     dist_ptr,

@@ -14,7 +14,20 @@ from deit_fast.kernels.metadata import described
 _WIDEST = 192
 
 
-@triton.jit(launch_metadata=described(lambda a: 4 * a["rows"] * a["WIDTH"] * a["HIDDEN"]))
+_FUSED = (
+    "norm_weight_ptr", "fc1_bias_ptr", "ACTIVATION", "fc2_bias_ptr", "layer_scale_ptr", "drop_path_scale_ptr",
+    "kept_ptr",
+)  # fmt: skip
+
+
+@triton.jit(
+    **described(
+        "mlp_kernel",
+        lambda a: (a["rows"], a["WIDTH"], a["HIDDEN"]),
+        _FUSED,
+        flops=lambda a: 4 * a["rows"] * a["WIDTH"] * a["HIDDEN"],
+    )
+)
 def mlp_kernel(
     x_ptr,
     norm_weight_ptr,
@@ -93,19 +106,19 @@ def mlp_kernel(
             )
             branch_tail = tl.dot(hidden, weight, branch_tail, input_precision=PRECISION)
 
-    _store(
+    _store_branch(
         branch_head, x_rows, fc2_bias_ptr, layer_scale_ptr, drop_path_scale_ptr, y_ptr,
         row, head, row_mask, head_mask, tokens, WIDTH,
     )  # fmt: skip
     if TAIL > 0:
-        _store(
+        _store_branch(
             branch_tail, x_rows, fc2_bias_ptr, layer_scale_ptr, drop_path_scale_ptr, y_ptr,
             row, tail, row_mask, tail_mask, tokens, WIDTH,
         )  # fmt: skip
 
 
 @triton.jit
-def _store(
+def _store_branch(
     branch, x_rows, bias_ptr, layer_scale_ptr, drop_path_scale_ptr, y_ptr,
     row, column, row_mask, column_mask, tokens, WIDTH: tl.constexpr,
 ):  # fmt: skip

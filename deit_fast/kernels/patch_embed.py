@@ -8,14 +8,18 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import tile_of_program
 from deit_fast.kernels.layout import dense
-from deit_fast.kernels.metadata import described
+from deit_fast.kernels.metadata import described_product, patch_values
 
 _GROUP = 8
 
 
 @triton.jit(
     do_not_specialize=["batch", "grid_height", "grid_width"],
-    launch_metadata=described(lambda a: 2 * a["images_ptr"].numel() * a["width"]),
+    **described_product(
+        "patch_embed_kernel",
+        lambda a: (a["batch"] * a["grid_height"] * a["grid_width"], a["width"], patch_values(a)),
+        ("std_ptr", "mask_ptr", "bias_ptr", "pos_embed_ptr"),
+    ),
 )
 def patch_embed_kernel(
     images_ptr,

@@ -8,7 +8,7 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.device import tile_of_program
 from deit_fast.kernels.layout import dense, unit_stride
-from deit_fast.kernels.metadata import described
+from deit_fast.kernels.metadata import described, described_product, patch_values
 
 _GROUP = 8
 # Terms added at once where a kernel only sums, and columns: two thousand elements a program, 128 bytes of a row.
@@ -42,9 +42,13 @@ def _pixel_offset(
 
 @triton.jit(
     do_not_specialize=["rows", "rows_per_split", "patches", "grid_width"],
-    launch_metadata=described(lambda a: 2 * a["images_ptr"].numel() * a["width"]),
+    **described_product(
+        "patch_weight_gradient_kernel",
+        lambda a: (a["width"], patch_values(a), a["rows"]),
+        ("std_ptr", "mask_ptr"),
+    ),
 )
-def weight_gradient_kernel(
+def patch_weight_gradient_kernel(
     grad_ptr,
     images_ptr,
     mask_ptr,
@@ -129,7 +133,7 @@ def weight_gradient_kernel(
 
 @triton.jit(
     do_not_specialize=["rows", "patches", "grid_width"],
-    launch_metadata=described(lambda a: 2 * a["grad_images_ptr"].numel() * a["width"]),
+    **described_product("image_gradient_kernel", lambda a: (a["rows"], patch_values(a), a["width"]), ("mask_ptr",)),
 )
 def image_gradient_kernel(
     grad_ptr,
@@ -192,7 +196,21 @@ def image_gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["first", "batch", "patches"], launch_metadata=described())
+@triton.jit(
+    do_not_specialize=["first", "batch", "patches"],
+    **described(
+        "token_gradients_kernel",
+        lambda a: a["grad_ptr"].shape,
+        (
+            "first_token_ptr",
+            "second_token_ptr",
+            "pos_embed_ptr",
+            "bias_partials_ptr",
+            "mask_token_partials_ptr",
+            "mask_ptr",
+        ),
+    ),
+)
 def token_gradients_kernel(
     grad_ptr,
     mask_ptr,
@@ -260,7 +278,7 @@ def token_gradients_kernel(
             )
 
 
-@triton.jit(launch_metadata=described())
+@triton.jit(**described("sum_partials_kernel", lambda a: (a["count"], a["columns"])))
 def sum_partials_kernel(
     partials_ptr, total_ptr, count, columns, COUNT_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -339,7 +357,7 @@ def _weight_gradient(
     if splits > 1:
         partials = torch.empty((splits, width, depth), dtype=torch.float32, device=grad.device)
     launch.run(
-        weight_gradient_kernel,
+        patch_weight_gradient_kernel,
         splits * tiles,
         grad.device,
         grad,

@@ -27,7 +27,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(launch_metadata=described(lambda a: 4 * a["x_ptr"].numel() * a["queries"]))
+@triton.jit(
+    **described(
+        "readout_kernel",
+        lambda a: (len(a["x_ptr"]), a["queries"], a["tokens"], a["WIDTH"]),
+        ("norm_weight_ptr",),
+        flops=lambda a: 4 * a["x_ptr"].numel() * a["queries"],
+    )
+)
 def readout_kernel(
     x_ptr,
     absorbed_ptr,
@@ -69,7 +76,7 @@ def readout_kernel(
         token = first + tl.arange(0, TOKEN_BLOCK)
         token_mask = token < tokens
         x_rows = x_ptr + token.to(tl.int64) * x_token
-        normalised, _rstd = normalised_rows(x_rows, token_mask, eps, WIDTH, CHUNK, CHUNKS, DTYPE)
+        normalised, _rstd = normalised_tiles(x_rows, token_mask, eps, WIDTH, CHUNK, CHUNKS, DTYPE)
         scores = dot_rows(centred, normalised, QUERY_BLOCK, TOKEN_BLOCK, CHUNKS, PRECISION)
         scores = tl.where(token_mask[None, :], scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -146,7 +153,7 @@ def less_mean(tiles, mean, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.
 
 
 @triton.jit
-def normalised_rows(
+def normalised_tiles(
     rows, row_mask, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """`(x − mean) · rstd` in DTYPE, 0 where masked, and rstd in float32."""

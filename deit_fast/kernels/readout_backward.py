@@ -18,10 +18,17 @@ from torch import Tensor
 from deit_fast.kernels import launch
 from deit_fast.kernels.layout import dense, unit_stride
 from deit_fast.kernels.metadata import described
-from deit_fast.kernels.readout import LN_2, LOG2_E, TRITON_DTYPES, normalised_rows, query_rows
+from deit_fast.kernels.readout import LN_2, LOG2_E, TRITON_DTYPES, normalised_tiles, query_rows
 
 
-@triton.jit(launch_metadata=described(lambda a: 10 * a["x_ptr"].numel() * a["queries"]))
+@triton.jit(
+    **described(
+        "readout_backward_kernel",
+        lambda a: (len(a["x_ptr"]), a["queries"], a["tokens"], a["WIDTH"]),
+        ("norm_weight_ptr",),
+        flops=lambda a: 10 * a["x_ptr"].numel() * a["queries"],
+    )
+)
 def readout_backward_kernel(
     x_ptr,
     absorbed_ptr,
@@ -58,7 +65,7 @@ def readout_backward_kernel(
     token = (tl.program_id(0) % blocks) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     token_mask = token < tokens
     x_rows = x_ptr + batch * x_batch + token.to(tl.int64) * x_token
-    normalised, rstd = normalised_rows(x_rows, token_mask, eps, WIDTH, CHUNK, CHUNKS, DTYPE)
+    normalised, rstd = normalised_tiles(x_rows, token_mask, eps, WIDTH, CHUNK, CHUNKS, DTYPE)
     absorbed_ptr += batch * absorbed_batch
     dsummed_ptr += batch * dsummed_batch
     summed_ptr += batch * queries * WIDTH

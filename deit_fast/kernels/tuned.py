@@ -1,19 +1,25 @@
 """What was measured to be fastest on a device, by operator and shape: `deit-fast tune` writes it, operators read it.
 
-A file holds one operator at one shape on one device, which its name tells; its keys are batch sizes:
+A file holds one operator at one shape on one device, which it says; its other keys are batch sizes. Its name is short
+whatever the device is called, and has a hash of all three:
 
-    layer_norm_linear,x=198x384bf16,norm_weight,norm_bias,weight=1152x384bf16,bias,device_name=NVIDIA_A100-SXM4-80GB.json
-    {"format": 1, "triton": "3.9.0", "driver": "12080",
+    layer_norm_linear,NVIDIA_A100-SXM4-80GB,4bb6af279bfd5b50.json
+    {"format": 2, "operator": "layer_norm_linear",
+     "shape": "x=198x384bf16,norm_weight,norm_bias,weight=1152x384bf16,bias",
+     "device": "NVIDIA A100-SXM4-80GB", "triton": "3.9.0", "driver": "12080",
      "64": {"runs": "triton", "settings": {"gemm(1152, 384, 2, sm_80, layer_norm)": {"rows": 128, …}}},
      "256": {"runs": "stock"}}
 
 A setting of null is the None that some functions of launch.py may answer. Files are looked for in the user's folder,
 then among those that the package ships. Between the batches that were measured, the nearest one answers, by its ratio.
-What was measured with another Triton or driver, or can't be read, is left alone, and said once.
+What was measured with another Triton or driver, is not what its name says, or can't be read, is left alone, and said
+once.
 """
 
+import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).with_name("tuned")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 # Arguments with a row for each sample, and those whose values settings do not hang on.
@@ -35,6 +41,9 @@ _BY_SAMPLE = frozenset((
     "images", "mask", "logits", "dist_logits", "targets", "teacher_logits", "drop_path_scale",
 ))  # fmt: skip
 _LEFT_OUT = frozenset({"capacity", "eps", "scale", "alpha", "tau", "label_smoothing", "ignore_index"})
+# Of a device's name, as far as a file is named by it.
+_READABLE = 40
+_ABOUT = frozenset({"operator", "shape", "device"})
 _enabled = True
 
 
@@ -92,11 +101,11 @@ def choice(op: str, names: Sequence[str], arguments: tuple, device_name: str, dr
 def measured(op: str, shape: str, device_name: str, driver: str) -> dict[int, Choice]:
     """By batch, what was measured for `op` at this shape (`described`)."""
     file = _names().get(file_name(op, shape, device_name))
-    return {} if file is None else _measured(file, driver)
+    return {} if file is None else _measured(file, op, shape, device_name, driver)
 
 
 def described(names: Sequence[str], arguments: Sequence[object]) -> tuple[str, int]:
-    """An operator's arguments but for the batch, as a part of a file's name; the batch."""
+    """An operator's arguments but for the batch, in a line; the batch."""
     batch = 0
     parts = []
     for name, argument in zip(names, arguments, strict=True):
@@ -118,7 +127,10 @@ def described(names: Sequence[str], arguments: Sequence[object]) -> tuple[str, i
 
 
 def file_name(op: str, shape: str, device_name: str) -> str:
-    return f"{op},{shape},device_name={device_name}.json"
+    """Safe on every file system, and below its 255 bytes with room for more."""
+    told = hashlib.sha256(json.dumps([op, shape, device_name]).encode()).hexdigest()[:16]
+    device = re.sub(r"[^A-Za-z0-9.-]+", "_", device_name)[:_READABLE]
+    return f"{op},{device},{told}.json"
 
 
 def write(op: str, shape: str, device_name: str, driver: str, batch: int, measured: Choice) -> Path:
@@ -129,7 +141,7 @@ def write(op: str, shape: str, device_name: str, driver: str, batch: int, measur
     """
     folder().mkdir(parents=True, exist_ok=True)
     file = folder() / file_name(op, shape, device_name)
-    header = {"format": FORMAT, "triton": triton.__version__, "driver": driver}
+    header = _header(op, shape, device_name, driver)
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -159,25 +171,34 @@ def _names() -> dict[str, Path]:
 
 
 @lru_cache(maxsize=1024)
-def _measured(file: Path, driver: str) -> dict[int, Choice]:
+def _measured(file: Path, op: str, shape: str, device_name: str, driver: str) -> dict[int, Choice]:
     """By batch; nothing where the file is not to be relied on."""
+    now = _header(op, shape, device_name, driver)
     try:
         content = json.loads(file.read_text())
-        made = {name: content.pop(name) for name in ("format", "triton", "driver")}
+        made = {name: content.pop(name) for name in now}
         measured = {int(batch): _choice(entry) for batch, entry in content.items()}
         if min(measured, default=1) < 1:
             raise ValueError(f"a batch of {min(measured)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _say(f"{file} can't be read ({type(error).__name__}: {error})")
         return {}
-    now = {"format": FORMAT, "triton": triton.__version__, "driver": driver}
     # What the package ships holds for every driver.
     differing = [name for name in now if made[name] != now[name] and (name != "driver" or file.parent != SHIPPED)]
+    said = ", ".join(f"{name} {made[name]}, here {now[name]}" for name in differing)
+    if _ABOUT.intersection(differing):
+        _say(f"{file} is not of what its name says ({said})")
+        return {}
     if differing:
-        said = ", ".join(f"{name} {made[name]}, here {now[name]}" for name in differing)
         _say(f"what was measured in {file.parent} is of another time ({said})")
         return {}
     return measured
+
+
+def _header(op: str, shape: str, device_name: str, driver: str) -> dict[str, object]:
+    """What a file says beside its batches."""
+    about = {"operator": op, "shape": shape, "device": device_name}
+    return {"format": FORMAT, **about, "triton": triton.__version__, "driver": driver}
 
 
 def _choice(entry: dict) -> Choice:

@@ -16,7 +16,14 @@ from deit_fast.kernels.layout import dense
 from deit_fast.kernels.metadata import described
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"], launch_metadata=described())
+@triton.jit(
+    do_not_specialize=["rows", "tokens"],
+    **described(
+        "residual_kernel",
+        lambda a: (a["rows"], a["columns"]),
+        ("bias_ptr", "layer_scale_ptr", "drop_path_scale_ptr"),
+    ),
+)
 def residual_kernel(
     product_ptr,
     bias_ptr,

@@ -32,6 +32,7 @@ BACKWARD = {
     "keep_samples_kernel",
     "key_gradient_kernel",
     "layer_norm_backward_kernel",
+    "patch_weight_gradient_kernel",
     "query_gradient_kernel",
     "readout_backward_kernel",
     "sum_partials_kernel",

@@ -7,18 +7,20 @@ from deit_fast.benchmark import profile
 from deit_fast.benchmark.profile import KernelTime, by_kernel
 
 METADATA = [
-    {"name": "linear_kernel 4×8 bfloat16", "flops16": 100, "bytes": 10},
-    {"name": "attention_kernel 4×8 bfloat16", "flops16": 50, "bytes": 20},
-    {"name": "linear_kernel 4×16 bfloat16", "flops16": 300, "bytes": 30},
+    {"name": "linear 4x8x8 bf16 bias", "symbol": "linear_kernel_bias_64x64x32", "flops16": 100, "bytes": 10},
+    {"name": "stock_kernel", "flops16": 50, "bytes": 20},
+    {"name": "linear 4x8x16 bf16 bias", "symbol": "linear_kernel_bias_64x64x32", "flops16": 300, "bytes": 30},
 ]
-KERNELS = [("linear_kernel", 1.0), ("copy", 0.5), ("attention_kernel", 4.0), ("linear_kernel", 2.0)]
+KERNELS = [
+    ("linear_kernel_bias_64x64x32", 1.0), ("copy", 0.5), ("stock_kernel", 4.0), ("linear_kernel_bias_64x64x32", 2.0),
+]  # fmt: skip
 
 
 def test_launches_of_one_kernel_are_told_apart_by_their_shapes():
     assert by_kernel(KERNELS * 2, METADATA * 2, steps=2) == [
-        KernelTime("attention_kernel 4×8 bfloat16", 1, 4.0, 50, 20),
-        KernelTime("linear_kernel 4×16 bfloat16", 1, 2.0, 300, 30),
-        KernelTime("linear_kernel 4×8 bfloat16", 1, 1.0, 100, 10),
+        KernelTime("stock_kernel", 1, 4.0, 50, 20),
+        KernelTime("linear 4x8x16 bf16 bias", 1, 2.0, 300, 30),
+        KernelTime("linear 4x8x8 bf16 bias", 1, 1.0, 100, 10),
         KernelTime("copy", 1, 0.5),
     ]
 
@@ -62,9 +64,9 @@ def test_a_step_is_profiled_and_its_launches_noted(monkeypatch):
     assert [(each.name, each.calls, each.seconds) for each in found] == [
         (name, pytest.approx(1), pytest.approx(seconds))
         for name, seconds in (
-            ("attention_kernel 4×8 bfloat16", 4.0),
-            ("linear_kernel 4×16 bfloat16", 2.0),
-            ("linear_kernel 4×8 bfloat16", 1.0),
+            ("stock_kernel", 4.0),
+            ("linear 4x8x16 bf16 bias", 2.0),
+            ("linear 4x8x8 bf16 bias", 1.0),
             ("copy", 0.5),
         )
     ]

@@ -24,11 +24,12 @@ from deit_fast.benchmark import clock, measure, operators, peaks, tasks
 from deit_fast.benchmark.standin_driver import recording
 from deit_fast.benchmark.targets import TARGETS
 from deit_fast.cli.main import main as deit_fast
+from deit_fast.kernels import launch
 from deit_fast.ops import backend
 
 CASE = ["--models", "deit_tiny_distilled_patch16_224", "--img-size", "32", "--batch", "2", "--dtype", "bfloat16"]
-# As the stand-in for the driver names its device, and so as the tensors on the CPU do.
-NAME = "sm_90"
+# As the stand-in for the driver names its device; as a GPU is called, which no file can be.
+NAME, GPU = "sm_90", "NVIDIA H100/80GB: HBM3 (MIG 1g.10gb) " + 100 * "™"
 PEAK = 12345
 PEERS = "timm;timm, compiled max-autotune;deit_fast;deit_fast, tuned;deit_fast, CUDA graphs"
 # Rows of linear_kernel's tiles that spill, and that compute something else.
@@ -36,14 +37,18 @@ SPILLS, WRONG = 256, 64
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Where a GPU is asked for, the CPU; new memory is zero, as no kernel writes it."""
+    """Where a GPU is asked for, the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         args, kwargs = tree_map_only(
             torch.device, lambda device: torch.device("cpu") if device.type == "cuda" else device, (args, kwargs or {})
         )
-        result = function(*args, **kwargs)
-        return result.zero_() if function in (torch.empty, torch.empty_like) else result
+        return function(*args, **kwargs)
+
+
+def zeroed(allocate):
+    """New memory is zero, as no kernel writes it; within operators too, where no mode is asked."""
+    return lambda *args, **kwargs: allocate(*args, **kwargs).zero_()
 
 
 class Clock:
@@ -136,6 +141,7 @@ def a_gpu(modes: list):
         launches = stack.enter_context(recording(TARGETS[NAME], compiling=False))
         stack.enter_context(compiled(launches))
         Clock.launches, Clock.timed, Profiler.launches = launches, set(), launches
+        stack.enter_context(mock.patch.object(launch, "device_name", lambda device: GPU))
         stack.enter_context(mock.patch.object(clock, "GpuClock", Clock))
         stack.enter_context(mock.patch.object(torch.profiler, "profile", Profiler))
         # A worker would not find what stands in here.
@@ -152,6 +158,8 @@ def a_gpu(modes: list):
             mock.patch.object(timm, "create_model", lambda name, **options: create(name, depth=1, **options))
         )
         stack.enter_context(backend.forced("triton"))
+        for name in ("empty", "empty_like"):
+            stack.enter_context(mock.patch.object(torch, name, zeroed(getattr(torch, name))))
         stack.enter_context(OnTheCpu())
         yield
 
@@ -164,7 +172,9 @@ def run(*arguments: str) -> dict:
 
 
 def files(folder: Path) -> dict:
-    return {file.name.partition(",")[0]: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    assert {content["device"] for content in found} == {GPU}
+    return {content["operator"]: content for content in found}
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def test_every_operator_is_written_as_soon_as_it_is_measured(tmp_path, monkeypat
     monkeypatch.setattr(tune, "tune", measured)
     with pytest.raises(KeyboardInterrupt):
         tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(), anew=True)
-    assert [file.name for file in tmp_path.iterdir()] == ["mlp,x=198x192bf16,device_name=GPU.json"]
+    assert [file.name for file in tmp_path.iterdir()] == [tuned.file_name("mlp", "x=198x192bf16", "GPU")]
     tuned.forget()
 
 

@@ -369,7 +369,7 @@ def test_gradients_of_patches(last_dimension, monkeypatch):
 
     with huge.last_programs(1) as names:
         of_images, of_weight = run(filled(samples, grad), images, weight)
-    assert names == ["weight_gradient_kernel", "sum_partials_kernel", "image_gradient_kernel"]
+    assert names == ["patch_weight_gradient_kernel", "sum_partials_kernel", "image_gradient_kernel"]
     with huge.last_programs(1):
         expected_of_images, expected_of_weight = run(grad, last, weight)
     assert_same(of_weight.flatten()[-64:], expected_of_weight.flatten()[-64:])

@@ -138,7 +138,7 @@ def test_the_rows_of_the_weight_gradient_are_split(batch, dtype, launches):
     images = randn(batch, 1, 112, 92, dtype=dtype)  # 644 patches: 2 splits, or 5, the last one shorter
     assert_right(arguments_of(images, 32, 4, dtype, positions="none"), wanted=("weight", "images"))
     splits = {1: 2, 2: 5}[batch]
-    assert ("weight_gradient_kernel", splits) in launches
+    assert ("patch_weight_gradient_kernel", splits) in launches
 
 
 @in_every_dtype
@@ -231,7 +231,7 @@ def test_only_the_gradients_asked_for_are_computed(launches):
     sums, reduction = "token_gradients_kernel", ("sum_partials_kernel", 1)
     assert launched == {
         "images": [("image_gradient_kernel", 3)],
-        "weight": [("weight_gradient_kernel", 3)],
+        "weight": [("patch_weight_gradient_kernel", 3)],
         "bias": [(sums, 6), reduction],
         "pos_embed": [(sums, 8)],
         "cls_token": [(sums, 2)],

@@ -1,4 +1,7 @@
+import itertools
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -6,9 +9,16 @@ import triton
 
 from deit_fast.kernels import launch, tuned
 from deit_fast.kernels.tuned import Choice
+from deit_fast.ops.registration import OPERATORS
 
 NAMES = ("x", "norm_weight", "norm_bias", "eps", "weight", "bias", "kept", "capacity")
-DEVICE, DRIVER = "NVIDIA_A100-SXM4-80GB", "12080"
+DEVICE, DRIVER = "NVIDIA A100-SXM4-80GB", "12080"
+# As GPUs are called, and as none is: too long, not for a file system, alike in all that a file's name shows.
+DEVICES = (
+    DEVICE, "NVIDIA H200", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    "NVIDIA H100 80GB HBM3 MIG 1g.20gb", "AMD Instinct MI300X OAM", "AMD Radeon(TM) Graphics", "",
+    "../GPU", "GPU:0", "GPU/0", "GPU 0", "Ж" * 300, "GPU " * 300, "GPU " * 301,
+)  # fmt: skip
 SETTINGS = {"gemm(1152, 384, 2, sm_80, layer_norm)": launch.Tile(64, 64, 64, 4, 2)._asdict()}
 
 
@@ -36,18 +46,74 @@ def chosen(batch: int, driver: str = DRIVER, device: str = DEVICE, dtype=torch.b
     return tuned.choice("layer_norm_linear", NAMES, arguments(batch, dtype), device, driver)
 
 
-def test_a_file_is_named_by_shape_and_device_and_its_keys_are_batches(user_folder):
+def widest(op: str) -> tuple:
+    """Arguments of every kind the operator takes, q, k and v apart: as long a description as there can be."""
+    tensor = torch.empty(64, 198, 3072, dtype=torch.bfloat16, device="meta")
+    values = {
+        "Tensor": tensor, "Optional[Tensor]": tensor, "List[Tensor]": [tensor] * 3,
+        "List[Optional[Tensor]]": [tensor] * 3, "List[bool]": [True] * 8, "str": "gelu_tanh", "int": 1024,
+        "Optional[int]": 1024, "float": 0.125,
+    }  # fmt: skip
+    schema = getattr(torch.ops.deit_fast, op).default._schema
+    return tuple(values[str(argument.type)] for argument in schema.arguments)
+
+
+def test_a_file_says_what_it_is_of_and_its_other_keys_are_batches(user_folder):
     write(64, Choice(False, SETTINGS))
     write(256, Choice(True, {}))
-    name = "layer_norm_linear,x=198x384bf16,norm_weight,weight=1152x384bf16,bias,device_name=NVIDIA_A100-SXM4-80GB.json"
-    assert [file.name for file in user_folder.iterdir()] == [name]
-    assert json.loads((user_folder / name).read_text()) == {
-        "format": 1,
+    (file,) = user_folder.iterdir()
+    assert re.fullmatch(r"layer_norm_linear,NVIDIA_A100-SXM4-80GB,[0-9a-f]{16}\.json", file.name)
+    assert json.loads(file.read_text()) == {
+        "format": 2,
+        "operator": "layer_norm_linear",
+        "shape": "x=198x384bf16,norm_weight,weight=1152x384bf16,bias",
+        "device": "NVIDIA A100-SXM4-80GB",
         "triton": triton.__version__,
         "driver": DRIVER,
         "64": {"runs": "triton", "settings": SETTINGS},
         "256": {"runs": "stock"},
     }
+
+
+@pytest.mark.parametrize("op", sorted(OPERATORS))
+def test_every_operator_is_written_and_read_whatever_its_device_is_called(op, user_folder, monkeypatch):
+    """Under names that every file system takes, the temporary ones included."""
+    shape, _ = tuned.described(OPERATORS[op].parameters, widest(op))
+    replaced = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda part, file: (replaced.append(part.name), replace(part, file)))
+    for batch, device in enumerate(DEVICES, 1):
+        tuned.write(op, shape, device, DRIVER, batch, Choice(True, {}))
+    for batch, device in enumerate(DEVICES, 1):
+        assert tuned.measured(op, shape, device, DRIVER) == {batch: Choice(True, {})}
+    names = [file.name for file in user_folder.iterdir()]
+    assert len(names) == len(DEVICES)
+    for name in names + replaced:
+        assert len(name.encode()) <= 120 and re.fullmatch(r"[A-Za-z0-9_,.-]+", name), name
+        assert name.startswith(f"{op},")
+
+
+def test_a_name_is_of_one_operator_shape_and_device():
+    about = itertools.product(sorted(OPERATORS), ("x=198x384bf16", "x=198x384fp16", "x=198x384bf16,bias"), DEVICES)
+    names = [tuned.file_name(*each).lower() for each in about]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("operator", "mlp"), ("shape", "x=198x384bf16"), ("device", "NVIDIA A100-SXM4-40GB")]
+)
+def test_a_file_of_something_else_is_left_alone_and_said_once(field, value, user_folder):
+    write(64, Choice(True, {}))
+    (file,) = user_folder.iterdir()
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, field: value}))
+    tuned.forget()
+    with pytest.warns(UserWarning, match=f"is not of what its name says .{field} {value}, here .*; left alone"):
+        assert chosen(64) is None
+    assert chosen(32) is None
+    write(8, Choice(False, {}))
+    assert json.loads(file.read_text())[field] == content[field]
+    assert chosen(64) == Choice(False, {})
 
 
 @pytest.mark.parametrize("batch", [1, 64, 127])
@@ -61,7 +127,7 @@ def test_the_nearest_batch_answers(batch):
 def test_another_shape_dtype_or_device_has_not_been_measured():
     write(64, Choice(True, {}))
     assert chosen(64, dtype=torch.float16) is None
-    assert chosen(64, device="NVIDIA_L4") is None
+    assert chosen(64, device="NVIDIA L4") is None
     assert chosen(0) is None
 
 
@@ -81,15 +147,25 @@ def test_what_another_driver_measured_is_left_alone_and_said_once():
     assert chosen(32, driver="13000") is None
 
 
+def without(content: dict, name: str) -> dict:
+    return {key: value for key, value in content.items() if key != name}
+
+
 @pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{}", '{"format": 1, "triton": "T", "driver": "12080", "0": {"runs": "stock"}}'.replace("T", "{}"),
-     '{"format": 1, "triton": "{}", "driver": "12080", "64": {"runs": "fast"}}'],
-)  # fmt: skip
-def test_a_broken_file_is_left_alone_and_said_once(content, user_folder):
+    "broken",
+    [
+        lambda content: "",
+        lambda content: "[]",
+        lambda content: "{}",
+        lambda content: json.dumps(without(content, "device")),
+        lambda content: json.dumps({**content, "0": {"runs": "stock"}}),
+        lambda content: json.dumps({**content, "64": {"runs": "fast"}}),
+    ],
+)
+def test_a_broken_file_is_left_alone_and_said_once(broken, user_folder):
     write(64, Choice(True, {}))
     (file,) = user_folder.iterdir()
-    file.write_text(content.replace('"{}"', f'"{triton.__version__}"'))
+    file.write_text(broken(json.loads(file.read_text())))
     tuned.forget()
     with pytest.warns(UserWarning, match="can't be read"):
         assert chosen(64) is None
@@ -110,7 +186,7 @@ def test_writing_takes_the_place_of_what_another_driver_measured(user_folder):
     assert chosen(64, driver="13000") == Choice(False, {})
 
 
-def test_every_argument_but_the_batch_is_in_the_name():
+def test_every_argument_but_the_batch_is_in_the_description():
     names = ("grads", "weights", "needs", "activation", "qkv", "scale", "kept")
     given = (
         [torch.empty(4, 6, 8), torch.empty(4, 6, 8)],

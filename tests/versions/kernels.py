@@ -45,3 +45,8 @@ def test_plans_make_their_launches_again():
     seen = printed_by("-m", "tests.kernels.replay_checks")
     assert seen["runs"] and all(seen["apart"].values())
     assert all(case["same"] for case in seen["seen"] if not case["anew"])
+
+
+def test_compiled_kernels_are_named_by_what_is_fused():
+    for symbols in printed_by("-m", "tests.kernels.metadata_checks")["symbols"].values():
+        assert all(symbol.startswith("linear_kernel_layer_norm_bias_") for symbol in symbols[:2])
