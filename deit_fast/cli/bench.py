@@ -15,6 +15,7 @@ from deit_fast.cli.demo import writable_folder
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
 from deit_fast.cli.tune import tune_case
+from deit_fast.kernels import tf32
 from deit_fast.kernels.launch import interpreted
 
 DEFAULT_OUT = "deit-fast-bench"
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         out = writable_folder(args.out)
     clock = GpuClock(device) if device.type == "cuda" else CpuClock()
     # On a GPU stock convolutions use TF32 unless told otherwise, and would look less right and faster than they are.
-    torch.backends.cudnn.allow_tf32 = False
+    tf32.forbid_in_convolutions()
     environment = provenance(device, _packages(contenders if found else [], device, "ops" in suites))
     results = Results(environment, [], peaks=_peaks(args, found + of_operators, device, clock))
     console = Console(highlight=False)

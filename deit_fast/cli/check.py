@@ -22,6 +22,7 @@ from deit_fast.cli.check_cases import DEIT_SIZES, INTERPRETER_SIZES, OPS, Case, 
 from deit_fast.cli.check_environment import environment
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
+from deit_fast.kernels import tf32
 from deit_fast.kernels.launch import interpreted
 from deit_fast.ops import backend
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cpu" and not interpreted():
         return run_interpreted(args)
     # On a GPU stock convolutions use TF32 unless told otherwise.
-    torch.backends.cudnn.allow_tf32 = False
+    tf32.forbid_in_convolutions()
     chosen = args.op or OPS
     return print_json(device, chosen) if args.json else print_tables(device, chosen)
 

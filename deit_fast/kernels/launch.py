@@ -11,6 +11,8 @@ import torch
 import triton
 from triton.runtime import driver
 
+from deit_fast.kernels import tf32
+
 # About 100 KiB of shared memory a program (64 on AMD): two stages of a 16-bit tile, not three.
 _SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200"})
 # Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
@@ -141,7 +143,7 @@ def no_separate_projections(weight: torch.Tensor) -> str | None:
 
 def splits_float32(tensor: torch.Tensor) -> bool:
     """Whether float32 products on this tensor's device are split into several of TF32."""
-    return not interpreted() and not is_amd(architecture(tensor)) and not torch.backends.cuda.matmul.allow_tf32
+    return not interpreted() and not is_amd(architecture(tensor)) and not tf32.is_allowed()
 
 
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
@@ -151,7 +153,7 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """
     if dtype is not torch.float32 or is_amd(arch):
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if tf32.is_allowed() else "tf32x3"
 
 
 _thread = threading.local()
