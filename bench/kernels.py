@@ -35,7 +35,7 @@ from bench.models import choices
 from bench.resources import resources
 from deit_fast.benchmark.standin_driver import Launch, compile_launch
 from deit_fast.benchmark.targets import TARGETS
-from deit_fast.kernels.launch import NO_FLOAT32_PRODUCTS
+from deit_fast.kernels.hardware import NO_FLOAT32_PRODUCTS
 
 # Under autocast float16's launches are bfloat16's in another type.
 DEFAULT_PRECISIONS = "bf16,autocast-bf16,fp16,fp32"

@@ -12,6 +12,7 @@ from bench.models import build
 from deit_fast.benchmark.outputs import summed
 from deit_fast.benchmark.standin_driver import Launch, recording
 from deit_fast.benchmark.targets import Target
+from deit_fast.kernels.hardware import NO_FLOAT32_PRODUCTS
 
 # timm's names and image sizes.
 MODELS = {
@@ -44,7 +45,6 @@ def recorded(
     target: Target, models: Sequence[str], suites: Sequence[str], precisions: Sequence[str], batch: int
 ) -> Iterator[tuple[str, str, Launch]]:
     """Model, precision and launch, of every launch, in order."""
-    from deit_fast.kernels import launch
     from deit_fast.ops import backend
 
     torch.set_num_threads(1)
@@ -56,7 +56,7 @@ def recorded(
         # Any other fallback to the stock operators would hide a kernel from the table.
         warnings.filterwarnings("error", message="deit_fast.*stock PyTorch operators")
         warnings.filterwarnings("ignore", message=f"deit_fast.*({'|'.join(LEFT_TO_STOCK)})")
-        if target.name in launch.NO_FLOAT32_PRODUCTS:
+        if target.name in NO_FLOAT32_PRODUCTS:
             # Nothing to compile, and the stock operators take their time.
             precisions = [precision for precision in precisions if precision != "fp32"]
         for model, precision, run in _runs(models, suites, precisions, batch):

@@ -7,6 +7,7 @@ import torch
 from deit_fast.benchmark import devices
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.contenders import DTYPES
+from deit_fast.kernels import tf32
 
 # The side of a square product, and the bytes of a copy.
 _SIDE = {"cuda": 8192, "cpu": 2048}
@@ -35,7 +36,7 @@ def published(device: torch.device) -> Peaks | None:
         return None
     # Three TF32 products for a float32 one, where the user allows no TF32: as the kernels compute them.
     split = found.fp32 if found.tf32 is None else max(found.fp32, found.tf32 / 3)
-    float32 = found.tf32 if found.tf32 and torch.backends.cuda.matmul.allow_tf32 else split
+    float32 = found.tf32 if found.tf32 and tf32.is_allowed() else split
     flops = {"float32": float32, "bfloat16": found.bf16, "float16": found.bf16}
     return Peaks({name: 1e12 * rate for name, rate in flops.items()}, 1e9 * found.bandwidth, found.source)
 

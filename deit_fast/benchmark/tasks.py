@@ -10,6 +10,7 @@ from deit_fast.benchmark import clock, measure, operator_cases, operators, profi
 from deit_fast.benchmark.contenders import CONTENDERS, Case
 from deit_fast.benchmark.measure import Step, noted
 from deit_fast.benchmark.workers import Failed, Tell, run_tasks, run_tasks_here
+from deit_fast.kernels import tf32
 from deit_fast.kernels.tuned import Choice
 from deit_fast.ops.backend import ran_out_of_memory
 
@@ -41,7 +42,7 @@ class Measured:
 def measure_task(task: Measured, tell: Tell) -> None:
     """Tells pairs: ("say", what it does), and ("row", …), ("operator", …), ("kernels", …), ("failed", why)."""
     # On a GPU stock convolutions use TF32 unless told otherwise, and would look less right and faster than they are.
-    torch.backends.cudnn.allow_tf32 = False
+    tf32.forbid_in_convolutions()
     case, device = task.case, task.device
 
     def say(words: str) -> None:

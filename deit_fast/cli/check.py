@@ -22,6 +22,7 @@ from deit_fast.cli.check_cases import DEIT_SIZES, INTERPRETER_SIZES, OPS, Case, 
 from deit_fast.cli.check_environment import environment
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
+from deit_fast.kernels import tf32
 from deit_fast.kernels.launch import interpreted
 from deit_fast.ops import backend
 
@@ -107,8 +108,6 @@ def run(args: argparse.Namespace) -> int:
         )
     if device.type == "cpu" and not interpreted():
         return run_interpreted(args)
-    # On a GPU stock convolutions use TF32 unless told otherwise.
-    torch.backends.cudnn.allow_tf32 = False
     chosen = args.op or OPS
     return print_json(device, chosen) if args.json else print_tables(device, chosen)
 
@@ -236,6 +235,8 @@ def answered(done: Done) -> list[Line]:
 
 def check_task(task: Task, tell: Tell) -> list[Line]:
     """The lines of all its cases, titles told as they begin."""
+    # On a GPU stock convolutions use TF32 unless told otherwise.
+    tf32.forbid_in_convolutions()
     lines: list[Line] = []
     for case in cases(task.op, task.size, task.dtype, task.device):
         tell(f"{case.op}: {case.title}, {_name(task.dtype)}")
@@ -249,7 +250,7 @@ def check_case(case: Case, dtype: torch.dtype) -> list[Line]:
     try:
         # Stock operators may answer for what the kernels don't claim to do, but not for kernels that fail.
         with warnings.catch_warnings(), backend.fallbacks() as fallbacks:
-            warnings.filterwarnings("ignore", message=r"deit_fast\..*; using the stock PyTorch operators")
+            warnings.filterwarnings("ignore", message=r"deit_fast.*; using the stock PyTorch operators")
             for fault in ("its kernels failed", "its launches could not be repeated", ".* does not run with what was"):
                 warnings.filterwarnings("error", message=rf"deit_fast\S* {fault}")
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")

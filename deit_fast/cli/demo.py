@@ -12,6 +12,7 @@ from deit_fast._extras import require
 from deit_fast.cli import demo_inference, demo_training
 from deit_fast.cli.errors import user_input
 from deit_fast.cli.predict import find_device
+from deit_fast.kernels import tf32
 
 DEFAULT_OUT = "deit-fast-demo"
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     device = find_device(None)
     # On a GPU stock convolutions use TF32 unless told otherwise: that alone would pass the limits.
-    torch.backends.cudnn.allow_tf32 = False
+    tf32.forbid_in_convolutions()
 
     console.print(f"[bold]deit_fast {deit_fast.__version__}[/], torch {torch.__version__}, on {describe(device)}")
     agree = demo_inference.run(console, device)

@@ -96,14 +96,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called `name`, which must work; None: a GPU where there is one."""
+    """The device called `name`, which must work, as the current one; None: a GPU where there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used: {reason}") from error
+    if device.type == "cuda":
+        # Events, graphs and other people's kernels are put on the current one's stream.
+        torch.cuda.set_device(device)
+    return device
 
 
 def describe_checkpoint(path: str) -> tuple[int, list[str] | None]:

@@ -11,16 +11,16 @@ import torch
 import triton
 from triton.runtime import driver
 
-# About 100 KiB of shared memory a program (64 on AMD): two stages of a 16-bit tile, not three.
-_SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200"})
-# Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
-_MMA_SYNC = frozenset({"sm_80", "sm_86", "sm_89", "sm_120"})
-_WAVES_OF_64 = frozenset({"gfx90a", "gfx942", "gfx950"})
-# 256 registers a lane, and lanes half as many as of the other AMD GPUs: a tile takes twice what it takes there.
-_WAVES_OF_32 = frozenset({"gfx1200"})
-NO_FLOAT32_PRODUCTS = frozenset({"gfx1200"})
-# The longest row whose read-out queries fit in a wave's registers, where the others' do not.
-NARROW_READOUT = {"gfx1200": 192}
+from deit_fast.kernels import hardware, tf32
+from deit_fast.kernels.hardware import (
+    MMA_SYNC,
+    NO_FLOAT32_PRODUCTS,
+    SMALL_SHARED_MEMORY,
+    WAVES_OF_32,
+    WAVES_OF_64,
+    is_amd,
+)
+
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # The interpreter is quickest with the largest tiles.
 _INTERPRETED_AS = "sm_90"
@@ -79,17 +79,12 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-@lru_cache(maxsize=64)
-def _architecture(active_driver: object, device: int | None) -> str:
-    target = active_driver.get_current_target()
-    return target.arch if isinstance(target.arch, str) else f"sm_{target.arch}"
-
-
 def architecture(tensor: torch.Tensor) -> str:
-    """`sm_90`, `gfx942`, …: what this tensor's device is."""
+    """`sm_90`, `gfx942`, …: the one whose settings this tensor's device takes."""
     if interpreted():
         return _INTERPRETED_AS
-    return _architecture(driver.active, tensor.device.index)
+    arch = hardware.architecture(tensor.device)
+    return hardware.family(arch) or arch
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +100,7 @@ def device_name(device: torch.device) -> str:
     """NVIDIA H100 80GB HBM3; the architecture where a stand-in takes a GPU's place."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _architecture(driver.active, device.index)
+    return hardware.architecture(device)
 
 
 @lru_cache(maxsize=1)
@@ -121,15 +116,31 @@ def driver_version() -> str:
     return str(version.value)
 
 
-def is_amd(arch: str) -> bool:
-    return arch.startswith("gfx")
+def no_kernels(tensor: torch.Tensor) -> str | None:
+    """Why no kernel runs on this tensor's device, or None."""
+    arch = _name(tensor)
+    return None if arch is None or hardware.family(arch) else _lacking(f"no kernels for {arch}")
 
 
 def no_products(weight: torch.Tensor) -> str | None:
     """Why no kernel multiplies matrices of weight's dtype on its device, or None."""
-    if weight.dtype is torch.float32 and not interpreted() and architecture(weight) in NO_FLOAT32_PRODUCTS:
-        return f"{architecture(weight)} has no matrix instructions for float32"
-    return None
+    arch = _name(weight)
+    if weight.dtype is torch.float32 and arch is not None and hardware.family(arch) in NO_FLOAT32_PRODUCTS:
+        return _lacking(f"{arch} has no matrix instructions for float32")
+    return no_kernels(weight)
+
+
+def _name(tensor: torch.Tensor) -> str | None:
+    """Of its device; None in the interpreter, and where Triton has no driver, as the launch will say."""
+    try:
+        return None if interpreted() else hardware.architecture(tensor.device)
+    except RuntimeError:
+        return None
+
+
+def _lacking(reason: str) -> str:
+    hardware.lacking.add(reason)
+    return reason
 
 
 def no_separate_projections(weight: torch.Tensor) -> str | None:
@@ -141,7 +152,7 @@ def no_separate_projections(weight: torch.Tensor) -> str | None:
 
 def splits_float32(tensor: torch.Tensor) -> bool:
     """Whether float32 products on this tensor's device are split into several of TF32."""
-    return not interpreted() and not is_amd(architecture(tensor)) and not torch.backends.cuda.matmul.allow_tf32
+    return not interpreted() and not is_amd(architecture(tensor)) and not tf32.is_allowed()
 
 
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
@@ -151,7 +162,7 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """
     if dtype is not torch.float32 or is_amd(arch):
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if tf32.is_allowed() else "tf32x3"
 
 
 _thread = threading.local()
@@ -216,10 +227,10 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
     None, which only `settings` answers, is the vendor's GEMM (kernels/vendor_gemm.py).
     """
     if itemsize == 4:
-        if arch in _MMA_SYNC:
+        if arch in MMA_SYNC:
             return Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)
         return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
-    if arch in _SMALL_SHARED_MEMORY:
+    if arch in SMALL_SHARED_MEMORY:
         # GELU, residual and an index beside a longer reduction step take all registers.
         return Tile(128, 64, 64 if prologue == "layer_norm" or (prologue == "none" and not is_amd(arch)) else 32, 8, 2)
     if prologue in ("gelu", "gelu_tanh"):
@@ -237,7 +248,7 @@ def layer_norm_linear_rows(width: int, itemsize: int, arch: str) -> Tile | None:
     """
     if itemsize == 4 or width > 192:
         return None
-    return Tile(64, 32 if arch in _SMALL_SHARED_MEMORY else 64, width, 4 if is_amd(arch) else 8, 2)
+    return Tile(64, 32 if arch in SMALL_SHARED_MEMORY else 64, width, 4 if is_amd(arch) else 8, 2)
 
 
 @setting
@@ -250,10 +261,10 @@ def patch_embed(width: int, patch_width: int, depth: int, itemsize: int, arch: s
 @setting
 def mlp(width: int, arch: str) -> Tile:
     """The whole MLP in one kernel: `rows` stay on chip, `columns` of the hidden layer a step."""
-    if arch in _MMA_SYNC:
+    if arch in MMA_SYNC:
         return Tile(32, 32, width, 8, 2)
     if is_amd(arch):
-        return Tile(32, 16 if arch in _WAVES_OF_32 else 32, width, 4, 1)
+        return Tile(32, 16 if arch in WAVES_OF_32 else 32, width, 4, 1)
     return Tile(64, 32, width, 8, 2)
 
 
@@ -265,7 +276,7 @@ def layer_norm_attention(arch: str) -> Tile | None:
     """
     if arch not in ("sm_80", "sm_90", "sm_100"):
         return None
-    return Tile(64, 64, 32, 4, 1 if arch in _MMA_SYNC else 2)
+    return Tile(64, 64, 32, 4, 1 if arch in MMA_SYNC else 2)
 
 
 # Of `layer_norm_linear_rows`, whatever its tile: so that a tile doesn't decide whether it is asked for.
@@ -280,7 +291,7 @@ def fills_device(programs: int, tensor: torch.Tensor) -> bool:
 @setting
 def attention(head_dim: int, itemsize: int, arch: str) -> AttentionTile:
     if itemsize == 4:
-        if arch in _MMA_SYNC:
+        if arch in MMA_SYNC:
             # Three TF32 products for one leave no registers for wider tiles.
             return AttentionTile(16, 32, 4, 1)
         return AttentionTile(64, 32, 8 if arch == "sm_100" else 4, 1)
@@ -295,14 +306,14 @@ def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[Attenti
     """
     if itemsize == 2:
         stages = 1 if is_amd(arch) else 2
-        queries = 16 if head_dim > 64 and arch in _WAVES_OF_32 else 32
+        queries = 16 if head_dim > 64 and arch in WAVES_OF_32 else 32
         return AttentionTile(64, 32, 4, stages), AttentionTile(queries, 64, 4, stages)
     if head_dim > 80 and not is_amd(arch):
         # Split into what TF32 multiplies, 64 rows this wide fit neither in registers nor in shared memory.
         return AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 1)
     num_warps = 8 if arch == "sm_100" else 4
     # There 64 keys spill, if only just.
-    keys = 32 if arch in _MMA_SYNC & _SMALL_SHARED_MEMORY else 64
+    keys = 32 if arch in MMA_SYNC & SMALL_SHARED_MEMORY else 64
     return AttentionTile(64, 16, num_warps, 1), AttentionTile(16, keys, num_warps, 1)
 
 
@@ -327,7 +338,7 @@ def layer_norm_rows(width: int, itemsizes: tuple[int, ...], arch: str) -> tuple[
     head, tail = cover(width)
     # float32 beside 16 bits by half as many threads spills.
     warps = 4 if len(set(itemsizes)) == 1 and width <= 4096 else 8
-    threads = warps * (64 if arch in _WAVES_OF_64 else 32)
+    threads = warps * (64 if arch in WAVES_OF_64 else 32)
     rows = max(1, 2048 // triton.next_power_of_2(width), threads * 16 // (min(itemsizes) * (tail or head)))
     return rows, warps
 
@@ -336,11 +347,11 @@ def layer_norm_rows(width: int, itemsizes: tuple[int, ...], arch: str) -> tuple[
 def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> Tile:
     """The tile for an [M, depth] × [depth, columns] product, times the derivative of `activation`."""
     if itemsize == 4:
-        return Tile(64, 32 if arch == "sm_100" else 64, 32, 8 if arch in _MMA_SYNC or arch == "sm_100" else 4, 2)
-    if arch in _SMALL_SHARED_MEMORY:
+        return Tile(64, 32 if arch == "sm_100" else 64, 32, 8 if arch in MMA_SYNC or arch == "sm_100" else 4, 2)
+    if arch in SMALL_SHARED_MEMORY:
         return Tile(128, 64, 64, 8, 2) if is_amd(arch) else Tile(128, 64, 32, 8, 3)
     # GELU's derivative beside a wider tile takes all registers, and with them the multiprocessor's second program.
-    if activation != "none" and arch in _MMA_SYNC:
+    if activation != "none" and arch in MMA_SYNC:
         return Tile(128, 64, 32, 8, 4)
     return Tile(128, 128 if columns % 128 == 0 and activation == "none" else 64, 64, 8, 3)
 
@@ -351,8 +362,8 @@ def weight_gradient(
 ) -> Tile:
     """The tile of an [out_features, in_features] gradient, `depth` of the tokens a step."""
     if itemsize == 4:
-        return Tile(64, 64, 32, 8 if arch in _MMA_SYNC else 4, 2)
-    stages = 2 if arch in _SMALL_SHARED_MEMORY else 3
+        return Tile(64, 64, 32, 8 if arch in MMA_SYNC else 4, 2)
+    stages = 2 if arch in SMALL_SHARED_MEMORY else 3
     if activation != "none":
         # Every tile along out_features computes the activation anew, so they are as few as can be.
         rows = max(64, min(256, triton.next_power_of_2(out_features)))
@@ -361,7 +372,7 @@ def weight_gradient(
     if rows * columns == 64 * 64:
         return Tile(rows, columns, 32, 4, 2)
     # mma.sync's operands are in registers: a float32 x, normalised, and what it is cast to side by side.
-    in_registers = arch in _MMA_SYNC or arch in _WAVES_OF_32
+    in_registers = arch in MMA_SYNC or arch in WAVES_OF_32
     short = (rows * columns == 128 * 128 and stages == 2) or (x_itemsize > itemsize and in_registers)
     return Tile(rows, columns, 32 if short else 64, 8, stages)
 
@@ -403,7 +414,7 @@ def readout_backward(width: int, queries: int, itemsize: int, arch: str) -> Read
     """
     widest = 768 if is_amd(arch) else 1024
     if itemsize == 4:
-        widest = 0 if arch in _SMALL_SHARED_MEMORY or arch == "sm_100" else 192
+        widest = 0 if arch in SMALL_SHARED_MEMORY or arch == "sm_100" else 192
     # Wide rows in narrow tiles: less of the next tile is under way at once.
     chunk = min(64, _readout_chunk(width)) if width > 512 else _readout_chunk(width)
     return ReadoutTile(32 if queries > 16 else 16, 32 if width <= widest else 16, chunk, 8, 1)

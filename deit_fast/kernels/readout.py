@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit_fast.kernels import launch
+from deit_fast.kernels.hardware import NARROW_READOUT
 from deit_fast.kernels.layout import dense, unit_stride
 from deit_fast.kernels.metadata import described
 
@@ -215,8 +216,8 @@ def unsupported(width: int, dtype: torch.dtype | None = None) -> str | None:
 def forward_unsupported(x: Tensor, dtype: torch.dtype) -> str | None:
     """`unsupported` of forward, whose queries every wave holds whole."""
     arch, width = launch.architecture(x), x.shape[-1]
-    if arch in launch.NARROW_READOUT and width > launch.NARROW_READOUT[arch]:
-        return f"rows of {width} do not fit in registers on {arch} (at most {launch.NARROW_READOUT[arch]})"
+    if arch in NARROW_READOUT and width > NARROW_READOUT[arch]:
+        return f"rows of {width} do not fit in registers on {arch} (at most {NARROW_READOUT[arch]})"
     return unsupported(width, dtype)
 
 

@@ -23,6 +23,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from deit_fast.kernels import launch, tuned
+from deit_fast.kernels.tf32 import matmul_precision
 
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 # As CUDA's allocator aligns.
@@ -36,7 +37,6 @@ _READ = ("3.6", "3.7", "3.8", "3.9")
 RUNNER_IS_KNOWN = ".".join(triton.__version__.split(".")[:2]) in _READ
 _enabled = True
 _runtime = knobs.runtime
-_allow_tf32 = torch._C._get_cublas_allow_tf32
 
 
 class Empty(NamedTuple):
@@ -205,7 +205,7 @@ def _key(arguments: tuple | list) -> tuple[tuple | None, list[int]]:
 
     Asked at every call, so it is written to be quick.
     """
-    key: list = [_allow_tf32(), tuned.is_enabled()]
+    key: list = [matmul_precision(), tuned.is_enabled()]
     pointers: list[int] = []
     for argument in arguments:
         kind = type(argument)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from deit_fast.kernels.hardware import lacking
+
 _CHOICES = ("triton", "torch")
 
 
@@ -80,8 +82,9 @@ def fallbacks() -> Iterator[dict[str, None]]:
 
 
 def warn_fallback(op: str, reason: str) -> None:
-    """Says once per operator and reason that the stock operator answers instead of the kernel."""
-    message = f"deit_fast.{op}: {reason}; using the stock PyTorch operators"
+    """Says once per operator and reason, or once for what a device lacks, that the stock operators answer."""
+    who = "deit_fast" if reason in lacking else f"deit_fast.{op}"
+    message = f"{who}: {reason}; using the stock PyTorch operators"
     _tell(message)
     if message not in said:
         said.add(message)

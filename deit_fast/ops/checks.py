@@ -61,10 +61,11 @@ def same_dtype(op: str, x: Tensor, weight: Tensor) -> None:
 
 def kernel_dtypes(*tensors: Tensor | None) -> str | None:
     """Why the kernels can't take these tensors, or None."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if tensor.dtype not in KERNEL_DTYPES:
             return f"no kernel for {tensor.dtype}"
-    return None
+    return launch.no_kernels(given[0])
 
 
 def kernel_products(weight: Tensor, *tensors: Tensor | None) -> str | None:

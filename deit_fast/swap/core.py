@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import Module
 
+from deit_fast.kernels import launch
 from deit_fast.nn.functional import check_memory
 from deit_fast.swap import layer_norm  # noqa: F401  (registers torch's LayerNorm)
 from deit_fast.swap.report import SwapReport
@@ -66,7 +67,7 @@ def swap(
         module.__dict__["_deit_fast_memory"] = memory
         module.__dict__["_deit_fast_readout"] = readout
         module.__dict__["_deit_fast_compact"] = compact_drop_path
-    report = SwapReport()
+    report = SwapReport(lacking=_lacking(model))
     with _as_gathered(model):
         for name, (module, rule) in found.items():
             report.classes[name] = _unwrapped(type(module)).__name__
@@ -111,6 +112,14 @@ def _restore(modules: Iterator[Module]) -> None:
             _set_class(module, rule.swapped, rule.stock)
             for name in _OPTIONS:
                 module.__dict__.pop(name, None)
+
+
+def _lacking(model: Module) -> list[str]:
+    """Why the stock operators will run on the GPUs that `model` is on, where they will."""
+    if not torch.cuda.is_available():  # fake tensors may be on a GPU that isn't there
+        return []
+    on_gpus = {(p.dtype, p.device): p for p in model.parameters() if p.is_cuda}
+    return sorted({reason for p in on_gpus.values() if (reason := launch.no_products(p))})
 
 
 # Finding ----------------------------------------------------------------------------------------------------------

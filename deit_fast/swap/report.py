@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from deit_fast.kernels import hardware
 from deit_fast.ops import backend
 
 # A number between dots: the place in a ModuleList or Sequential.
@@ -15,14 +16,16 @@ class SwapReport:
 
     `readout`: name of a classifier → why its last block is computed for more than the rows that it reads, or None.
     The root module's name is the empty string, as in `named_modules()`. `classes`: name → class, of both.
-    Printed, it is a table in which numbered modules (`blocks.0` … `blocks.11`) share a row, with the operators
-    whose kernels have failed in this process so far.
+    `lacking`: why the stock operators run on the GPUs that the model is on, where they do.
+    Printed, it is a table in which numbered modules (`blocks.0` … `blocks.11`) share a row, with what GPUs were found
+    to lack, and the operators whose kernels have failed, in this process so far.
     """
 
     swapped: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     readout: dict[str, str | None] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         # (name with its numbers left out, class, outcome) → the names it stands for
@@ -40,12 +43,13 @@ class SwapReport:
         ]
         rule = "-" * max(map(len, lines))
         readout = [f"last block of {name or '(model)'}: {_readout(reason)}" for name, reason in self.readout.items()]
-        failed = [
+        stock = [f"stock operators run: {reason}" for reason in sorted(hardware.lacking.union(self.lacking))]
+        stock += [
             f"kernels of {op} failed for {asked} on {device}, stock operators run: {reason}"
             for op, asked, device, reason in backend.failed.values()
         ]
         return "\n".join(
-            (f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:], *readout, *failed)
+            (f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:], *readout, *stock)
         )
 
 
