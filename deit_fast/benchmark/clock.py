@@ -72,7 +72,8 @@ def graph_seconds(call: Callable[[], object]) -> float:
             call()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Entered here too, since a capture that fails may not leave it.
+    with torch.cuda.stream(beside), torch.cuda.graph(graph, stream=beside):
         for _ in range(_GRAPHED):
             call()
     graph.replay()

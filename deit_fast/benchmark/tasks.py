@@ -9,7 +9,7 @@ import torch
 from deit_fast.benchmark import clock, measure, operator_cases, operators, profile, tune
 from deit_fast.benchmark.contenders import CONTENDERS, Case
 from deit_fast.benchmark.measure import Step, noted
-from deit_fast.benchmark.workers import Failed, Tell, run_tasks, run_tasks_here
+from deit_fast.benchmark.workers import Failed, Tell, make_current, run_tasks, run_tasks_here
 from deit_fast.kernels import tf32
 from deit_fast.kernels.tuned import Choice
 from deit_fast.ops.backend import ran_out_of_memory
@@ -43,6 +43,7 @@ def measure_task(task: Measured, tell: Tell) -> None:
     """Tells pairs: ("say", what it does), and ("row", …), ("operator", …), ("kernels", …), ("failed", why)."""
     # On a GPU stock convolutions use TF32 unless told otherwise, and would look less right and faster than they are.
     tf32.forbid_in_convolutions()
+    make_current(task.device)
     case, device = task.case, task.device
 
     def say(words: str) -> None:
@@ -103,6 +104,7 @@ def _operators(case: Case, device: torch.device) -> list[operator_cases.Operator
 
 def tune_task(task: Tuning, tell: Tell) -> list[Listed] | Found | Failed:
     """Which operators there are, or what was found for one of them, or why nothing was; tells what it does."""
+    make_current(task.device)
     try:
         found = _operators(task.case, task.device)
     except Exception as error:

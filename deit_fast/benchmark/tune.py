@@ -1,5 +1,6 @@
 """Measures what an operator can be launched with, and the stock operators beside it: the fastest is kept."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -37,13 +38,15 @@ class Tuned:
     failure: str | None = None
 
 
-def tune(cases: list[OperatorCase], clock: Clock, rounds: int, say: Callable[[str], None]) -> Iterator[Tuned]:
-    """One result for each of `cases`, as soon as it is there."""
+def tune(
+    cases: list[OperatorCase], clock: Clock, rounds: int, say: Callable[[str], None], ends: float = float("inf")
+) -> Iterator[Tuned]:
+    """One result for each of `cases`, as soon as it is there. ends: when, by `time.monotonic`, no more is tried."""
     for i, case in enumerate(cases):
         say(f"{i + 1} of {len(cases)}: {case.title}")
         try:
             with torch.no_grad():
-                result = _tuned(case, clock, rounds)
+                result = _tuned(case, clock, rounds, ends)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
@@ -55,7 +58,7 @@ def _failed(case: OperatorCase, reason: str) -> Tuned:
     return Tuned(case, Choice(False, {}), {}, 0, reason)
 
 
-def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
+def _tuned(case: OperatorCase, clock: Clock, rounds: int, ends: float) -> Tuned:
     operator, arguments = case.operator, case.arguments
 
     def stock() -> object:
@@ -72,7 +75,7 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int) -> Tuned:
     packed = "kept" in operator.parameters and arguments[operator.parameters.index("kept")] is not None
     expected = None if packed else shipped_call()
 
-    tries = _Tries(case, clock, expected, shipped, shipped_call)
+    tries = _Tries(case, clock, expected, shipped, shipped_call, ends)
     best: dict[str, object] = {}
     for asked, setting in shipped.items():
         best = _settled(tries, asked, setting, best)
@@ -108,7 +111,9 @@ class _Tries:
         expected: object,
         shipped: dict[str, object],
         shipped_call: Callable[[], object],
+        ends: float,
     ) -> None:
+        self.ends = ends
         self.case, self.clock, self.expected, self.shipped = case, clock, expected, shipped
         self.calls: dict[tuple, Callable[[], object]] = {(): shipped_call}
         self.asked: dict[tuple, dict[str, object]] = {}
@@ -116,6 +121,8 @@ class _Tries:
 
     def seconds(self, settings: dict[str, object]) -> float:
         key = self._key(settings)
+        if key not in self.timed and time.monotonic() > self.ends:
+            return float("inf")
         if key not in self.timed:
             call = _prepared(self.case, settings, self.expected, self.asked.setdefault(key, {}))
             if isinstance(call, str):

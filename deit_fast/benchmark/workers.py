@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -43,6 +44,12 @@ class Done:
         return self.result.reason if isinstance(self.result, Failed) else None
 
 
+def make_current(device: torch.device) -> None:
+    """Events, graphs and other people's kernels are put on the current GPU's stream: a worker asks for its task's."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 # Tells the other side something while a task is under way.
 Tell = Callable[[Any], None]
 
@@ -63,7 +70,7 @@ def run_tasks(
     above 0.
     """
     remaining = list(tasks)
-    while remaining:
+    while remaining and seconds() > 0:
         with _Worker(function) as worker:
             while remaining and seconds() > 0:
                 task = remaining.pop(0)
@@ -114,6 +121,7 @@ class _Worker:
     def call(self, task: Any, heard: Tell, deadline: float) -> tuple[object, bool]:
         """The result, and whether the worker can go on."""
         began = time.monotonic()
+        self.output.write_bytes(b"")
         try:
             self.connection.send(task)
             while self.connection.poll(None if deadline == float("inf") else max(0.0, deadline - time.monotonic())):
@@ -147,6 +155,8 @@ class _Worker:
         """The worker and what it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        # While it still starts it has no group of its own.
+        self.process.kill()
         self.process.join()
 
 
@@ -162,6 +172,7 @@ def _serve(connection: Connection, function: Callable[[Any, Tell], object], outp
     with open(output, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)
     while True:
         try:
             task = connection.recv()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deit_fast._extras import require
-from deit_fast.benchmark.workers import Done, Failed, Tell, run_tasks, run_tasks_here
+from deit_fast.benchmark.workers import Done, Failed, Tell, make_current, run_tasks, run_tasks_here
 from deit_fast.cli.accuracy import Errors, allowed_errors, errors, within
 from deit_fast.cli.check_cases import DEIT_SIZES, INTERPRETER_SIZES, OPS, Case, Size, cases, of_size
 from deit_fast.cli.check_environment import environment
@@ -235,6 +235,7 @@ def answered(done: Done) -> list[Line]:
 
 def check_task(task: Task, tell: Tell) -> list[Line]:
     """The lines of all its cases, titles told as they begin."""
+    make_current(task.device)
     # On a GPU stock convolutions use TF32 unless told otherwise.
     tf32.forbid_in_convolutions()
     lines: list[Line] = []

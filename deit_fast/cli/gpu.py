@@ -1,6 +1,7 @@
 """`deit-fast gpu`: the first minutes on a GPU, so that nothing of them is lost."""
 
 import argparse
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = find_device(args.device)
     if device.type != "cuda":
-        raise UserError(
-            "gpu needs an NVIDIA or AMD GPU that PyTorch finds (torch.cuda.is_available()); there is none here"
-        )
+        raise UserError("gpu needs an NVIDIA or AMD GPU that PyTorch can use, and there is none here")
     if interpreted():
         raise UserError("TRITON_INTERPRET is set, so nothing would run on the GPU: unset it")
     if args.minutes <= 0:
@@ -50,8 +49,15 @@ def run(args: argparse.Namespace) -> int:
         out = writable_folder(args.out)
         record = _begun(out, here)
     memory = torch.cuda.get_device_properties(device).total_memory
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        (out / "summary.md").write_text(summary(record))
+
+    # Workers are in sessions of their own: whoever ends this process must end them too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        runner.run(record, scope(memory), device, 60 * args.minutes, out, lambda line: print(line, flush=True))
+        runner.run(record, scope(memory), device, 60 * args.minutes, out, say)
     except KeyboardInterrupt:
         print("Interrupted: what was done so far is written.")
     (out / "summary.md").write_text(summary(record))

@@ -21,5 +21,5 @@ def test_what_a_gpu_measured_is_shown(tmp_path: Path):
     ]
     Record({"device": "a GPU"}, entries).write(tmp_path / "mine")
     text = page(tmp_path)
-    assert "## a GPU" in text and "| DeiT-small, batch 64, inference | 2.00 |  | 1.00 |  | 2.00 |" in text
+    assert "## a GPU" in text and "| DeiT-small, batch 64, inference | 2.00 | 1.00 |  |  | 2.00 |  |" in text
     assert "Not yet measured" not in text and "### Launches" not in text

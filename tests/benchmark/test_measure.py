@@ -288,11 +288,13 @@ def test_a_small_rate_of_drop_path_shows_in_the_flops(monkeypatch):
 def test_where_stock_operators_answer_the_row_says_so(monkeypatch):
     """Each row for itself, though a warning is given once."""
     monkeypatch.setattr(backend, "said", set())
-    monkeypatch.setattr(backend, "failed", {"mlp": "no such GPU"})
+    failure = backend.Failure("mlp", "batch 2", torch.device("cpu"), "no such GPU")
+    monkeypatch.setattr(backend, "failed", {("mlp", "this call"): failure})
 
     class Falls(nn.Sequential):
         def forward(self, x):
             backend.warn_fallback("attention", "no kernel for it")
+            assert backend.has_failed("mlp", "this call")
             return super().forward(x)
 
     def build(case: Case) -> nn.Module:
@@ -306,5 +308,5 @@ def test_where_stock_operators_answer_the_row_says_so(monkeypatch):
     for name in ("deit_fast", "deit_fast, tuned"):
         assert found[name].fallbacks == [
             "deit_fast.attention: no kernel for it; using the stock PyTorch operators",
-            "deit_fast.mlp: its kernels failed: no such GPU; using the stock PyTorch operators",
+            "deit_fast.mlp: its kernels failed (no such GPU); using the stock PyTorch operators",
         ]

@@ -4,11 +4,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from deit_fast.benchmark import operators
 from deit_fast.benchmark.contenders import Case
 from deit_fast.benchmark.operator_cases import operator_cases
 from deit_fast.benchmark.operators import PEERS, measure_operators
+from deit_fast.kernels import launch
 from deit_fast.ops import backend
 
 CPU = torch.device("cpu")
@@ -109,12 +111,18 @@ def test_an_interrupted_operator_keeps_its_whole_rounds():
 
 
 def test_an_operator_whose_kernels_failed_says_so(monkeypatch):
-    monkeypatch.setattr(backend, "failed", {"mlp": "no such GPU"})
-    rows = list(measure_operators(replace(CASE, training=False), CPU, Clock(), 1, lambda what: None))
-    said = {(row.operator, row.contender): row.fallbacks for row in rows if row.fallbacks}
-    assert said == {
-        ("mlp", "deit_fast"): ["deit_fast.mlp: its kernels failed: no such GPU; using the stock PyTorch operators"]
-    }
+    def refused(kernel, *args, **options) -> None:
+        raise OutOfResources(300_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(backend, "failed", {})
+    monkeypatch.setattr(launch, "run", refused)
+    with backend.forced("triton"), pytest.warns(UserWarning, match="its kernels failed"):
+        rows = list(measure_operators(replace(CASE, training=False), CPU, Clock(), 1, lambda what: None))
+    said = {(row.operator, row.contender): row.fallbacks for row in rows if row.operator == "mlp"}
+    assert said["mlp", "stock"] == []
+    (fallback,) = said["mlp", "deit_fast"]
+    assert fallback.startswith("deit_fast.mlp: its kernels failed (OutOfResources: out of resource")
+    assert fallback.endswith("; using the stock PyTorch operators")
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "attention"])

@@ -36,14 +36,15 @@ def test_what_ends_a_process_ends_its_task_alone(ending, reason, printed):
 
 
 def test_a_task_that_takes_too_long_is_ended():
-    left = iter([60.0, 60.0, 60.0, 0.5, 60.0, 60.0])
+    # Asked before a process starts, and twice a task.
+    left = iter([60.0, 60.0, 60.0, 60.0, 0.5, 60.0, 60.0, 60.0])
     first, failed, last = run("one", "hang", "two", seconds=lambda: next(left))
     assert failed.reason == "took longer than 0.5 s" and "about to hang" in failed.printed
     assert last[0] == "two" and first[1] != last[1]
 
 
 def test_no_task_begins_after_the_time_is_over():
-    left = iter([60.0, 60.0, 0.0])
+    left = iter([60.0, 60.0, 60.0, 0.0, 0.0])
     told = []
     done = list(run_tasks(act, ["one", "two"], lambda task, words: told.append(task), lambda: next(left)))
     assert [each.task for each in done] == told == ["one"]

@@ -69,7 +69,7 @@ class OnTheCpu(TorchFunctionMode):
 
 def small() -> steps.Scope:
     size = Size(64, 1, 32, 16, 10, 2)
-    config = replace(get_config("deit_tiny_distilled_patch16_224"), embed_dim=64, num_heads=1, img_size=32, depth=2)
+    config = replace(get_config("deit_tiny_distilled_patch16_224"), embed_dim=64, num_heads=1, img_size=32, depth=3)
     return steps.Scope((size,), (64,), {"tiny": config}, size.tokens, 2)
 
 
@@ -91,7 +91,7 @@ def a_gpu():
             "Stream": lambda *device: stream,
             "current_stream": lambda *device: stream,
             "stream": lambda stream: nullcontext(),
-            "graph": lambda graph: nullcontext(),
+            "graph": lambda graph, stream: nullcontext(),
             "CUDAGraph": Graph,
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))

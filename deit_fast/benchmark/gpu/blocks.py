@@ -56,10 +56,11 @@ def steps(shape: Shape, device: torch.device) -> tuple[Step, Step]:
     return tuple(Step(each.to(device, shape.dtype).train(shape.training), x, gradient) for each in (stock, block))
 
 
-def launch_block(device: torch.device, shape: Shape) -> None:
-    """Makes the launches of our block's step, for their kernels to be compiled."""
+def launch_block(device: torch.device, shape: Shape, amp: torch.dtype | None = None) -> None:
+    """Makes the launches of our block's step, in autocast to `amp`, for their kernels to be compiled."""
     _, step = steps(shape, device)
-    step()
+    with torch.autocast(device.type, amp, enabled=amp is not None):
+        step()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

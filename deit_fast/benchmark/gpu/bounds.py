@@ -23,11 +23,11 @@ def furthest_from_bound(record: Record) -> list[str]:
 
 
 def worst_launches(record: Record) -> list[tuple[str, str]]:
-    """The operator and the kernel of each timed launch, by how many seconds it takes beyond its bound."""
+    """The operator and the symbol of each timed launch, by how many seconds it takes beyond its bound."""
     found = [
-        (launch["seconds"] - (bound(record, launch["flops"], launch["bytes"]) or 0.0), entry.name, launch["kernel"])
+        (launch["seconds"] - (bound(record, launch["flops"], launch["bytes"]) or 0.0), entry.name, launch["symbol"])
         for entry in record.of("launches")
         if entry.result
         for launch in entry.result["launches"]
     ]
-    return [(name, kernel) for _, name, kernel in sorted(found, reverse=True)]
+    return [(name, symbol) for _, name, symbol in sorted(found, reverse=True)]

@@ -30,10 +30,10 @@ def measured_peaks(device: torch.device) -> dict[str, object]:
 
 def one_operator(device: torch.device, size: Size) -> dict[str, object]:
     """A linear layer with a residual, forward and backward, against float64."""
-    return checked("linear_residual", size, torch.bfloat16, device)
+    return checked(device, "linear_residual", size, torch.bfloat16)
 
 
-def checked(op: str, size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+def checked(device: torch.device, op: str, size: Size, dtype: torch.dtype) -> dict[str, object]:
     """`deit-fast check` of one operator: how many results, those that fail, and fallbacks to stock operators."""
     lines = check_task(Task(op, size, dtype, device), lambda title: None)
     return {

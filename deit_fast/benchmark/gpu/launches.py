@@ -1,7 +1,7 @@
 """Step 4: each operator of a block's step, and each launch of it, beside stock's and the vendor's for the same work."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from deit_fast.benchmark.gpu.blocks import Shape, steps
 from deit_fast.benchmark.operator_cases import OperatorCase, calls_of
 from deit_fast.kernels import launch, replay, tuned
 from deit_fast.ops import backend
+
+# The vendor's whole attention, which computes what ours does.
+FLASH = "flash SDPA"
 
 
 @lru_cache(maxsize=1)
@@ -42,7 +45,8 @@ def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, 
     with torch.no_grad(), tuned.enabled(False):
         with backend.fallbacks() as fallbacks:
             seconds["deit_fast"] = clock.graph_seconds(lambda: case.operator.call(*case.arguments))
-        launched = list(_launches(case))
+        launched, failed = _launches(case)
+        not_timed |= failed
         for name, call in (("stock", lambda: case.operator.stock(*case.arguments)), *_peers(case)):
             try:
                 seconds[name] = clock.graph_seconds(call)
@@ -65,40 +69,35 @@ def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, 
     }
 
 
-def _launches(case: OperatorCase) -> Iterator[dict[str, object]]:
+def _launches(case: OperatorCase) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Each launch with its time and its work; those that can't be timed → why."""
     with replay.enabled(False), launch.recorded() as launches:
         case.operator.call(*case.arguments)
-    for compiled, programs, arguments, device in launches:
-        if compiled is None:
-            continue
-        run = _runner(compiled, programs, arguments, device)
+    timed, failed = [], {}
+    for compiled, programs, arguments, _ in launches:
         function = compiled.src.fn
-        described = {} if function.launch_metadata is None else function.launch_metadata(
-            (programs, 1, 1), compiled.metadata, dict(zip(function.arg_names, arguments, strict=True))
-        )  # fmt: skip
-        yield {
-            "kernel": function.__name__,
-            "name": described.get("name", function.__name__),
-            "seconds": clock.graph_seconds(run),
-            "flops": sum(value for key, value in described.items() if key.startswith("flops")),
-            "bytes": described.get("bytes", 0),
-            "programs": programs,
-            "registers": compiled.n_regs,
-            "spills": compiled.n_spills,
-            "shared": compiled.metadata.shared,
-        }
-
-
-def _runner(compiled: object, programs: int, arguments: tuple, device: int) -> Callable[[], None]:
-    from triton.runtime import driver
-
-    def run() -> None:
-        stream = driver.active.get_current_stream(device)
-        compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
-        )  # fmt: skip
-
-    return run
+        try:
+            seconds = clock.graph_seconds(partial(compiled[(programs, 1, 1)], *arguments))
+        except Exception as error:
+            failed[function.__name__] = backend.in_a_line(error)
+            continue
+        named = dict(zip(function.arg_names, arguments, strict=True))
+        described = function.launch_metadata((programs, 1, 1), compiled.metadata, named)
+        timed.append(
+            {
+                "kernel": function.__name__,
+                "name": described["name"],
+                "symbol": described["symbol"],
+                "seconds": seconds,
+                "flops": sum(value for key, value in described.items() if key.startswith("flops")),
+                "bytes": described["bytes"],
+                "programs": programs,
+                "registers": compiled.n_regs,
+                "spills": compiled.n_spills,
+                "shared": compiled.metadata.shared,
+            }
+        )
+    return timed, failed
 
 
 def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -112,7 +111,10 @@ def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 return F.scaled_dot_product_attention(q, k, v, scale=named["scale"])
 
-        yield "flash SDPA", flash
+        yield FLASH, flash
+        return
+    if case.operator.name == "attention_backward":
+        yield FLASH, _flash_backward(named)
         return
     weights = [
         w for n, a in named.items() if "weight" in n
@@ -122,7 +124,10 @@ def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
     if not weights or rows is None:
         return
     count = rows.shape[0] * rows.shape[1]
-    operands = [(torch.randn(count, w.shape[1]).to(w), torch.randn(count, w.shape[0]).to(w), w) for w in weights]
+    options = {"device": rows.device, "dtype": weights[0].dtype}
+    operands = [
+        (torch.randn(count, w.shape[1], **options), torch.randn(count, w.shape[0], **options), w) for w in weights
+    ]
 
     def products() -> None:
         for x, grad, weight in operands:
@@ -133,6 +138,22 @@ def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
                 torch.mm(x, weight.T)
 
     yield "vendor's GEMM alone", products
+
+
+def _flash_backward(named: dict[str, object]) -> Callable[[], object]:
+    q, k, v = (t.transpose(1, 2) for t in named["qkv"].unbind(2))
+    grad = named["grad"].unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+    kept: list = []
+
+    def backward() -> object:
+        if not kept:
+            kept.extend(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=named["scale"]))
+        out, log_sum_exp, *sizes, seed, offset, _ = kept
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, log_sum_exp, *sizes, 0.0, False, seed, offset, scale=named["scale"]
+        )
+
+    return backward
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -48,7 +48,7 @@ class Record:
         }
         part = folder / "results.part"
         with part.open("w") as file:
-            json.dump(content, file, indent=1)
+            json.dump(content, file, indent=1, default=str)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, folder / "results.json")

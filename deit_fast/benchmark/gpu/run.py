@@ -31,22 +31,39 @@ def run(
     ends = clock() + seconds
     # Tuned settings of this run, to be committed from there; what the user has tuned stays out of it.
     os.environ["DEIT_FAST_TUNED"] = str(folder / "tuned")
-    record.not_reached = {}
-    for step in of:
-        tasks = [task for task in step.tasks(what, device, record) if not record.has(task.step, task.name)]
+    of = tuple(of)
+    try:
+        for step in of:
+            if step.again and not any(_to_do(each, what, device, record) for each in of if not each.again):
+                continue
+            if step.again:
+                record.entries = [entry for entry in record.entries if entry.step != step.name]
 
-        def left(step: Step = step) -> float:
-            return min(step.seconds, ends - clock())
+            def left(step: Step = step) -> float:
+                return min(step.seconds, ends - clock())
 
-        for done in run_tasks(perform, tasks, seconds=left):
-            entry = _entry(done)
-            record.entries.append(entry)
-            record.write(folder)
-            say(f"{entry.step}: {entry.name}: {entry.failure or 'done'} ({entry.seconds:.1f} s)")
-        missed = [task.name for task in tasks if not record.has(task.step, task.name)]
-        if missed:
-            record.not_reached[step.name] = missed
-    record.write(folder)
+            for done in run_tasks(perform, _to_do(step, what, device, record), seconds=left):
+                # What the end of the time has cut off has not failed: another call does it.
+                if done.failure is not None and clock() >= ends:
+                    break
+                entry = _entry(done)
+                record.entries.append(entry)
+                record.write(folder)
+                say(f"{entry.step}: {entry.name}: {entry.failure or 'done'} ({entry.seconds:.1f} s)")
+    finally:
+        record.not_reached = {step.name: missed for step in of if (missed := _missed(step, what, device, record))}
+        record.write(folder)
+
+
+def _to_do(step: Step, what: Scope, device: torch.device, record: Record) -> list[Task]:
+    return [task for task in step.tasks(what, device, record) if not record.has(task.step, task.name)]
+
+
+def _missed(step: Step, what: Scope, device: torch.device, record: Record) -> list[str]:
+    """Names; of a step whose tasks another one has to find first, that."""
+    if not step.tasks(what, device, record):
+        return ["all of it"]
+    return [task.name for task in _to_do(step, what, device, record)]
 
 
 def _entry(done: Done) -> Entry:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from deit_fast.benchmark.gpu.blocks import Shape, launch_block
 from deit_fast.benchmark.gpu.bounds import furthest_from_bound, worst_launches
 from deit_fast.benchmark.gpu.compiling import Recipe
 from deit_fast.benchmark.gpu.record import Record
-from deit_fast.benchmark.workers import Tell
+from deit_fast.benchmark.workers import Tell, make_current
 from deit_fast.cli.check_cases import DEIT_SIZES, OPS, Size, of_size
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.registry import get_config
 
 # What a block of DeiT-S or -B, its embedding and its last rows run.
 NEEDED = ("layer_norm_linear", "attention", "linear_residual", "mlp", "patch_embed", "readout_attention", "layer_norm")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TUNED_FIRST = 6
 # A smaller GPU gets smaller batches.
 _LARGE_MEMORY = 60 * 2**30
 
@@ -50,61 +49,65 @@ def scope(memory: int) -> Scope:
 
 @dataclass(frozen=True)
 class Task:
-    """`function(*arguments)`, in a worker; its result is JSON."""
+    """`function(device, *arguments)`, in a worker; its result is JSON."""
 
     step: str
     name: str
+    device: torch.device
     function: Callable[..., Any]
-    arguments: tuple
+    arguments: tuple = ()
 
 
 def perform(task: Task, tell: Tell) -> object:
-    return task.function(*task.arguments)
+    make_current(task.device)
+    return task.function(task.device, *task.arguments)
 
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: that one of its tasks may take. tasks: of the scope, the device, and what was found before."""
+    """seconds: that one of its tasks may take. tasks: of the scope, the device, and what was found before.
+
+    again: whether a call that goes on does it once more, for what is still to be done: Triton's cache may be another.
+    """
 
     name: str
     seconds: float
     tasks: Callable[[Scope, torch.device, Record], list[Task]]
+    again: bool = False
 
 
 def _contact(what: Scope, device: torch.device, record: Record) -> list[Task]:
     return [
-        Task("contact", "environment", contact.environment, (device,)),
-        Task("contact", "one operator", contact.one_operator, (device, what.sizes[0])),
-        Task("contact", "plans", contact.plans, (device, what.sizes[0])),
-        Task("contact", "peaks", contact.measured_peaks, (device,)),
+        Task("contact", "environment", device, contact.environment),
+        Task("contact", "one operator", device, contact.one_operator, (what.sizes[0],)),
+        Task("contact", "plans", device, contact.plans, (what.sizes[0],)),
+        Task("contact", "peaks", device, contact.measured_peaks),
     ]
 
 
 def _compile(what: Scope, device: torch.device, record: Record) -> list[Task]:
+    small, scaled = _small(what)
     recipes = [
-        *(Recipe(contact.launch_cases, (op, size, dtype)) for op, size, dtype in _checked(what)),
-        *(Recipe(launch_block, (shape,)) for shape in (*_shapes(what), *_small(what))),
+        *(Recipe(contact.launch_cases, case) for case in (*_in_bfloat16(what), *_in_other_dtypes(what))),
+        *(Recipe(launch_block, (shape,)) for shape in (*_shapes(what), small, scaled)),
+        Recipe(launch_block, (scaled, torch.float16)),
         *(
-            Recipe(models.launch_model, (config, what.batch, training))
-            for config, training in product(what.models.values(), (False, True))
+            Recipe(models.launch_model, (config, batch, training))
+            for config in what.models.values()
+            for batch, training in ((what.batch, False), (what.batch, True), (models.FEW, False))
         ),
     ]
-    return [Task("compile", "all kernels", compiling.compile_all, (device, tuple(recipes)))]
+    return [Task("compile", "all kernels", device, compiling.compile_all, (tuple(recipes),))]
+
+
+# Operator, size and dtype: what `contact.checked` takes.
+Checked = tuple[str, Size, torch.dtype]
 
 
 def _check(what: Scope, device: torch.device, record: Record) -> list[Task]:
-    operators = [
-        Task(
-            "check",
-            f"{op}, {of_size(op, size)}, {str(dtype).removeprefix('torch.')}",
-            contact.checked,
-            (op, size, dtype, device),
-        )
-        for op, size, dtype in _checked(what)
-    ]
     small, scaled = _small(what)
     around = [
-        Task("check", f"{function.__name__.replace('_', ' ')}, {small.title}", function, (device, small))
+        Task("check", f"{function.__name__.replace('_', ' ')}, {small.title}", device, function, (small,))
         for function in (
             behaviour.repeated_from_plans,
             behaviour.repeated,
@@ -112,21 +115,37 @@ def _check(what: Scope, device: torch.device, record: Record) -> list[Task]:
             behaviour.on_a_side_stream,
         )
     ]
-    around.append(Task("check", f"scaled autocast, {scaled.title}", behaviour.scaled_autocast, (device, scaled)))
+    around.append(Task("check", f"scaled autocast, {scaled.title}", device, behaviour.scaled_autocast, (scaled,)))
+    operators = _checks("check", _in_bfloat16(what), device)
     first = len(NEEDED) * len(what.sizes)
     return [*operators[:first], *around, *operators[first:]]
 
 
-def _checked(what: Scope) -> list[tuple[str, Size, torch.dtype]]:
-    """Operators, sizes and dtypes, what DeiT-S and -B need in bfloat16 first."""
-    rest = tuple(op for op in OPS if op not in NEEDED)
+def _check_other_dtypes(what: Scope, device: torch.device, record: Record) -> list[Task]:
+    return _checks("other dtypes", _in_other_dtypes(what), device)
+
+
+def _checks(step: str, found: list[Checked], device: torch.device) -> list[Task]:
     return [
-        (op, size, dtype)
-        for dtype in _DTYPES
-        for ops in (NEEDED, rest)
-        for size in what.sizes
-        for op in ops
-    ]  # fmt: skip
+        Task(
+            step,
+            f"{op}, {of_size(op, size)}, {str(dtype).removeprefix('torch.')}",
+            device,
+            contact.checked,
+            (op, size, dtype),
+        )
+        for op, size, dtype in found
+    ]
+
+
+def _in_bfloat16(what: Scope) -> list[Checked]:
+    """What DeiT-S and -B need first."""
+    rest = tuple(op for op in OPS if op not in NEEDED)
+    return [(op, size, torch.bfloat16) for ops in (NEEDED, rest) for size in what.sizes for op in ops]
+
+
+def _in_other_dtypes(what: Scope) -> list[Checked]:
+    return [(op, size, dtype) for dtype in (torch.float16, torch.float32) for size in what.sizes for op in OPS]
 
 
 def _shapes(what: Scope) -> list[Shape]:
@@ -142,68 +161,86 @@ def _small(what: Scope) -> tuple[Shape, Shape]:
 
 
 def _list_operators(what: Scope, device: torch.device, record: Record) -> list[Task]:
-    return [Task("operators", shape.title, launches.listed, (device, shape)) for shape in _shapes(what)]
+    return [Task("operators", shape.title, device, launches.listed, (shape,)) for shape in _shapes(what)]
 
 
 def _time_operators(what: Scope, device: torch.device, record: Record) -> list[Task]:
     return [
-        Task("launches", f"{shape.title}, {place}: {name}", launches.operator_times, (device, shape, place))
+        Task("launches", f"{shape.title}, {place}: {name}", device, launches.operator_times, (shape, place))
         for shape in _shapes(what)
         for place, name in enumerate(record.result("operators", shape.title) or ())
     ]
 
 
-def _time_models(what: Scope, device: torch.device, record: Record) -> list[Task]:
-    """Models before blocks; all eager ones first, since compiling takes most of a minute each."""
+def _time_eager(what: Scope, device: torch.device, record: Record) -> list[Task]:
+    return _times("models", what, device, models.EAGER)
 
-    def model(name: str, config: DeiTConfig, training: bool, contender: str) -> Task:
-        title = f"DeiT-{name}, batch {what.batch}, {'training' if training else 'inference'}, {contender}"
-        return Task("models", title, models.model_time, (device, config, what.batch, training, contender))
 
-    def block(shape: Shape, contender: str) -> Task:
-        return Task("models", f"block, {shape.title}, {contender}", models.block_time, (device, shape, contender))
+def _time_compiled(what: Scope, device: torch.device, record: Record) -> list[Task]:
+    """By themselves: to compile one takes most of a minute."""
+    return _times("compiled", what, device, models.COMPILED)
 
-    found = []
-    for contenders in (models.EAGER, models.COMPILED):
-        for (name, config), training in product(what.models.items(), (False, True)):
-            found += [model(name, config, training, contender) for contender in contenders]
-        found += [block(shape, contender) for shape in _shapes(what) for contender in contenders]
-    return found
+
+def _times(step: str, what: Scope, device: torch.device, contenders: tuple[str, ...]) -> list[Task]:
+    whole = [
+        Task(
+            step,
+            f"DeiT-{name}, batch {what.batch}, {'training' if training else 'inference'}, {contender}",
+            device,
+            models.model_time,
+            (config, what.batch, training, contender),
+        )
+        for name, config in what.models.items()
+        for training in (False, True)
+        for contender in contenders
+    ]
+    blocks = [
+        Task(step, f"block, {shape.title}, {contender}", device, models.block_time, (shape, contender))
+        for shape in _shapes(what)
+        for contender in contenders
+    ]
+    return [*whole, *blocks]
 
 
 def _tune(what: Scope, device: torch.device, record: Record) -> list[Task]:
-    """The operators furthest from their bound first; then where a step's time goes, and the worst launches alone."""
+    """The operators furthest from their bound; after the first few, where a step's time goes and the worst launches."""
     timed = {
         f"{shape.title}, {place}: {name}": (shape, place)
         for shape in _shapes(what)
         for place, name in enumerate(record.result("operators", shape.title) or ())
     }
-    slowest = [name for name in furthest_from_bound(record) if name in timed]
-    tuning_tasks = [Task("tuning", name, tuning.tune_operator, (device, *timed[name])) for name in slowest]
+    tuned = [
+        Task("tuning", name, device, tuning.tune_operator, timed[name])
+        for name in furthest_from_bound(record)
+        if name in timed
+    ]
     name, config = next(iter(what.models.items()))
     profiles = [
         Task(
             "tuning",
             f"profile of DeiT-{name}, batch {what.batch}, {'training' if training else 'inference'}",
+            device,
             tuning.profiled_model,
-            (device, config, what.batch, training),
+            (config, what.batch, training),
         )
         for training in (False, True)
     ]
     worst = [
-        Task("tuning", f"ncu: {kernel} in {name}", tuning.nsight, (device, timed[name][0], kernel))
-        for name, kernel in worst_launches(record)[:3]
+        Task("tuning", f"ncu: {symbol} in {name}", device, tuning.nsight, (timed[name][0], symbol))
+        for name, symbol in worst_launches(record)[:3]
         if name in timed
     ]
-    return [*profiles, *worst, *tuning_tasks]
+    return [*tuned[:_TUNED_FIRST], *profiles, *worst, *tuned[_TUNED_FIRST:]]
 
 
 STEPS = (
     Step("contact", 60, _contact),
-    Step("compile", 240, _compile),
+    Step("compile", 240, _compile, again=True),
     Step("check", 60, _check),
     Step("operators", 60, _list_operators),
     Step("launches", 60, _time_operators),
-    Step("models", 90, _time_models),
+    Step("models", 60, _time_eager),
+    Step("other dtypes", 60, _check_other_dtypes),
+    Step("compiled", 120, _time_compiled),
     Step("tuning", 150, _tune),
 )

@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import asdict
 
 import torch
@@ -16,13 +18,16 @@ from deit_fast.kernels import launch, tuned
 from deit_fast.models.config import DeiTConfig
 
 _ROUNDS = 5
+# After which no other setting is tried: a backward operator has dozens, and each is compiled.
+_SECONDS = 90.0
 _NCU_SECONDS = 120
 
 
 def tune_operator(device: torch.device, shape: Shape, place: int) -> dict[str, object]:
     """The fastest settings of one operator of a block's step; written where tuned settings are kept."""
     case = operators(device, shape)[place]
-    result = next(tune([case], clock.GpuClock(device), _ROUNDS, lambda what: None))
+    ends = time.monotonic() + _SECONDS
+    result = next(tune([case], clock.GpuClock(device), _ROUNDS, lambda what: None, ends))
     found = {"operator": case.operator.name, "shape": case.shape, "batch": case.batch, "failure": result.failure}
     if result.failure is not None:
         return found
@@ -37,8 +42,8 @@ def profiled_model(device: torch.device, config: DeiTConfig, batch: int, trainin
     return [asdict(each) for each in profile.profiled(model_step(device, config, batch, training))]
 
 
-def nsight(device: torch.device, shape: Shape, kernel: str) -> dict[str, object]:
-    """What Nsight Compute says of one launch of `kernel` in a block's step; why it says nothing."""
+def nsight(device: torch.device, shape: Shape, symbol: str) -> dict[str, object]:
+    """What Nsight Compute says of one launch of the kernel `symbol` in a block's step; or that it is not there."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return {"absent": "ncu is not installed"}
@@ -46,8 +51,8 @@ def nsight(device: torch.device, shape: Shape, kernel: str) -> dict[str, object]
         "import torch; from deit_fast.benchmark.gpu.blocks import Shape, launch_block; "
         f"launch_block(torch.device({str(device)!r}), {shape!r})"
     )
-    command = [ncu, "--set", "basic", "--launch-count", "1", "--kernel-name", f"regex:^{kernel}"]
-    done = subprocess.run(
-        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=_NCU_SECONDS
-    )  # fmt: skip
-    return {"exit code": done.returncode, "said": (done.stdout + done.stderr)[-6000:]}
+    command = [ncu, "--set", "basic", "--clock-control", "none", "--launch-count", "1", "--kernel-name", symbol]
+    with tempfile.TemporaryFile("w+") as said:
+        done = subprocess.run([*command, sys.executable, "-c", code], stdout=said, stderr=said, timeout=_NCU_SECONDS)
+        said.seek(0)
+        return {"exit code": done.returncode, "said": said.read()[-6000:]}
