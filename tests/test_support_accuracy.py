@@ -8,6 +8,7 @@ import torch
 from tests.support.accuracy import assert_as_accurate_as_stock, searched, unit_in_last_place
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -65,14 +66,42 @@ def test_a_result_rounded_to_a_narrower_dtype_fails():
             assert_as_accurate_as_stock((a @ b).to(narrower).float(), a @ b, exact, torch.float32)
 
 
-@pytest.mark.parametrize("ours", [1.0, float("nan"), float("-inf")])
-def test_specials_must_stand_where_stock_has_them(ours):
-    stock = torch.tensor([0.5, float("inf"), 2.0])
-    with pytest.raises(AssertionError, match=r"NaN or infinity differs.*first at \(1,\)"):
-        assert_as_accurate_as_stock(torch.tensor([0.5, ours, 2.0]), stock, stock.double(), torch.float32)
+@pytest.mark.parametrize("stock", [1.0, NAN, INF, -INF])
+@pytest.mark.parametrize("right", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_must_be_those_of_float64_whatever_stock_has(dtype, right, stock):
+    exact = torch.tensor([0.5, right, 2.0], dtype=torch.float64)
+    stock = torch.tensor([0.5, stock, 2.0], dtype=dtype)
+    assert_as_accurate_as_stock(exact.to(dtype), stock, exact, dtype)
+    for wrong in {1.0, NAN, INF, -INF} - {right}:
+        with pytest.raises(AssertionError, match=r"NaN or infinity differs.*first at \(1,\)"):
+            assert_as_accurate_as_stock(torch.tensor([0.5, wrong, 2.0], dtype=dtype), stock, exact, dtype)
 
 
-def test_specials_as_stock_pass_and_do_not_hide_the_rest():
+@pytest.mark.parametrize("way", [NAN, INF, -INF])
+def test_where_float64_is_finite_a_result_may_overflow_on_the_way_as_stock_does(way):
+    exact = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    stock = torch.tensor([0.5, way, 2.0]).half()
+    assert_as_accurate_as_stock(stock.clone(), stock, exact, torch.float16)
+    assert_as_accurate_as_stock(exact.half(), stock, exact, torch.float16)
+    for other in {NAN, INF, -INF} - {way}:
+        with pytest.raises(AssertionError, match=r"NaN or infinity differs.*first at \(1,\)"):
+            assert_as_accurate_as_stock(torch.tensor([0.5, other, 2.0]).half(), stock, exact, torch.float16)
+    with pytest.raises(AssertionError, match="less accurate"):
+        assert_as_accurate_as_stock(torch.tensor([0.5, 1.1, 2.0]).half(), stock, exact, torch.float16)
+
+
+def test_what_passes_a_dtypes_range_is_infinite():
+    exact = torch.tensor([0.5, 1e5, -1e5], dtype=torch.float64)
+    ours = torch.tensor([0.5, INF, -INF]).half()
+    largest = torch.tensor([0.5, 65504.0, -65504.0]).half()
+    assert_as_accurate_as_stock(ours, torch.full_like(ours, NAN), exact, torch.float16)
+    for stock, wrong in ((ours, largest), (ours, -ours), (largest, -ours)):
+        with pytest.raises(AssertionError, match=r"NaN or infinity differs.*first at \(1,\)"):
+            assert_as_accurate_as_stock(wrong, stock, exact, torch.float16)
+
+
+def test_right_specials_pass_and_do_not_hide_the_rest():
     stock = torch.tensor([0.5, float("inf"), float("nan"), -float("inf")])
     assert_as_accurate_as_stock(stock.clone(), stock, stock.double(), torch.float32)
     ours = stock.clone()

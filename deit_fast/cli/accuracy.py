@@ -5,6 +5,8 @@
 The error is the relative L2 norm, which finds a small bias in all elements and hardly moves with the seed. The
 largest absolute error is held to a wider factor, to find one wrong element among many. Either may instead meet
 its floor, since stock can be exact by luck (one product of powers of two) where a right kernel rounds once.
+
+NaN and infinity are held to float64 too: what stock makes of them differs from one processor to the next.
 """
 
 from dataclasses import dataclass
@@ -68,3 +70,18 @@ def allowed_errors(stock: Errors, exact: Tensor, dtype: torch.dtype, searched: b
 
 def within(ours: Errors, allowed: Errors, elements: int) -> bool:
     return ours.largest <= allowed.largest and (elements < FEW or ours.relative <= allowed.relative)
+
+
+def same_specials(ours: Tensor, stock: Tensor, exact: Tensor) -> Tensor:
+    """Where `ours` is NaN or infinite just where it should be; a bool tensor of their shape.
+
+    That is where `exact`, rounded to the dtype, is. Where `exact` is finite before it is rounded, the way to the result
+    may overflow, and `ours` may be what `stock` is.
+    """
+    mine = _specials(ours)
+    return (mine == _specials(exact.to(ours.dtype))) | exact.isfinite() & (mine == _specials(stock))
+
+
+def _specials(x: Tensor) -> Tensor:
+    """0 where `x` is finite, 1 and -1 where it is infinite, 2 where it is NaN."""
+    return torch.where(x.isnan(), 2, x.isinf() * x.sign())

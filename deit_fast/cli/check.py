@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deit_fast._extras import require
 from deit_fast.benchmark.workers import Done, Failed, Tell, make_current, run_tasks, run_tasks_here
-from deit_fast.cli.accuracy import Errors, allowed_errors, errors, within
+from deit_fast.cli.accuracy import Errors, allowed_errors, errors, same_specials, within
 from deit_fast.cli.check_cases import DEIT_SIZES, INTERPRETER_SIZES, OPS, Case, Size, cases, of_size
 from deit_fast.cli.check_environment import environment
 from deit_fast.cli.errors import UserError, user_input
@@ -305,8 +305,8 @@ def compare(ours: Tensor, again: Tensor, stock: Tensor, exact: Tensor) -> dict[s
     if ours.dtype != stock.dtype or ours.shape != stock.shape:
         return {"failure": f"{ours.dtype} {list(ours.shape)} where stock has {stock.dtype} {list(stock.shape)}"}
     found = {"error": errors(ours, exact), "stock": errors(stock, exact)}
-    if not torch.equal(ours.isfinite(), stock.isfinite()):
-        return {**found, "failure": "not finite where stock is"}
+    if not same_specials(ours, stock, exact).all():
+        return {**found, "failure": "other NaN or infinity than float64"}
     if stock.is_floating_point():
         found["allowed"] = allowed_errors(found["stock"], exact, stock.dtype)
         right = within(found["error"], found["allowed"], exact.numel())

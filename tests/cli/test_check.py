@@ -118,7 +118,7 @@ def test_a_backward_that_does_not_launch_is_named_too(capsys, monkeypatch):
         ([1.0, 2.0], [1.0, 2.0], None),
         ([1.0, 2.0], [1.0, 2.0000002], "other bits in a second run"),
         ([1.0, 2.1], [1.0, 2.1], "less accurate than stock: relative error 0.045 (stock 0, allowed"),
-        ([1.0, torch.nan], [1.0, torch.nan], "not finite where stock is"),
+        ([1.0, torch.nan], [1.0, torch.nan], "other NaN or infinity than float64"),
         ([1.0], [1.0], "torch.float32 [1] where stock has torch.float32 [2]"),
     ],
 )
@@ -126,6 +126,13 @@ def test_what_makes_a_line_fail(ours, again, failure):
     exact = torch.tensor([1.0, 2.0])
     found = check.compare(torch.tensor(ours), torch.tensor(again), exact, exact.double())
     assert found.get("failure") is failure or found["failure"].startswith(failure)
+
+
+def test_infinity_is_right_where_float64_has_it_whatever_stock_has():
+    exact = torch.tensor([1.0, torch.inf], dtype=torch.float64)
+    stock = torch.tensor([1.0, torch.nan])
+    assert "failure" not in check.compare(exact.float(), exact.float(), stock, exact)
+    assert check.compare(stock, stock, stock, exact)["failure"] == "other NaN or infinity than float64"
 
 
 def test_indices_must_be_equal():

@@ -160,7 +160,7 @@ def test_nan_gradients_of_masked_patches_reach_the_mask_token_alone(dtype):
 
 
 @in_every_dtype
-def test_nan_and_infinity_go_where_stock_sends_them(dtype):
+def test_nan_and_infinity_go_where_float64_has_them(dtype):
     arguments = arguments_of(randn(2, 3, 16, 16, dtype=dtype), 32, 8, dtype) | masked(2, 4, 32, dtype)
     arguments["images"][0, 0, 0, 0], arguments["images"][1, 1, 9, 9] = torch.nan, torch.inf
     arguments["mask"][1] = False

@@ -11,6 +11,7 @@ def test_interpolation_is_timms(old, new, prefix):
     layers = pytest.importorskip("timm.layers")
     pos_embed = torch.randn(1, prefix + old * old, 8)
     result = resample_pos_embed(pos_embed, prefix, new)
+    # Bit for bit: both call the same operator on tensors of the same strides.
     assert torch.equal(result, layers.resample_abs_pos_embed(pos_embed, [new, new], num_prefix_tokens=prefix))
     torch.testing.assert_close(result, interpolate_pos_embed(pos_embed, prefix, (old, old), (new, new)))
 

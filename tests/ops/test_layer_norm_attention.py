@@ -124,7 +124,7 @@ def test_autocast_casts_the_weights(dtype):
 
 
 @in_16_bits
-def test_nan_and_infinity_go_where_the_stock_operator_lets_them(dtype):
+def test_nan_and_infinity_go_where_float64_has_them(dtype):
     given = arguments(3, 70, 64, 1, dtype)
     given[0][0, 3, 5] = torch.nan
     given[0][1, 69, 5] = torch.inf

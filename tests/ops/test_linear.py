@@ -88,12 +88,14 @@ def test_every_residual_epilogue(with_bias, with_layer_scale, with_drop_path, ba
 @pytest.mark.usefixtures("either_product")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_expanded_inputs(dtype):
-    x, weight, vector = randn(3, 7, 50, dtype=dtype), weight_of(50, 50, dtype), strided(randn(50, dtype=dtype))
+    # 20 rows where all are not different: with one column for all as well, an error norm is one of 20 roundings, and
+    # of 3 it says nothing.
+    x, weight, vector = randn(20, 20, 50, dtype=dtype), weight_of(50, 50, dtype), strided(randn(50, dtype=dtype))
     for view in (
         strided(x),
-        x[:1].expand(3, 7, 50),
+        x[:1].expand(20, 20, 50),
         x.transpose(0, 1).contiguous().transpose(0, 1),
-        x[:, :1].expand(3, 7, 50),
+        x[:, :1].expand(20, 20, 50),
     ):
         for matrix in (strided(weight), weight.T, weight[:1].expand(50, 50)):
             assert_op_is_right("linear_residual", view, matrix, vector, strided(x), vector, None, "gelu")
@@ -117,11 +119,12 @@ def test_rows_of_one_value_are_the_bias(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_go_where_the_stock_operator_lets_them(dtype):
+def test_nan_and_infinity_go_where_float64_has_them(dtype):
     x, weight, bias = randn(1, 6, 40, dtype=dtype), weight_of(24, 40, dtype), randn(24, dtype=dtype)
     x[0, 1, 3], x[0, 2, 5], x[0, 4, 7] = torch.nan, torch.inf, -torch.inf
     assert_op_is_right("linear", x, weight, bias)
-    assert_op_is_right("linear", x, weight, bias, "gelu", "none")
+    with torch.no_grad():  # with gradients the stock operator is what computes this GELU
+        assert_op_is_right("linear", x, weight, bias, "gelu", "none")
     assert_op_is_right("layer_norm_linear", x, None, None, EPS, weight, bias)
     residual = randn(1, 6, 24, dtype=dtype)
     residual[0, 0, 0] = torch.inf

@@ -75,12 +75,20 @@ def check(function, heads: int, rows: int, inputs: list[Tensor]) -> None:
         if name == "k_bias":
             assert not a.any(), "its true gradient is 0"
         elif tokens == 1 and name in ("q", "q_bias", "k"):
-            # The only token's weight is 1 whatever the query: their true gradient is 0 too, and what is left is noise.
-            assert a.double().norm() < 4 * torch.finfo(a.dtype).eps * of_values
+            # The only token's weight is 1 whatever the query: their true gradient is 0 too, and what is left is noise:
+            # of one rounding to the dtype, and of two float32 sums of 32 products, each with √32 half units, which
+            # scale · |q| or |k| make some three times larger.
+            noise = torch.finfo(a.dtype).eps + 16 * torch.finfo(torch.float32).eps
+            assert a.double().norm() < noise * of_values
         else:
             assert_as_accurate_as_stock(a, b, c, a.dtype)
     again = differentiate(function, heads, rows, inputs, grads)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def batch_of(tokens: int) -> int:
+    """Of one token the noise in a score's gradient, one number a head, is most of x's error: enough for a sample."""
+    return 24 if tokens == 1 else 2
 
 
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -91,13 +99,13 @@ in_both_layouts = pytest.mark.parametrize("function", [separate, packed])
 @in_every_dtype
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (2, 2), (17, 2), (198, 2), (197, 1)])
 def test_on_the_cpu_values_and_gradients_are_as_right_as_stocks(function, dtype, tokens, rows) -> None:
-    check(function, 3, rows, arguments(2, tokens, 96, dtype))
+    check(function, 3, rows, arguments(batch_of(tokens), tokens, 96, dtype))
 
 
 @in_every_dtype
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (17, 2), (198, 2)])
 def test_in_the_kernels_values_and_gradients_are_as_right_as_stocks(dtype, tokens, rows, triton_backend) -> None:
-    check(packed, 2, rows, arguments(2, tokens, 64, dtype))
+    check(packed, 2, rows, arguments(batch_of(tokens), tokens, 64, dtype))
 
 
 @pytest.mark.parametrize("width", [50, 192])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from deit_fast.cli.accuracy import allowed_errors, errors, unit_in_last_place, within
+from deit_fast.cli.accuracy import allowed_errors, errors, same_specials, unit_in_last_place, within
 
 __all__ = ["assert_as_accurate_as_stock", "errors", "searched", "unit_in_last_place"]
 
@@ -30,7 +30,7 @@ def assert_as_accurate_as_stock(
     """Fails unless `ours` is as accurate as `stock` by the rule above.
 
     ours, stock: results in `dtype`, of one shape, from the same input. exact: the float64 result.
-    NaN and infinities must stand where the stock operator has them, with the same sign.
+    NaN and infinities must stand where `exact` has them, with the same sign: see `same_specials`.
     """
     assert ours.shape == stock.shape == exact.shape, (
         f"{name}: shapes differ: ours {tuple(ours.shape)}, stock {tuple(stock.shape)}, exact {tuple(exact.shape)}"
@@ -40,7 +40,7 @@ def assert_as_accurate_as_stock(
     if not exact.numel():
         return
     ours, stock, exact = ours.detach(), stock.detach(), exact.detach()
-    _assert_same_specials(ours, stock, name)
+    _assert_same_specials(ours, stock, exact, name)
 
     ours_is, stock_is = errors(ours, exact), errors(stock, exact)
     allowed = allowed_errors(stock_is, exact, dtype, _searched)
@@ -58,16 +58,15 @@ def assert_as_accurate_as_stock(
     )
 
 
-def _assert_same_specials(ours: Tensor, stock: Tensor, name: str) -> None:
-    same = (ours.isnan() == stock.isnan()) & (ours.isinf() == stock.isinf())
-    same &= ~ours.isinf() | (ours.sign() == stock.sign())
+def _assert_same_specials(ours: Tensor, stock: Tensor, exact: Tensor, name: str) -> None:
+    same = same_specials(ours, stock, exact)
     if same.all():
         return
     first = _index((~same).flatten().int().argmax().item(), ours.shape)
     raise AssertionError(
-        f"{name} {tuple(ours.shape)}: NaN or infinity differs from the stock operator's at "
+        f"{name} {tuple(ours.shape)} {ours.dtype}: NaN or infinity differs from the reference's at "
         f"{int((~same).sum())} of {same.numel()} elements, first at {first}: "
-        f"ours {ours[first].item()}, stock {stock[first].item()}"
+        f"ours {ours[first].item()}, stock {stock[first].item()}, exact {exact[first].item()}"
     )
 
 

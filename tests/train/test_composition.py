@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deit_fast.ops import backend
 from deit_fast.swap import swap
-from tests.swap.helpers import assert_close, assert_same_gradients, gradients, operator_calls, randomise
+from tests.swap.helpers import TOLERANCE, assert_close, assert_same_gradients, gradients, operator_calls, randomise
 
 timm = pytest.importorskip("timm")
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt  # noqa: E402
@@ -249,7 +249,8 @@ def test_a_gradient_scaler_with_float16_autocast_follows_stock(init_scale: float
             assert unchanged == (init_scale > 2.0**20), f"step {step}"
         results.append((losses, scaler.get_scale()))
     (stock_losses, stock_scale), (losses, scale) = results
-    assert losses == pytest.approx(stock_losses, abs=2e-3)
+    # As far apart as the swap's logits may be: 8 units in the last place of one.
+    assert losses == pytest.approx(stock_losses, abs=8 * torch.finfo(torch.float16).eps)
     assert scale == stock_scale
 
 
@@ -541,7 +542,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(setup: str, two_process
         losses.append(loss.item())
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     by_rank = [results[setup] for results in two_processes]
-    assert [sum(step) / RANKS for step in zip(*(found[0] for found in by_rank), strict=True)] == pytest.approx(losses)
+    mean_losses = [sum(step) / RANKS for step in zip(*(found[0] for found in by_rank), strict=True)]
+    assert mean_losses == pytest.approx(losses, abs=TOLERANCE[torch.float32])
     for _, found, attention_backwards in by_rank:
         assert_same_gradients(found, expected)
         # The last block computes the row that is read; under fully_shard its hooks keep it whole.
