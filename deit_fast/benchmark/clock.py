@@ -63,19 +63,28 @@ _GRAPHED = 20  # calls in a graph
 _REPLAYS = 5
 
 
-def graph_seconds(call: Callable[[], object]) -> float:
-    """Of one call on a GPU, without the host's part: from a CUDA graph of many. The L2 cache is as the last left it."""
+def captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A CUDA graph of `call`, which runs once before, and what it returned while it was captured."""
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
-        for _ in range(3):
-            call()
+        call()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
     # Entered here too, since a capture that fails may not leave it.
     with torch.cuda.stream(beside), torch.cuda.graph(graph, stream=beside):
+        result = call()
+    return graph, result
+
+
+def graph_seconds(call: Callable[[], object]) -> float:
+    """Of one call on a GPU, without the host's part: from a CUDA graph of many. The L2 cache is as the last left it."""
+
+    def calls() -> None:
         for _ in range(_GRAPHED):
             call()
+
+    graph, _ = captured(calls)
     graph.replay()
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     seconds = []

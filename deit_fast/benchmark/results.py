@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
@@ -11,6 +10,7 @@ from pathlib import Path
 from deit_fast.benchmark import operator_results
 from deit_fast.benchmark.clock import Interval, faster, interval
 from deit_fast.benchmark.contenders import CONTENDERS, Case, is_ours
+from deit_fast.benchmark.files import write_whole
 from deit_fast.benchmark.host import HostTime, table
 from deit_fast.benchmark.measure import Row, best_peer
 from deit_fast.benchmark.operators import OperatorRow
@@ -42,9 +42,7 @@ class Results:
     def write(self, file: Path) -> None:
         """Whole or not at all: what was measured before survives an interruption."""
         content = {"version": _VERSION, **asdict(self)}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(part, file)
+        write_whole(file, json.dumps(content, indent=1) + "\n")
 
     @staticmethod
     def read(file: Path) -> "Results":

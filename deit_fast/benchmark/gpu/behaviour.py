@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from deit_fast.benchmark.clock import captured
 from deit_fast.benchmark.gpu.blocks import Shape, relative_error, steps
 from deit_fast.kernels import replay
 
@@ -30,14 +31,7 @@ def in_a_graph(device: torch.device, shape: Shape) -> dict[str, object]:
     """A CUDA graph of the step against the step, bit for bit."""
     _, step = steps(shape, device)
     expected = _copies(step())
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
-        step()
-    torch.cuda.current_stream(device).wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(beside), torch.cuda.graph(graph, stream=beside):
-        found = step()
+    graph, found = captured(step)
     for tensor in found:
         tensor.zero_()
     graph.replay()

@@ -1,9 +1,10 @@
 """What was done, in results.json: written whole after every task, read by the run that goes on."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from deit_fast.benchmark.files import write_whole
 
 VERSION = 1
 
@@ -46,12 +47,7 @@ class Record:
             "not_reached": self.not_reached,
             "entries": [vars(each) for each in self.entries],
         }
-        part = folder / "results.part"
-        with part.open("w") as file:
-            json.dump(content, file, indent=1, default=str)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, folder / "results.json")
+        write_whole(folder / "results.json", json.dumps(content, indent=1, default=str) + "\n")
 
     @staticmethod
     def read(file: Path) -> "Record":
