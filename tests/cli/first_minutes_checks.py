@@ -129,7 +129,8 @@ def compiled_later():
         return make_ir(self, *args, **kwargs)
 
     def step(*args):
-        result = compile_all(*args)
+        # However slow this machine is.
+        result = compile_all(*args, seconds=3600)
         found.clear()
         return result
 
