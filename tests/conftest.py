@@ -1,6 +1,7 @@
 """Runs every kernel of the test suite in Triton's interpreter, on CPU tensors."""
 
 import os
+import sys
 
 # Read when triton is imported, so set before anything here imports it.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -33,6 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_has_failed() -> Iterator[None]:
+    """What failed in one test is tried anew, and warned of, in the next."""
+    yield
+    backend = sys.modules.get("deit_fast.ops.backend")
+    if backend is not None:
+        backend.failed.clear()
+        backend._warned.clear()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ _forced: str | None = _from_environment()
 # Fallbacks that have been warned of.
 said: set[str] = set()
 # One for each `fallbacks` block: operators' backwards run in threads of autograd's own, so they belong to none.
-_listening: dict[int, dict[str, None]] = {}
+_listening: dict[int, dict[str, bool]] = {}
 
 
 class Failure(NamedTuple):
@@ -71,9 +71,12 @@ def forced(backend: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def fallbacks() -> Iterator[dict[str, None]]:
-    """Fills, in order, with the fallbacks to stock operators within the block, whether or not they were warned of."""
-    heard: dict[str, None] = {}
+def fallbacks() -> Iterator[dict[str, bool]]:
+    """Fills, in order, with the fallbacks to stock operators within the block, whether or not they were warned of.
+
+    True where the kernels don't claim to take such arguments, False where they failed.
+    """
+    heard: dict[str, bool] = {}
     _listening[id(heard)] = heard
     try:
         yield heard
@@ -85,15 +88,15 @@ def warn_fallback(op: str, reason: str) -> None:
     """Says once per operator and reason, or once for what a device lacks, that the stock operators answer."""
     who = "deit_fast" if reason in lacking else f"deit_fast.{op}"
     message = f"{who}: {reason}; using the stock PyTorch operators"
-    _tell(message)
+    _tell(message, by_design=True)
     if message not in said:
         said.add(message)
         warnings.warn(message, stacklevel=4)
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, by_design: bool) -> None:
     for heard in list(_listening.values()):
-        heard[message] = None
+        heard[message] = by_design
 
 
 def has_failed(op: str, key: object) -> bool:
@@ -101,7 +104,8 @@ def has_failed(op: str, key: object) -> bool:
     failure = failed.get((op, key))
     if failure is None:
         return False
-    _tell(f"deit_fast.{op}: its kernels failed ({failure.reason}); using the stock PyTorch operators")
+    message = f"deit_fast.{op}: its kernels failed ({failure.reason}); using the stock PyTorch operators"
+    _tell(message, by_design=False)
     return True
 
 

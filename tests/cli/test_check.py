@@ -105,6 +105,16 @@ def test_a_kernel_that_does_not_launch_fails_in_every_dtype_and_the_rest_is_chec
     assert not backend.failed, "the next dtype would not be tried"
 
 
+def test_a_kernel_that_failed_before_the_check_fails_it_all_the_same(capsys, monkeypatch):
+    refuse(monkeypatch, "layer_norm_kernel")
+    (case,) = cases("layer_norm", INTERPRETER_SIZES[0], torch.float32, CPU)
+    with backend.forced("triton"), pytest.warns(UserWarning, match="its kernels failed"):
+        case.function(**case.arguments)
+    assert main(["check", "--op", "layer_norm", "--json"]) == 1
+    outcomes = {line["dtype"]: line["failure"] for line in printed_json(capsys)["lines"] if line["failure"]}
+    assert outcomes.keys() == {"float32", "float16"} and all("OutOfResources" in each for each in outcomes.values())
+
+
 def test_a_backward_that_does_not_launch_is_named_too(capsys, monkeypatch):
     refuse(monkeypatch, "layer_norm_backward_kernel")
     assert main(["check", "--op", "layer_norm"]) == 1
@@ -232,6 +242,7 @@ def stand_in_gpu(monkeypatch) -> torch.device:
     monkeypatch.setattr(check, "interpreted", lambda: False)
     monkeypatch.setattr(check, "find_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(check, "run_tasks", check.run_tasks_here)
+    monkeypatch.setattr(check, "make_current", lambda device: None)
     monkeypatch.setattr(check, "cases", lambda op, size, dtype, device: cases(op, size, dtype, CPU))
     small = tuple(replace(size, batch=1, image=32) for size in DEIT_SIZES[:2])
     monkeypatch.setattr(check, "DEIT_SIZES", small)

@@ -1,7 +1,6 @@
 """Kernels that do not compile or launch: the stock operators answer, once and for all, and a warning says so."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,11 +23,7 @@ FAILURES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def nothing_failed_yet(triton_backend) -> Iterator[None]:
-    backend._warned.clear()
-    yield
-    backend.failed.clear()
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 
 def failed_operators() -> list[str]:
