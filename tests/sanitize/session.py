@@ -38,9 +38,12 @@ def _only_triton() -> Iterator[None]:
     def refuse(op: str, reason: str) -> None:
         raise AssertionError(f"{op} does not run its kernels: {reason}")
 
+    def give_up(op: str, key: object, asked: str, device: torch.device, error: Exception) -> None:
+        raise error
+
     with (
         backend.forced("triton"),
-        patch.object(backend, "gives_up", lambda op, error: False),
+        patch.object(backend, "give_up", give_up),
         patch.object(backend, "warn_fallback", refuse),
         # Heads too wide for float32 in NVIDIA's registers run in the same kernels on AMD.
         patch.object(launch, "splits_float32", lambda tensor: False),
