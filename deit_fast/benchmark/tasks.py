@@ -75,7 +75,6 @@ class Listed:
     operator: str
     shape: str
     batch: int
-    title: str
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,6 @@ def tune_task(task: Tuning, tell: Tell) -> list[Listed] | Found | Failed:
             raise
         return Failed(f"out of memory at batch {task.case.batch}")
     if task.place is None:
-        return [
-            Listed(place, each.operator.name, each.shape, each.batch, each.title) for place, each in enumerate(found)
-        ]
+        return [Listed(place, each.operator.name, each.shape, each.batch) for place, each in enumerate(found)]
     result = next(tune.tune([found[task.place]], clock_of(task.device), task.rounds, tell))
     return Failed(result.failure) if result.failure else Found(result.choice, result.seconds, result.tried)

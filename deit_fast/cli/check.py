@@ -87,10 +87,6 @@ class Task:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def title(self) -> str:
-        return f"{self.op}, {of_size(self.op, self.size)}, {_name(self.dtype)}"
-
 
 def run(args: argparse.Namespace) -> int:
     """Check, print and say in the exit code whether all is well: 0 or 1."""

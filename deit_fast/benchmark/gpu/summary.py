@@ -104,7 +104,7 @@ def _launches(record: Record) -> str:
 
 def _models(record: Record) -> str:
     found = {entry.name: entry.result for step in ("models", "compiled") for entry in record.of(step) if entry.result}
-    names = dict.fromkeys(_of(name)[0] for name in found)
+    names = dict.fromkeys(_of(name) for name in found)
     contenders = (*EAGER, *COMPILED)
     rows = []
     for name in names:
@@ -115,12 +115,12 @@ def _models(record: Record) -> str:
     return "" if not rows else table(("step", *figures(columns)), rows)
 
 
-def _of(name: str) -> tuple[str, str]:
-    """A task's name without its contender, and that."""
+def _of(name: str) -> str:
+    """A task's name without its contender."""
     for contender in (*COMPILED, *EAGER):
         if name.endswith(f", {contender}"):
-            return name.removesuffix(f", {contender}"), contender
-    return name, ""
+            return name.removesuffix(f", {contender}")
+    return name
 
 
 def _us(seconds: float) -> str:
