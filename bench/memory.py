@@ -35,9 +35,6 @@ from bench.traffic import PRECISIONS
 PROMISED_TRAINING = {"bf16": 160, "autocast-bf16": 200}
 PROMISED_INFERENCE = {"bf16": 44, "autocast-bf16": 56}
 PROMISED_WHOLE_MLP = {"bf16": 26, "autocast-bf16": 36}
-# What one operator for LayerNorm, QKV and attention leaves out: qkv written and read, but for the queries, which wait
-# in the output's place.
-ONE_ATTENTION = 10
 ALLOWED = 1.1
 # Between a count and its explanation; and between an operator's boundary and what its launches touch of it.
 TOLERANCE = 0.01
@@ -90,10 +87,7 @@ def promised(counts: Counts, training: bool, precision: str) -> int:
     if training:
         return PROMISED_TRAINING[precision]
     whole_mlp = any(call.operator == "deit_fast::mlp" for call in counts.calls)
-    kernels = {launch.kernel for call in counts.calls for launch in call.launches}
-    one_attention = "layer_norm_attention_kernel" in kernels
-    promise = (PROMISED_WHOLE_MLP if whole_mlp else PROMISED_INFERENCE)[precision]
-    return promise - ONE_ATTENTION * one_attention
+    return (PROMISED_WHOLE_MLP if whole_mlp else PROMISED_INFERENCE)[precision]
 
 
 def problems(counts: Counts, token_bytes: int, promise: int) -> list[str]:

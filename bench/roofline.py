@@ -17,7 +17,6 @@ from pathlib import Path
 from bench.models import IMAGE_SIZE
 from deit_fast.benchmark.devices import Device, device
 from deit_fast.benchmark.tables import table
-from deit_fast.kernels import layer_norm_attention as attention_kernels
 from deit_fast.kernels import mlp as mlp_kernels
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.registry import get_config
@@ -108,12 +107,6 @@ def attention_backward(tokens: int, d: int, heads: int) -> Cost:
     return Cost(10 * tokens**2 * d, BF16 * tokens * 8 * d + FP32 * tokens * heads, 0)
 
 
-def layer_norm_attention(tokens: int, d: int) -> Cost:
-    """LayerNorm, QKV and attention in one: neither qkv nor the softmax's sums reach memory."""
-    qkv = layer_norm_linear(tokens, d, 3 * d)
-    return Cost(qkv.flops + 4 * tokens**2 * d, BF16 * tokens * 2 * d, qkv.weights)
-
-
 def readout_attention(tokens: int, d: int, heads: int, rows: int) -> Cost:
     """Attention of the `rows` that the classifiers read (`reference/readout.py`).
 
@@ -179,8 +172,6 @@ def calls(config: DeiTConfig, training: bool) -> list[Call]:
     blocks, last = config.depth - 1, "last block, "
 
     attend = [(layer_norm_linear, "QKV", (tokens, d, 3 * d)), (attention, "attention", (tokens, d, heads))]
-    if not training and attention_kernels.fits(d, d // heads, tokens):
-        attend = [(layer_norm_attention, "QKV and attention", (tokens, d))]
 
     def rest(rows: int) -> list[tuple[Callable[..., Cost], str, tuple[int, ...]]]:
         layers = [(layer_norm_linear, "FC1", (rows, d, hidden)), (linear_residual, "FC2", (rows, hidden, d))]
@@ -239,8 +230,6 @@ its memory (B): the longer of the two is its bound, and operators run one after 
 - A training step is forward and backward with drop path off, without loss and optimizer.
 - `linear` is the classifiers' stock layer. What PyTorch does beside these operators is left out: it copies a few rows,
   and one block's weight gradient.
-- `layer_norm_attention` is two launches where its kernel doesn't fit a GPU; qkv then passes through memory, which the
-  bound leaves out.
 """
 
 _PEERS = """

@@ -38,25 +38,8 @@ def _linear(a) -> dict[str, Explanation]:
     )
 
 
-def _linear_rows(a) -> dict[str, Explanation]:
-    parameters = ("norm_weight", "norm_bias", "weight", "k_weight", "v_weight", "bias", "k_bias", "v_bias")
-    return dict.fromkeys(parameters, (cdiv(a.rows, a.ROW_BLOCK), "row tiles"))
-
-
 def _attention(a) -> dict[str, Explanation]:
     return dict.fromkeys(("k", "v"), (cdiv(a.queries, a.QUERY_BLOCK), "query blocks"))
-
-
-def _layer_norm_attention(a) -> dict[str, Explanation]:
-    batch = a.shapes["x"][0]
-    tiles = batch * (a.BLOCKS + (a.TAIL > 0))
-    parameters = (f"{part}_{kind}" for part in "qkv" for kind in ("weight", "bias"))
-    return (
-        # A row's statistics are of differences from its first element, which is loaded first.
-        {"x": (a.heads * (1 + 3 + 1 / a.WIDTH), "heads, for the statistics and for three products")}
-        | dict.fromkeys(parameters, (tiles, "row tiles"))
-        | dict.fromkeys(("norm_weight", "norm_bias"), (3 * a.heads * tiles, "row tiles × heads × products"))
-    )
 
 
 def _mlp(a) -> dict[str, Explanation]:
@@ -99,9 +82,7 @@ def _layer_norm_backward(a) -> dict[str, Explanation]:
 
 _KERNELS: dict[str, Callable[[SimpleNamespace], dict[str, Explanation]]] = {
     "linear_kernel": _linear,
-    "linear_rows_kernel": _linear_rows,
     "attention_kernel": _attention,
-    "layer_norm_attention_kernel": _layer_norm_attention,
     "mlp_kernel": _mlp,
     "query_gradient_kernel": _attention,
     "key_gradient_kernel": _key_gradient,

@@ -15,7 +15,6 @@ from reference.block import block
 from reference.deit import deit, deit_features
 from reference.drop_path import drop_path, drop_path_scale
 from reference.layer_norm import add_layer_norm, layer_norm
-from reference.layer_norm_attention import layer_norm_attention, layer_norm_attention_qkv
 from reference.layer_scale import layer_scale
 from reference.linear import layer_norm_linear, layer_norm_qkv, linear, linear_residual
 from reference.mlp import mlp
@@ -37,8 +36,6 @@ __all__ = [
     "gelu_tanh",
     "interpolate_pos_embed",
     "layer_norm",
-    "layer_norm_attention",
-    "layer_norm_attention_qkv",
     "layer_norm_linear",
     "layer_norm_qkv",
     "layer_scale",

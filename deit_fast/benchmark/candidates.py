@@ -11,8 +11,6 @@ _FIELDS = {
     "patch_embed": _TILE,
     "patch_embed_weight_gradient": ("num_warps", "num_stages"),
     "mlp": ("rows", "columns", "num_warps", "num_stages"),
-    "layer_norm_linear_rows": ("rows", "columns", "num_warps", "num_stages"),
-    "layer_norm_attention": ("depth", "num_warps", "num_stages"),
     "attention": ("queries", "keys", "num_warps", "num_stages"),
     "attention_backward": ("queries", "keys", "num_warps", "num_stages"),
     "readout": ("tokens", "num_warps"),
@@ -40,8 +38,8 @@ def tunable(asked: str) -> bool:
 
 
 def may_be_none(asked: str) -> bool:
-    """Whether None is an answer as well: the vendor's GEMM, or the kernel of another function of the table."""
-    return _function(asked) in ("gemm", "layer_norm_linear_rows")
+    """Whether None is an answer as well: the vendor's GEMM."""
+    return _function(asked) == "gemm"
 
 
 def neighbours(asked: str, setting: object) -> Iterator[object]:

@@ -178,18 +178,6 @@ def _attention_qkv(size: Size, new: Inputs) -> Iterator[Case]:
     yield Case("attention_qkv", "", ops.attention_qkv, arguments)
 
 
-def _layer_norm_attention(size: Size, new: Inputs) -> Iterator[Case]:
-    arguments = {"x": new.tokens(), **new.norm(), **new.linear(3 * size.width, size.width)}
-    options = {"num_heads": size.heads, "scale": size.scale}
-    yield Case("layer_norm_attention", "", ops.layer_norm_attention, {**arguments, **options})
-
-
-def _layer_norm_attention_qkv(size: Size, new: Inputs) -> Iterator[Case]:
-    arguments = {"x": new.tokens(), **new.norm(), **new.qkv()}
-    options = {"num_heads": size.heads, "scale": size.scale}
-    yield Case("layer_norm_attention_qkv", "", ops.layer_norm_attention_qkv, {**arguments, **options})
-
-
 def _patch_embed(size: Size, new: Inputs) -> Iterator[Case]:
     shape = (size.batch, 3, size.image, size.image)
     rest = {
@@ -259,8 +247,6 @@ _BUILDERS: dict[str, Callable[[Size, Inputs], Iterator[Case]]] = {
     "mlp": _mlp,
     "attention": _attention,
     "attention_qkv": _attention_qkv,
-    "layer_norm_attention": _layer_norm_attention,
-    "layer_norm_attention_qkv": _layer_norm_attention_qkv,
     "patch_embed": _patch_embed,
     "readout_attention": _readout_attention,
     "readout_attention_qkv": _readout_attention_qkv,

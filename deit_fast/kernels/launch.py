@@ -241,17 +241,6 @@ def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> T
 
 
 @setting
-def layer_norm_linear_rows(width: int, itemsize: int, arch: str) -> Tile | None:
-    """LayerNorm and a linear layer with `rows` whole rows on chip, `columns` of the output a step.
-
-    None where the rows, float32 weights beside them or of more columns, leave a multiprocessor room for one program.
-    """
-    if itemsize == 4 or width > 192:
-        return None
-    return Tile(64, 32 if arch in SMALL_SHARED_MEMORY else 64, width, 4 if is_amd(arch) else 8, 2)
-
-
-@setting
 def patch_embed(width: int, patch_width: int, depth: int, itemsize: int, arch: str) -> Tile:
     tile = gemm.__wrapped__(width, depth, itemsize, arch, "none")
     # The pixels of a patch whose width is no power of two are found one by one, with an address for each.
@@ -266,26 +255,6 @@ def mlp(width: int, arch: str) -> Tile:
     if is_amd(arch):
         return Tile(32, 16 if arch in WAVES_OF_32 else 32, width, 4, 1)
     return Tile(64, 32, width, 8, 2)
-
-
-@setting
-def layer_norm_attention(arch: str) -> Tile | None:
-    """LayerNorm, QKV and attention in one kernel: `rows` are tokens, `depth` is of the width.
-
-    None where two launches do better: registers would spill, or shared memory has room for one program alone.
-    """
-    if arch not in ("sm_80", "sm_90", "sm_100"):
-        return None
-    return Tile(64, 64, 32, 4, 1 if arch in MMA_SYNC else 2)
-
-
-# Of `layer_norm_linear_rows`, whatever its tile: so that a tile doesn't decide whether it is asked for.
-ROWS_ON_CHIP = 64
-
-
-def fills_device(programs: int, tensor: torch.Tensor) -> bool:
-    """Whether every multiprocessor gets one of as many programs."""
-    return interpreted() or programs >= multiprocessors(tensor)
 
 
 @setting

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels import launch, linear_rows, vendor_gemm
+from deit_fast.kernels import launch, vendor_gemm
 from deit_fast.kernels.device import (
     add_residual,
     copy_dropped,
@@ -184,11 +184,6 @@ def _launch(
     absent = (None,) * (3 - len(weights))
     residual = None if residual is None else as_rows(residual)
     arch, itemsize = launch.architecture(x), weights[0].element_size()
-    if prologue == "layer_norm" and launch.fills_device(triton.cdiv(rows, launch.ROWS_ON_CHIP), x):
-        tile = launch.layer_norm_linear_rows(depth, itemsize, arch)
-        if tile is not None:
-            linear_rows.layer_norm_linear_rows(x, outputs, norm, eps, weights, biases, kept, tokens, tile)
-            return
     tile = launch.gemm(columns, depth, itemsize, arch, prologue)
     if tile is None:
         if kept is not None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from deit_fast import ops
-from deit_fast.kernels import layer_norm_attention as attention_kernels
 from deit_fast.kernels import mlp as mlp_kernels
 from deit_fast.nn import parts
 
@@ -77,19 +76,12 @@ def _attend(qkv: Tensor, attn: Module, kept: Tensor | None) -> Tensor:
     return out
 
 
-def attends_in_one(x: Tensor, width: int, heads: int) -> bool:
-    """Whether LayerNorm, QKV and attention are one operator: without gradients, which want q, k and v kept."""
-    return not torch.is_grad_enabled() and attention_kernels.fits(x.shape[-1], width // heads, x.shape[1])
-
-
 def attend_normalised(
     norm: Module, attn: Module, x: Tensor, kept: Tensor | None, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm, QKV and attention, before the output projection, with `kept` packed; and x for the residual."""
     qkv = attn._modules["qkv"]
     arguments = (x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias)
-    if kept is None and attends_in_one(x, qkv.weight.shape[0] // 3, attn.num_heads):
-        return ops.layer_norm_attention(*arguments, attn.num_heads, attn.scale), x
     qkv, x = ops.layer_norm_linear_branching(*arguments, kept, capacity)
     return _attend(qkv, attn, kept), x
 
@@ -258,7 +250,7 @@ def block_unfusable(block: Module) -> str | None:
 def block_forward(block: Module, x: Tensor) -> Tensor:
     """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operator calls.
 
-    Without gradients in four at widths whose attention is one operator, in three where the MLP is too.
+    Without gradients in four at widths whose MLP is one operator.
     """
     modules = block._modules
     norm, attn = modules["norm1"], modules["attn"]

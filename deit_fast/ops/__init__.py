@@ -3,7 +3,6 @@
 from deit_fast.ops.attention import attention, attention_qkv
 from deit_fast.ops.drop_path import keep_samples, known_count
 from deit_fast.ops.layer_norm import add_layer_norm, layer_norm
-from deit_fast.ops.layer_norm_attention import layer_norm_attention, layer_norm_attention_qkv
 from deit_fast.ops.linear import (
     layer_norm_linear,
     layer_norm_linear_branching,
@@ -27,8 +26,6 @@ __all__ = [
     "keep_samples",
     "known_count",
     "layer_norm",
-    "layer_norm_attention",
-    "layer_norm_attention_qkv",
     "layer_norm_linear",
     "layer_norm_linear_branching",
     "layer_norm_qkv",

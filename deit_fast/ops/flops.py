@@ -98,20 +98,6 @@ def _backward_products(q: Tensor) -> int:
     return 7 if use_triton(q) else 5
 
 
-def _attention_of_rows(x: Tensor, width: int) -> int:
-    return 4 * x.shape[0] * x.shape[1] ** 2 * width
-
-
-@register_flop_formula(_OPS.layer_norm_attention, get_raw=True)
-def _layer_norm_attention(x, norm_weight, norm_bias, eps, weight, *_, out_val=None) -> int:
-    return _product(_rows(x), weight) + _attention_of_rows(x, weight.shape[0] // 3)
-
-
-@register_flop_formula(_OPS.layer_norm_attention_qkv, get_raw=True)
-def _layer_norm_attention_qkv(x, norm_weight, norm_bias, eps, q_weight, *_, out_val=None) -> int:
-    return 3 * _product(_rows(x), q_weight) + _attention_of_rows(x, q_weight.shape[0])
-
-
 @register_flop_formula(_OPS.patch_embed, get_raw=True)
 def _patch_embed(images, weight, *_, out_val=None) -> int:
     patches = images.shape[0] * images.shape[2] * images.shape[3] // (weight.shape[2] * weight.shape[3])

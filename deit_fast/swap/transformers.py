@@ -22,7 +22,6 @@ from deit_fast import ops
 from deit_fast.nn import parts
 from deit_fast.nn.functional import (
     NO_DROP_PATH,
-    attends_in_one,
     memory_of,
     mlp_linears,
     mlp_residual,
@@ -189,12 +188,8 @@ def _layer_forward(layer: Module, x: Tensor) -> Tensor:
     projections = attention._modules
     q, k, v = projections["q_proj"], projections["k_proj"], projections["v_proj"]
     of_rows = (x, norm.weight, norm.bias, norm.eps, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
-    heads = attention.num_attention_heads
-    if attends_in_one(x, q.weight.shape[0], heads):
-        out = ops.layer_norm_attention_qkv(*of_rows, heads, attention.scaling)
-    else:
-        q, k, v, x = ops.layer_norm_qkv_branching(*of_rows)
-        out = _attend(attention, q, k, v)
+    q, k, v, x = ops.layer_norm_qkv_branching(*of_rows)
+    out = _attend(attention, q, k, v)
     out_proj = projections["o_proj"]
     x = ops.linear_residual(out, out_proj.weight, out_proj.bias, x)
 

@@ -67,7 +67,7 @@ def test_stock_timm_counts_what_the_design_was_made_against(precision, calls, d_
     assert bytes_at_batch(traffic, BATCH) == pytest.approx(d_bytes, abs=0.5)
 
 
-@pytest.mark.parametrize(("size", "calls", "d_bytes"), [("small", 4, 32.1), ("tiny", 3, 15)])
+@pytest.mark.parametrize(("size", "calls", "d_bytes"), [("small", 5, 44.1), ("tiny", 4, 27)])
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_a_swapped_model_moves_no_more_than_promised(library, size, calls, d_bytes):
     traffic = inference(library, size, "bf16", swapped=True)
@@ -86,8 +86,8 @@ def test_a_swapped_model_computes_no_more_than_promised(library):
 def test_under_autocast_a_swapped_block_adds_weight_casts_only(library):
     traffic = inference(library, "small", "autocast-bf16", swapped=True)
     ours = {name: calls for name, calls in traffic.operators.items() if name != "aten::_to_copy"}
-    assert sum(ours.values()) <= 4
-    assert traffic.activations_block <= 44.1
+    assert sum(ours.values()) <= 5
+    assert traffic.activations_block <= 56.1
 
 
 # Training: a step of timm's DeiT-S at batch 32, drop path off, stock and swapped ------------------------------------

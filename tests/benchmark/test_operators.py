@@ -47,9 +47,7 @@ def test_every_operator_of_a_training_step_is_checked_and_timed():
 
 def test_a_case_counts_how_often_a_step_calls_it():
     found = operator_cases(replace(CASE, training=False), CPU)
-    assert {case.operator.name: case.times for case in found if case.operator.name == "layer_norm_attention"} == {
-        "layer_norm_attention": 1
-    }
+    assert {case.operator.name: case.times for case in found if case.operator.name == "attention"} == {"attention": 1}
 
 
 def test_a_wrong_operator_is_not_timed(monkeypatch):

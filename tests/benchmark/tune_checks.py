@@ -89,7 +89,7 @@ def narrow_rows(launches: list) -> dict:
     case = OperatorCase(operator, *tuned.described(operator.parameters, arguments), arguments)
     found = {}
     with mock.patch.object(tune, "_agree", lambda found, expected: True):
-        for liking in ("linear_rows_kernel", "linear_kernel", "layer_norm_kernel"):
+        for liking in ("linear_kernel", "layer_norm_kernel"):
             (result,) = tune.tune([case], Clock(launches, liking), 3, lambda what: None)
             found[liking] = result.choice.settings
     return found

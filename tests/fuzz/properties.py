@@ -307,19 +307,6 @@ def projected(draw, x: Recipe, heads: int, width: int, dtype: torch.dtype) -> tu
     return (x, *norm_parameters(draw, into, dtype), *projections)
 
 
-@operator("layer_norm_attention_qkv")
-@st.composite
-def layer_norm_attention_qkv(draw) -> Case:
-    (batch, tokens), dtype = leading(draw, ATTENDED), draw(DTYPE)
-    heads, head_dim = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((32, 64)))
-    x = draw(recipes((batch, tokens, draw(WIDTHS)), dtype))
-    arguments = (*projected(draw, x, heads, heads * head_dim, dtype), heads, head_dim**-0.5)
-    # In float32 its backward's rounding is that of three operators, each of which is drawn by itself. Where values or
-    # scores vanish, attention's part of the gradient cancels to it.
-    sampled = tokens > 1 and dtype is not torch.float32 and not subnormal(arguments)
-    return Case(arguments, differentiable(arguments, 7) if sampled else ())
-
-
 def stock_readout(x, norm_weight, norm_bias, eps, q, q_bias, k, k_bias, v, v_bias, rows, heads, scale):
     """What a model's own modules compute."""
     normalised = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)

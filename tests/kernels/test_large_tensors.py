@@ -21,7 +21,6 @@ from deit_fast.kernels import (
     drop_path,
     launch,
     layer_norm,
-    layer_norm_attention,
     layer_norm_backward,
     linear,
     linear_backward,
@@ -120,22 +119,14 @@ def test_sums_over_rows():
 # Products ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["linear_rows_kernel", "linear_kernel"])
-def normalising_kernel(request, monkeypatch) -> str:
-    """Of narrow rows, and of wide ones."""
-    if request.param == "linear_kernel":
-        monkeypatch.setattr(launch, "layer_norm_linear_rows", lambda *_: None)
-    return request.param
-
-
 @pytest.mark.parametrize("with_kept", [False, True])
-def test_layer_norm_linear(normalising_kernel, with_kept):
+def test_layer_norm_linear(with_kept):
     last, weight, bias = tail((1, TOKENS, 64)), tail((64, 64), scale=0.125), tail((64,))
     samples = samples_of(TOKENS * 64)
     kept = whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
         y = linear.layer_norm_linear(filled(samples, last), bias, bias, EPS, weight, bias, kept)
-    assert names == [normalising_kernel]
+    assert names == ["linear_kernel"]
     assert_same(y[-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, weight, bias)[-1, -16:])
 
 
@@ -144,7 +135,7 @@ def test_layer_norm_qkv(normalising_kernel):
     projections = (weight, bias) * 3
     with huge.last_programs(3) as names:
         found = linear.layer_norm_qkv(filled(samples_of(TOKENS * 64), last), bias, bias, EPS, *projections)
-    assert names == [normalising_kernel]
+    assert names == ["linear_kernel"]
     # The last three programs are not all of the last row tile's; v's is among them.
     assert_same(found[2][-1, -16:], linear.layer_norm_qkv(last, bias, bias, EPS, *projections)[2][-1, -16:])
 
@@ -262,15 +253,6 @@ def test_attention(with_kept):
     expected = attention.attention(last, 0.125)
     assert_same(out[-1:], expected[0])
     assert_same(log_sum_exp[-1:], expected[1])
-
-
-def test_layer_norm_attention():
-    last, weight, bias, norm = tail((1, 17, 64)), tail((192, 64), scale=0.125), tail((192,)), tail((64,))
-    arguments = (norm, norm, EPS, weight, bias, 1, 0.125)
-    with huge.last_programs(1) as names:
-        out = layer_norm_attention.layer_norm_attention(filled(samples_of(17 * 64), last), *arguments)
-    assert names == ["layer_norm_attention_kernel"]
-    assert_same(out[-1:], layer_norm_attention.layer_norm_attention(last, *arguments))
 
 
 @pytest.mark.parametrize("with_kept", [False, True])

@@ -30,8 +30,6 @@ def samples(requires_grad: bool = False) -> dict[str, tuple]:
         "mlp": (x, v, v, EPS, tensor(64, d), tensor(64), tensor(d, 64), v, v, None, "gelu", None),
         "attention": (tensor(2, 5, 3, heads, 32), 0.2, None),
         "attention_qkv": (tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), 0.2),
-        "layer_norm_attention": (x, v, v, EPS, tensor(3 * d, d), tensor(3 * d), heads, 0.2),
-        "layer_norm_attention_qkv": (x, v, v, EPS, w, v, tensor(d, d), None, tensor(d, d), v, heads, 0.2),
         "readout_attention": (x, v, v, EPS, tensor(3 * d, d), tensor(3 * d), 2, heads, 0.2),
         "readout_attention_qkv": (x, v, v, EPS, w, v, tensor(d, d), v, tensor(d, d), v, 1, heads, 0.2),
         "patch_embed": (tensor(2, 3, 8, 8), tensor(d, 3, 4, 4), v, tensor(1, 5, d), tensor(1, 1, d), *[None] * 5),

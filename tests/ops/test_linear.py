@@ -15,7 +15,6 @@ def either_product(request, monkeypatch):
     """As shipped, and as `deit-fast tune` may choose."""
     if request.param != "kernels":
         monkeypatch.setattr(launch, "gemm", lambda *_: None)
-        monkeypatch.setattr(launch, "layer_norm_linear_rows", lambda *_: None)
 
 
 def weight_of(out_features, in_features, dtype):

@@ -61,8 +61,6 @@ def _samples(leaf) -> dict[str, tuple]:
         "attention": (leaf(B, N, 3, HEADS, HEAD_DIM), 0.2),
         "attention, kept": (leaf(2, N, 3, HEADS, HEAD_DIM), 0.2, kept),
         "attention_qkv": (*heads, 0.2),
-        "layer_norm_attention": (x, norm, norm, EPS, qkv, leaf(3 * D), HEADS, 0.2),
-        "layer_norm_attention_qkv": (x, norm, norm, EPS, w, v, w, v, w, v, HEADS, 0.2),
         "readout_attention": (x, norm, norm, EPS, qkv, leaf(3 * D), 2, HEADS, 0.2),
         "readout_attention_qkv": (x, norm, norm, EPS, w, v, w, v, w, v, 2, HEADS, 0.2),
         "distillation_loss": (leaf(B, 9), leaf(B, 9), torch.arange(B), torch.randn(B, 9), "soft", 0.5, 3.0),

@@ -179,20 +179,6 @@ def attention_qkv(t: Arguments):
     return ops.attention_qkv(q, k, v, t.head_dim**-0.5)
 
 
-def layer_norm_attention(t: Arguments):
-    x, inner = t.leaf(t.batch, t.tokens, t.width), t.heads * t.head_dim
-    norm = t.leaf(t.width), t.leaf(t.width)
-    projection = t.weight(3 * inner, t.width), t.leaf(3 * inner)
-    return ops.layer_norm_attention(x, *norm, EPS, *projection, t.heads, t.head_dim**-0.5)
-
-
-def layer_norm_attention_qkv(t: Arguments):
-    x, inner = t.leaf(t.batch, t.tokens, t.width), t.heads * t.head_dim
-    norm = t.leaf(t.width), t.leaf(t.width)
-    projections = [make(*shape) for make, shape in 3 * ((t.weight, (inner, t.width)), (t.leaf, (inner,)))]
-    return ops.layer_norm_attention_qkv(x, *norm, EPS, *projections, t.heads, t.head_dim**-0.5)
-
-
 def patch_embed(t: Arguments):
     rows = 5 if t.tokens % 5 == 0 else 1
     images = t.leaf(t.batch, 3, rows * PATCH, t.tokens // rows * PATCH)
@@ -282,14 +268,9 @@ def _where_none(op: Callable, suffix: str, *functions: str) -> Callable:
     return call
 
 
-# As rows too wide to stay on chip, or too few, are.
-layer_norm_linear_by_tiles, layer_norm_qkv_by_tiles, attention_branch_by_tiles = (
-    _where_none(op, "by_tiles", "layer_norm_linear_rows")
-    for op in (layer_norm_linear, layer_norm_qkv, attention_branch)
-)
 # The vendor's GEMM with the rest in a kernel before or after it; in backward nothing differs.
 linear_residual_by_vendor, layer_norm_linear_by_vendor = (
-    _where_none(op, "by_vendor", "gemm", "layer_norm_linear_rows") for op in (linear_residual, layer_norm_linear)
+    _where_none(op, "by_vendor", "gemm") for op in (linear_residual, layer_norm_linear)
 )
 OPERATORS = (
     layer_norm,
@@ -302,8 +283,6 @@ OPERATORS = (
     mlp,
     attention,
     attention_qkv,
-    layer_norm_attention,
-    layer_norm_attention_qkv,
     patch_embed,
     patch_embed_bytes,
     readout_attention,
@@ -312,11 +291,9 @@ OPERATORS = (
     soft_distillation,
     keep_samples,
     linear_residual_by_vendor,
-    layer_norm_linear_by_tiles,
-    layer_norm_qkv_by_tiles,
     layer_norm_linear_by_vendor,
 )
-KEEPING = (attention_branch, mlp_branch, mlp, attention_branch_by_tiles)
+KEEPING = (attention_branch, mlp_branch, mlp)
 
 
 def _table(operators: tuple, shapes: list[tuple]) -> list[Case]:

@@ -47,8 +47,6 @@ def _only_triton() -> Iterator[None]:
         patch.object(backend, "warn_fallback", refuse),
         # Heads too wide for float32 in NVIDIA's registers run in the same kernels on AMD.
         patch.object(launch, "splits_float32", lambda tensor: False),
-        # Small shapes take the kernels that a device's worth of them would.
-        patch.object(launch, "fills_device", lambda programs, tensor: True),
     ):
         yield
 

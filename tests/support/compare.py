@@ -29,8 +29,6 @@ _ROOMS = {
     "linear_residual": "linear",
     "mlp": "mlp",
     "attention": "attention",
-    "layer_norm_attention": "layer_norm_attention",
-    "layer_norm_attention_qkv": "layer_norm_attention",
     "attention_qkv": "attention",
     "patch_embed": "patch_embed",
 }
@@ -44,8 +42,6 @@ _STOCK = {
     "linear_residual": "_stock_linear_residual",
     "mlp": "_stock",
     "attention": "_stock_attention",
-    "layer_norm_attention": "_stock",
-    "layer_norm_attention_qkv": "_stock_qkv",
     "attention_qkv": "stock_attention_qkv",
     "patch_embed": "_stock",
 }

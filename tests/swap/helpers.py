@@ -47,9 +47,9 @@ def block_calls(blocks: int, *, readout: bool = True, **others: int) -> dict[str
 
     With `readout` the last block is computed for the rows that are read alone.
     """
-    calls = {"layer_norm_attention": blocks, "linear_residual": blocks, "mlp": blocks}
+    calls = {"layer_norm_linear": blocks, "attention": blocks, "linear_residual": blocks, "mlp": blocks}
     if readout:
-        calls |= {"layer_norm_attention": blocks - 1, "readout_attention": 1}
+        calls |= {"layer_norm_linear": blocks - 1, "attention": blocks - 1, "readout_attention": 1}
     calls |= {"patch_embed": 1, "layer_norm": 1} | others
     return {op: count for op, count in calls.items() if count}
 

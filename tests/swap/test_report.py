@@ -96,7 +96,7 @@ def test_the_context_manager_leaves_what_was_swapped_before() -> None:
     swap(model.blocks[0])
     with swapped(model):
         calls = operator_calls(lambda: model(x))
-        assert calls["layer_norm_attention"] == 2 and calls["readout_attention"] == 1
+        assert calls["attention"] == 2 and calls["readout_attention"] == 1
     assert operator_calls(lambda: model(x)) == operator_calls(lambda: model.blocks[0](torch.randn(1, 5, 192)))
 
 

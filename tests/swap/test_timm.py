@@ -24,7 +24,7 @@ timm = pytest.importorskip("timm")
 from timm.layers import Attention, DropPath, Mlp, PatchEmbed  # noqa: E402
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
-NARROW_BLOCK = {"layer_norm_attention": 1, "linear_residual": 1, "mlp": 1}
+NARROW_BLOCK = {"layer_norm_linear": 1, "attention": 1, "linear_residual": 1, "mlp": 1}
 
 
 def vit(name: str = "deit_tiny_distilled_patch16_224", **kwargs) -> nn.Module:
@@ -57,8 +57,7 @@ def assert_swap_is_exact(model: nn.Module, x: torch.Tensor) -> None:
     assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
     calls = operator_calls(lambda: model(x))
     whole = sum(reason is not None for reason in report.readout.values())
-    attentions = calls["attention"] + calls["layer_norm_attention"]
-    assert calls["patch_embed"] == 1 and attentions == len(model.blocks) - 1 + whole
+    assert calls["patch_embed"] == 1 and calls["attention"] == len(model.blocks) - 1 + whole
     assert calls["readout_attention"] == 1 - whole
     assert calls["layer_norm"] == 1, "a norm inside a block ran by itself"
     restore(model)
@@ -474,7 +473,7 @@ def test_exported_graphs_hold_the_operators() -> None:
         program = torch.export.export(model, (x,))
         assert_close(program.module()(x), model(x))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count("deit_fast.layer_norm_attention.default") == 1
+    assert targets.count("deit_fast.attention.default") == 1
     assert targets.count("deit_fast.readout_attention.default") == 1
 
 

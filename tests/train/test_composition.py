@@ -222,7 +222,7 @@ def test_an_average_kept_by_deepcopy_follows_stock(average: str) -> None:
         averaged = ema.module if average == "ModelEmaV3" else ema
         outputs.append(averaged(batch()[0]))
         calls = operator_calls(lambda averaged=averaged: averaged(batch()[0]))
-        assert calls["layer_norm_attention"] == calls["readout_attention"] == use_swap
+        assert calls["attention"] == calls["readout_attention"] == use_swap
     assert_close(outputs[1], outputs[0])
 
 
