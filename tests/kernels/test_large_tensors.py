@@ -130,7 +130,7 @@ def test_layer_norm_linear(with_kept):
     assert_same(y[-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, weight, bias)[-1, -16:])
 
 
-def test_layer_norm_qkv(normalising_kernel):
+def test_layer_norm_qkv():
     last, weight, bias = tail((1, TOKENS, 64)), tail((64, 64), scale=0.125), tail((64,))
     projections = (weight, bias) * 3
     with huge.last_programs(3) as names:
