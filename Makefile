@@ -19,10 +19,10 @@ help:
 	@echo "make demo      stock and swapped DeiT on two real photographs"
 	@echo "make test      the whole test suite"
 	@echo "               test-portable: the parts that compare with stock PyTorch, which computes as on a plain processor"
-	@echo "make lint      ruff: rules and formatting"
+	@echo "make lint      ruff: rules and formatting; mypy: types"
 	@echo "make format    ruff: mend what can be mended"
 	@echo "make gpu       on a machine with a GPU: check and time everything there, in 12 minutes"
-	@echo "make kernels   compile Ti's, S's and B's bfloat16 launches for ten GPUs, compare with the table in bench/results;"
+	@echo "make kernels   compile Ti's, S's and B's bfloat16 launches for ten GPUs, compare with the table in evidence/results;"
 	@echo "               kernels-all: every launch, to write that table"
 	@echo "make versions  the kernels with the oldest and the newest Triton that are supported"
 	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
@@ -46,11 +46,12 @@ test: $(STAMP)
 # Stock PyTorch rounds, and puts NaN, otherwise on one processor than on the next: here with none of its vector kernels.
 test-portable: $(STAMP)
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) \
-		tests/kernels/test_*_backward.py tests/kernels/test_readout.py tests/ops tests/nn tests/swap tests/train tests/models
+		tests/kernels/*/test_backward.py tests/kernels/readout tests/ops tests/nn tests/swap tests/train tests/models
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(STAMP)
 	$(RUN) -m ruff check --fix .
@@ -59,12 +60,12 @@ format: $(STAMP)
 gpu: $(STAMP)
 	$(VENV)/bin/deit-fast gpu
 
-# The bfloat16 launches of DeiT-Ti, -S and -B, compared with the table in bench/results, which kernels-all writes.
+# The bfloat16 launches of DeiT-Ti, -S and -B, compared with the table in evidence/results, which kernels-all writes.
 kernels: $(STAMP)
-	$(RUN) -m bench.kernels --models tiny,small,base,tiny-384,small-384,base-384,transformers-small --precisions bf16 --against bench/results/kernels.json
+	$(RUN) -m evidence.kernels --models tiny,small,base,tiny-384,small-384,base-384,transformers-small --precisions bf16 --against evidence/results/kernels.json
 
 kernels-all: $(STAMP)
-	$(RUN) -m bench.kernels --out bench/results
+	$(RUN) -m evidence.kernels --out evidence/results
 
 # Each beside the pinned PyTorch, in a folder of its own that is kept.
 build/triton-%: | $(STAMP)
@@ -93,7 +94,7 @@ sanitize: $(SANITIZER)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal --confcutdir=tests/sanitize tests/sanitize --every $(EVERY)
 
 traffic: $(STAMP)
-	$(RUN) -m bench.traffic
+	$(RUN) -m evidence.traffic
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

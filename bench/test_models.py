@@ -6,8 +6,8 @@ On a GPU where there is one. `deit-fast bench` is what to compare with: it gives
 import pytest
 import torch
 
-from deit_fast.benchmark.contenders import CONTENDERS, Case
-from deit_fast.benchmark.measure import Step
+from deit_fast.benchmark.contenders import CONTENDERS, ModelCase
+from deit_fast.benchmark.measure import TimedStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, DTYPE = (64, "bfloat16") if DEVICE.type == "cuda" else (2, "float32")
@@ -18,8 +18,8 @@ BATCH, DTYPE = (64, "bfloat16") if DEVICE.type == "cuda" else (2, "float32")
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_model(benchmark, size, training, contender):
     model = f"deit_{size}_distilled_patch16_224"
-    case = Case(model, BATCH, 224, DTYPE, training=training, drop_path=0.1 if training else 0.0)
-    step = Step(CONTENDERS[contender].prepare(case, DEVICE), case, DEVICE, BATCH)
+    case = ModelCase(model, BATCH, 224, DTYPE, training=training, drop_path=0.1 if training else 0.0)
+    step = TimedStep(CONTENDERS[contender].prepare(case, DEVICE), case, DEVICE, BATCH)
 
     def run() -> None:
         step()

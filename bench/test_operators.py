@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 import torch
 
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import ModelCase
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
-from deit_fast.ops.registration import OPERATORS
+from deit_fast.ops.operator import OPERATORS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, DTYPE = (64, "bfloat16") if DEVICE.type == "cuda" else (2, "float32")
@@ -21,7 +21,7 @@ def _cases(size: str) -> dict[str, OperatorCase]:
     """Of an inference and a training step, by operator: the first shape of each."""
     found: dict[str, OperatorCase] = {}
     for training in (False, True):
-        case = Case(f"deit_{size}_distilled_patch16_224", BATCH, 224, DTYPE, training=training)
+        case = ModelCase(f"deit_{size}_distilled_patch16_224", BATCH, 224, DTYPE, training=training)
         for each in operator_cases(case, DEVICE):
             found.setdefault(each.operator.name, each)
     return found
@@ -34,7 +34,7 @@ def test_operator(benchmark, size, operator, how):
     case = _cases(size).get(operator)
     if case is None:
         pytest.skip(f"timm's DeiT does not call {operator}")
-    function = case.operator.stock if how == "stock" else case.operator.call
+    function = case.operator.stock if how == "stock" else case.operator.op
 
     def run() -> None:
         function(*case.arguments)

@@ -1,1 +1,1 @@
-"""What `deit-fast bench` measures, and the GPUs that kernels are compiled for without having them."""
+"""What `deit-fast bench`, `tune` and `gpu` time, and what `deit-fast demo` compares."""

@@ -1,8 +1,9 @@
 """Other launch settings than the shipped ones: what lies a step away from a given one."""
 
 from collections.abc import Iterator
+from typing import Any
 
-# What may vary of each function of kernels/launch.py; the rest follows from the shape.
+# What may vary of each of the kernels' settings; the rest follows from the shape.
 _TILE = ("rows", "columns", "depth", "num_warps", "num_stages")
 _FIELDS = {
     "gemm": _TILE,
@@ -42,7 +43,7 @@ def may_be_none(asked: str) -> bool:
     return _function(asked) == "gemm"
 
 
-def neighbours(asked: str, setting: object) -> Iterator[object]:
+def neighbours(asked: str, setting: Any) -> Iterator[object]:
     """Settings a step away: one size halved or doubled, alone or together with the warps, one stage more or less.
 
     Nothing lies beside None.
@@ -64,7 +65,7 @@ def neighbours(asked: str, setting: object) -> Iterator[object]:
                 yield (*setting[:i], value, *setting[i + 1 :])
 
 
-def _of_tile(tile, fields: tuple[str, ...]) -> Iterator[object]:
+def _of_tile(tile: Any, fields: tuple[str, ...]) -> Iterator[object]:
     sizes = [name for name in fields if not name.startswith("num_")]
     warps = _steps("num_warps", tile.num_warps)
     for name in fields:

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 from math import comb
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+_Result = TypeVar("_Result")
 # No GPU's L2 cache is larger.
 _FLUSHED = 256 * 2**20
 # A timing on a CPU is at least as long, that the clock and the first call weigh nothing.
@@ -63,7 +64,7 @@ _GRAPHED = 20  # calls in a graph
 _REPLAYS = 5
 
 
-def captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+def captured(call: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:
     """A CUDA graph of `call`, which runs once before, and what it returned while it was captured."""
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 @dataclass(frozen=True)
-class Case:
+class ModelCase:
     """One thing to time: a timm model, a batch, a precision, inference or a training step.
 
     dtype: of the parameters. amp: autocast's dtype, or None. drop_path: stochastic depth's rate in training.
@@ -63,12 +64,12 @@ class Contender:
 
     name: str
     packages: tuple[str, ...]
-    build: Callable[[Case], nn.Module]
+    build: Callable[[ModelCase], nn.Module]
     stock: str | None = None
     compiled: str | None = None
     gpu_only: bool = False
     tuned: bool = False
-    reference: Callable[[Case], nn.Module] | None = None
+    reference: Callable[[ModelCase], nn.Module] | None = None
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot be timed here, or None."""
@@ -79,7 +80,7 @@ class Contender:
             return "it needs a GPU"
         return None
 
-    def prepare(self, case: Case, device: torch.device) -> nn.Module:
+    def prepare(self, case: ModelCase, device: torch.device) -> nn.Module:
         model = self.build(case).to(device, DTYPES[case.dtype]).train(case.training)
         # In place of `torch.compile(model)`, which hides the model behind another module. What is timed is compiled
         # for its own batch, not for any after the one that was checked.
@@ -90,19 +91,19 @@ class Contender:
         return model
 
 
-def timm_model(name: str, drop_path: float, everywhere: bool, **options) -> nn.Module:
+def timm_model(name: str, drop_path: float, everywhere: bool, **options: Any) -> Any:
     """timm's model with drop path in every block, as DeiT III was trained, or rising from 0 to it, as DeiT."""
     import timm
     from timm.layers import DropPath
 
-    model = timm.create_model(name, drop_path_rate=0.0 if everywhere else drop_path, **options)
+    model: Any = timm.create_model(name, drop_path_rate=0.0 if everywhere else drop_path, **options)
     if everywhere and drop_path > 0.0:
         for block in model.blocks:
             block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
     return model
 
 
-def _timm(case: Case, fused_attention: bool = True) -> nn.Module:
+def _timm(case: ModelCase, fused_attention: bool = True) -> Any:
     from timm.layers import set_fused_attn, use_fused_attn
 
     torch.manual_seed(0)
@@ -114,11 +115,11 @@ def _timm(case: Case, fused_attention: bool = True) -> nn.Module:
         set_fused_attn(previous)
 
 
-def _explicit(case: Case) -> nn.Module:
+def _explicit(case: ModelCase) -> nn.Module:
     return _timm(case, fused_attention=False)
 
 
-def _swapped(case: Case) -> nn.Module:
+def _swapped(case: ModelCase) -> nn.Module:
     from deit_fast.swap import swap
 
     model = _timm(case)
@@ -126,11 +127,13 @@ def _swapped(case: Case) -> nn.Module:
     return model
 
 
-def _transformers(attention: str) -> Callable[[Case], nn.Module]:
-    def build(case: Case) -> nn.Module:
+def _transformers(attention: str) -> Callable[[ModelCase], nn.Module]:
+    def build(case: ModelCase) -> nn.Module:
         from transformers import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
 
         like = _timm(replace(case, drop_path=0.0))
+        # Which a base class takes, past the types.
+        options: dict[str, Any] = {"num_labels": like.num_classes, "attn_implementation": attention}
         config = DeiTConfig(
             hidden_size=like.embed_dim,
             num_hidden_layers=len(like.blocks),
@@ -138,8 +141,7 @@ def _transformers(attention: str) -> Callable[[Case], nn.Module]:
             intermediate_size=like.blocks[0].mlp.fc1.out_features,
             image_size=case.img_size,
             patch_size=like.patch_embed.patch_size[0],
-            num_labels=like.num_classes,
-            attn_implementation=attention,
+            **options,
         )
         torch.manual_seed(0)
         # The one with a teacher has no loss, and no training mode, of its own.
@@ -149,12 +151,12 @@ def _transformers(attention: str) -> Callable[[Case], nn.Module]:
     return build
 
 
-def _one_token(case: Case) -> nn.Module:
+def _one_token(case: ModelCase) -> Any:
     """timm's model without a distillation token, which flash-attn's ViT does not have."""
     return _timm(replace(case, model=case.model.replace("_distilled", "")))
 
 
-def _flash_attn(case: Case) -> nn.Module:
+def _flash_attn(case: ModelCase) -> nn.Module:
     from flash_attn.models.vit import VisionTransformer
 
     like = _one_token(case)

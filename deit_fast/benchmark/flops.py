@@ -1,5 +1,8 @@
 """Floating-point operations as `torch.utils.flop_counter` counts them, of stock and swapped models on the CPU."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,11 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 from deit_fast.benchmark.outputs import summed
 
 
-def _attention(query, key, value, *_, out_shape=None, **options) -> int:
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **options: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward(grad, query, key, value, *_, out_shape=None, **options) -> int:
+def _attention_backward(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **options: Any
+) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
@@ -32,7 +37,7 @@ class _NoModules:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         pass
 
 
@@ -40,7 +45,8 @@ def flop_counter() -> FlopCounterMode:
     import deit_fast.ops.flops  # noqa: F401  (registers the operators' formulas)
 
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-    counter.mod_tracker = _NoModules()
+    tracker: Any = _NoModules()
+    counter.mod_tracker = tracker
     return counter
 
 
@@ -51,7 +57,9 @@ class WithoutProducts(TorchDispatchMode):
     of any size at little cost. Counters go inside.
     """
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         packet = func._overloadpacket
         if packet not in flop_registry and packet not in ATTENTION:
             return func(*args, **(kwargs or {}))
@@ -64,7 +72,7 @@ def _empty(tensor: Tensor, device: str) -> Tensor:
 
 
 def step_flops(model: nn.Module, pixels: Tensor) -> int:
-    """Of one training step's forward and backward."""
+    """Of one training step's forward and backward. pixels: [B, C, H, W], on the CPU."""
     with flop_counter() as counter:
         summed(model(pixels)).backward()
     return counter.get_total_flops()

@@ -17,15 +17,14 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit_fast.benchmark.standin_driver import current_device
 from deit_fast.benchmark.tables import figures
 from deit_fast.benchmark.tables import table as markdown_table
-from deit_fast.benchmark.targets import TARGETS
-from deit_fast.cli.check_cases import OPS, Case, Size, cases
+from deit_fast.check.cases import OPS, CheckCase, Size, cases
+from deit_fast.check.standin_driver import current_device
+from deit_fast.check.targets import TARGETS
 from deit_fast.ops import backend
-from deit_fast.ops.registration import OPERATORS
+from deit_fast.ops.operator import OPERATORS
 from deit_fast.swap import swap
 
 TARGET = "sm_90"
@@ -103,7 +102,7 @@ def _operators() -> Iterator[tuple[str, _Side, _Side]]:
         if op == "keep_samples":
             continue
         empty, one = (_case(op, batch) for batch in (0, 1))
-        stock = partial(OPERATORS[op].stock, *_positional(empty))
+        stock = partial(OPERATORS[op].stock, *_as_declared(op, empty))
         yield (
             op,
             _Side(stock, _differentiable(empty)),
@@ -111,31 +110,18 @@ def _operators() -> Iterator[tuple[str, _Side, _Side]]:
         )
 
 
-def _case(op: str, batch: int) -> Case:
-    size = Size(WIDTH, HEADS, IMAGE, PATCH, CLASSES, batch)
+def _case(op: str, batch: int) -> CheckCase:
+    size = Size.of_model(WIDTH, HEADS, IMAGE, PATCH, CLASSES, batch)
     return next(cases(op, size, torch.bfloat16, torch.device("cpu")))
 
 
-def _differentiable(case: Case) -> list[Tensor]:
-    return [case.arguments[name].requires_grad_() for name in case.differentiable]
+def _differentiable(case: CheckCase) -> list[Tensor]:
+    return [case.tensors[name].requires_grad_() for name in case.differentiable]
 
 
-class _FirstCall(TorchDispatchMode):
-    """Keeps what the first of our operators was called with."""
-
-    arguments: tuple | None = None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.arguments is None and func.namespace == "deit_fast":
-            self.arguments = args
-        return func(*args, **(kwargs or {}))
-
-
-def _positional(case: Case) -> tuple:
-    """The case's arguments as the operator gets them, those that the case leaves out among them."""
-    with torch.no_grad(), _FirstCall() as call:
-        case.function(**case.arguments)
-    return call.arguments
+def _as_declared(op: str, case: CheckCase) -> tuple:
+    """All arguments of the operator; what its public function finds out itself is as if gradients were wanted."""
+    return OPERATORS[op].Arguments(**{"needs": [True, True]} if op == "distillation_loss" else {}, **case.arguments)
 
 
 def _modules(training: bool) -> Iterator[tuple[str, _Side, _Side]]:

@@ -5,24 +5,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit_fast.benchmark.clock import Clock
-from deit_fast.benchmark.contenders import CONTENDERS, DTYPES, Case, Contender, is_ours
+from deit_fast.benchmark.contenders import CONTENDERS, DTYPES, Contender, ModelCase, is_ours
 from deit_fast.benchmark.flops import WithoutProducts, flop_counter
 from deit_fast.benchmark.outputs import heads, summed
-from deit_fast.cli.operator_calls import operator_calls
-from deit_fast.cli.saved_bytes import saved_bytes
-from deit_fast.kernels import tuned
+from deit_fast.check.accuracy import refuse_wrong, relative_error
+from deit_fast.check.operator_calls import operator_calls
+from deit_fast.check.saved_bytes import saved_bytes
+from deit_fast.kernels.launching import tuned
 from deit_fast.ops import backend
 
-# A contender whose logits are further from float64 than these times the stock model's is not timed: it is wrong.
-ERROR_ALLOWED = 4.0
-# Where the stock model's own error is smaller than the rounding of one number.
-LEAST_ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # Of images, for what is checked and counted, and need not be timed.
 FEW = 2
 # Draws of drop path's masks, whose FLOPs are averaged.
@@ -40,7 +38,7 @@ class Row:
     for backward, an image. fallbacks: where the stock operators answered for deit_fast's, and why.
     """
 
-    case: Case
+    case: ModelCase
     contender: str
     seconds: list[float] = field(default_factory=list)
     error: float | None = None
@@ -53,11 +51,11 @@ class Row:
     fallbacks: list[str] = field(default_factory=list)
 
 
-class Step:
+class TimedStep:
     """What is timed: a forward pass, or forward, cross-entropy and backward. No optimizer: it is the same for all."""
 
     def __init__(
-        self, model: nn.Module, case: Case, device: torch.device, images: int, heeds_tuning: bool = False
+        self, model: nn.Module, case: ModelCase, device: torch.device, images: int, heeds_tuning: bool = False
     ) -> None:
         self.model, self.case, self.device, self.heeds_tuning = model, case, device, heeds_tuning
         generator = torch.Generator().manual_seed(1)
@@ -78,14 +76,19 @@ class Step:
                 return heads(self.model(self.pixels))[0]
         with amp:
             logits = heads(self.model(self.pixels))
-            loss = sum(F.cross_entropy(each.float(), self.labels) for each in logits)
+            loss: Any = sum(F.cross_entropy(each.float(), self.labels) for each in logits)
         loss.backward()
         self.model.zero_grad()
         return torch.cat(logits, 1).detach()
 
 
 def measure(
-    case: Case, contenders: list[Contender], device: torch.device, clock: Clock, rounds: int, say: Callable[[str], None]
+    case: ModelCase,
+    contenders: list[Contender],
+    device: torch.device,
+    clock: Clock,
+    rounds: int,
+    say: Callable[[str], None],
 ) -> Iterator[Row]:
     """A row for each contender, timed or with the reason why not; of an interrupted case, what is whole.
 
@@ -104,14 +107,14 @@ def measure(
 
 def _measure(
     rows: dict[str, Row],
-    case: Case,
+    case: ModelCase,
     contenders: list[Contender],
     device: torch.device,
     clock: Clock,
     rounds: int,
     say: Callable[[str], None],
 ) -> None:
-    steps: dict[str, Step] = {}
+    steps: dict[str, TimedStep] = {}
     own_bytes: dict[str, int] = {}
     for contender in contenders:
         row = rows[contender.name]
@@ -121,7 +124,7 @@ def _measure(
             model = contender.prepare(case, device)
             row.error = check(contender, model, case, device)
             count(row, contender, case)
-            steps[contender.name] = Step(model, case, device, case.batch, contender.tuned)
+            steps[contender.name] = TimedStep(model, case, device, case.batch, contender.tuned)
             own_bytes[contender.name] = _allocated(device) - before
     calls = {}
     for name, step in list(steps.items()):
@@ -155,32 +158,32 @@ def whole_rounds(rows: Collection) -> list:
     return [row for row in rows if row.seconds or row.failure]
 
 
-def best_peer(rows: Iterable):
+def best_peer(rows: Iterable) -> Any:
     """The fastest of the rows of one case that are not deit_fast's; None where none was timed."""
     timed = (row for row in rows if row.seconds and not is_ours(row.contender))
     return min(timed, key=lambda row: median(row.seconds), default=None)
 
 
-def check(contender: Contender, model: nn.Module, case: Case, device: torch.device) -> float:
+def check(contender: Contender, model: nn.Module, case: ModelCase, device: torch.device) -> float:
     """The error of the model's logits; drop path off.
 
     Raises:
-        ArithmeticError: it is more than `ERROR_ALLOWED` times the stock model's.
+        ArithmeticError: it is more than `WRONG_FACTOR` times the stock model's.
     """
     few, still = replace(case, batch=FEW), replace(case, batch=FEW, training=False)
     stock_model = _stock(contender, model, few)
-    expected = Step(stock_model.double().eval(), replace(still, dtype="float64", amp=None), _CPU, FEW)().double()
+    expected = TimedStep(stock_model.double().eval(), replace(still, dtype="float64", amp=None), _CPU, FEW)().double()
     training = model.training
-    found = Step(model.eval(), still, device, FEW, contender.tuned)().double().cpu()
+    found = TimedStep(model.eval(), still, device, FEW, contender.tuned)().double().cpu()
     model.train(training)
     own = stock_model.to(device, DTYPES[case.dtype])
-    of_stock = Step(own, still, device, FEW)().double().cpu()
-    error, allowed = (((logits - expected).norm() / expected.norm()).item() for logits in (found, of_stock))
+    of_stock = TimedStep(own, still, device, FEW)().double().cpu()
+    error, allowed = (relative_error(logits, expected) for logits in (found, of_stock))
     refuse_wrong(error, allowed, DTYPES[case.amp or case.dtype], "model")
     return error
 
 
-def _stock(contender: Contender, model: nn.Module, case: Case) -> nn.Module:
+def _stock(contender: Contender, model: nn.Module, case: ModelCase) -> nn.Module:
     """What `model` is held to: a stock model with its weights."""
     if contender.reference is not None:
         return contender.reference(case).to(DTYPES[case.dtype])
@@ -189,16 +192,7 @@ def _stock(contender: Contender, model: nn.Module, case: Case) -> nn.Module:
     return stock_model
 
 
-def refuse_wrong(error: float, of_stock: float, dtype: torch.dtype, what: str) -> None:
-    """
-    Raises:
-        ArithmeticError: `error` is more than `ERROR_ALLOWED` times that of the stock `what`, in `dtype`.
-    """
-    if not error <= max(ERROR_ALLOWED * of_stock, LEAST_ERROR[dtype]):
-        raise ArithmeticError(f"wrong: error {error:.1e} against float64, the stock {what}'s is {of_stock:.1e}")
-
-
-def count(row: Row, contender: Contender, case: Case) -> None:
+def count(row: Row, contender: Contender, case: ModelCase) -> None:
     """FLOPs, operator calls and saved bytes, on the CPU, of a few images; none where the model can't run there."""
     if contender.reference is not None:
         return
@@ -211,12 +205,12 @@ def count(row: Row, contender: Contender, case: Case) -> None:
             row.saved_bytes = saved_bytes(step.model, lambda: summed(step.model(step.pixels))) // FEW
 
 
-def _on_cpu(contender: Contender, case: Case) -> Step:
+def _on_cpu(contender: Contender, case: ModelCase) -> TimedStep:
     model = contender.build(case).to(DTYPES[case.dtype]).train(case.training)
-    return Step(model, case, _CPU, FEW)
+    return TimedStep(model, case, _CPU, FEW)
 
 
-def _flops(step: Step) -> int:
+def _flops(step: TimedStep) -> int:
     """Of an image; with drop path, the mean of several draws."""
     seeds = SEEDS if step.case.training and step.case.drop_path > 0 else 1
     with WithoutProducts(), flop_counter() as counter:
@@ -227,7 +221,7 @@ def _flops(step: Step) -> int:
 
 
 @contextmanager
-def failures(row) -> Iterator[None]:
+def failures(row: Any) -> Iterator[None]:
     """Notes in the row what goes wrong in the block, and where stock operators answer: the others are still wanted."""
 
     def failed(reason: str) -> None:
@@ -247,7 +241,7 @@ class DeviceLostError(RuntimeError):
 
 
 @contextmanager
-def noted(case: Case, note: Callable[[str], None]) -> Iterator[None]:
+def noted(case: ModelCase, note: Callable[[str], None]) -> Iterator[None]:
     """Hands `note` the reason where the block, which is about `case`, fails: the rest of the run goes on.
 
     Raises:

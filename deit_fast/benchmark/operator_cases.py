@@ -1,17 +1,18 @@
 """The operator calls of a model's step, with the tensors that they are called with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from deit_fast.benchmark.contenders import CONTENDERS, Case
-from deit_fast.benchmark.measure import Step
-from deit_fast.kernels import tuned
-from deit_fast.ops.registration import OPERATORS, Operator
+from deit_fast.benchmark.contenders import CONTENDERS, ModelCase
+from deit_fast.benchmark.measure import TimedStep
+from deit_fast.kernels.launching import tuned
+from deit_fast.ops.operator import OPERATORS, Operator
 
 
 @dataclass
@@ -34,10 +35,12 @@ class _Calls(TorchDispatchMode):
         super().__init__()
         self.found: dict[tuple[str, str, int], OperatorCase] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func.namespace == "deit_fast":
             operator = OPERATORS[func._schema.name.partition("::")[2]]
-            shape, batch = tuned.described(operator.parameters, args)
+            shape, batch = tuned.described(operator.arguments, args)
             key = (operator.name, shape, batch)
             if key not in self.found:
                 # Shared with the step, which may go on to write them.
@@ -47,9 +50,9 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operator_cases(case: Case, device: torch.device) -> list[OperatorCase]:
+def operator_cases(case: ModelCase, device: torch.device) -> list[OperatorCase]:
     """Of a swapped model's step, in the order of their first calls."""
-    return calls_of(Step(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch))
+    return calls_of(TimedStep(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch))
 
 
 def calls_of(step: Callable[[], object]) -> list[OperatorCase]:

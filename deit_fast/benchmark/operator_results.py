@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import Any
 
 from deit_fast.benchmark.clock import Interval, faster, interval
-from deit_fast.benchmark.contenders import Case, is_ours
+from deit_fast.benchmark.contenders import ModelCase, is_ours
 from deit_fast.benchmark.measure import best_peer
 from deit_fast.benchmark.operators import OperatorRow
 from deit_fast.benchmark.peaks import Peaks
@@ -63,8 +64,8 @@ def cells(row: OperatorRow, rows: list[OperatorRow], peaks: Peaks | None) -> tup
     )
 
 
-def by_case(rows: Iterable[OperatorRow]) -> dict[Case, list[OperatorRow]]:
-    grouped: dict[Case, list[OperatorRow]] = {}
+def by_case(rows: Iterable[OperatorRow]) -> dict[ModelCase, list[OperatorRow]]:
+    grouped: dict[ModelCase, list[OperatorRow]] = {}
     for row in rows:
         grouped.setdefault(row.case, []).append(row)
     return grouped
@@ -79,7 +80,7 @@ def markdown(rows: list[OperatorRow], peaks: Peaks | None) -> list[str]:
     return parts
 
 
-def plot(pyplot, case: Case, rows: list[OperatorRow], peaks: Peaks | None):
+def plot(pyplot: Any, case: ModelCase, rows: list[OperatorRow], peaks: Peaks | None) -> Any:
     """A bar for each contender of each operator, all calls of a step together, and a mark at the roofline."""
     timed = [row for row in rows if row.seconds]
     figure, axis = pyplot.subplots(figsize=(9, 1 + 0.3 * len(timed)))
@@ -91,7 +92,7 @@ def plot(pyplot, case: Case, rows: list[OperatorRow], peaks: Peaks | None):
     axis.set_yticks(places, names, fontsize=7)
     marks = [(place, share(row, peaks)) for place, row in zip(places, timed, strict=True)]
     marks = [(place, part * spent[place]) for place, part in marks if part is not None]
-    if marks:
+    if peaks is not None and marks:
         axis.plot([x for _, x in marks], [y for y, _ in marks], "k|", markersize=9, label=f"roofline: {peaks.source}")
         axis.legend(fontsize=7)
     axis.margins(y=0.01)

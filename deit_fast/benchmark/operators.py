@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deit_fast.benchmark.clock import Clock
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import ModelCase
 from deit_fast.benchmark.flops import flop_counter
-from deit_fast.benchmark.measure import DeviceLostError, failures, refuse_wrong, whole_rounds
+from deit_fast.benchmark.measure import DeviceLostError, failures, whole_rounds
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
-from deit_fast.kernels import tuned
+from deit_fast.check.accuracy import refuse_wrong, relative_error
+from deit_fast.kernels.launching import tuned
 
 
 @dataclass
@@ -24,7 +25,7 @@ class OperatorRow:
     fallbacks: why the stock operator answered for deit_fast's.
     """
 
-    case: Case
+    case: ModelCase
     operator: str
     shape: str
     times: int
@@ -41,32 +42,33 @@ class OperatorRow:
 Peer = Callable[..., Callable[[], Tensor] | None]
 
 
-def _liger_layer_norm(x, weight, bias, eps):
+def _liger_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Callable[[], Tensor] | None:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     return None if weight is None or bias is None else lambda: LigerLayerNormFunction.apply(x, weight, bias, eps)
 
 
-def _apex_layer_norm(x, weight, bias, eps):
+def _apex_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Callable[[], Tensor] | None:
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
     return None if weight is None else lambda: fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
 
 
-def _flash_attention(qkv, scale, kept):
+def _flash_attention(qkv: list[Tensor], scale: float, kept: Tensor | None) -> Callable[[], Tensor] | None:
     from flash_attn import flash_attn_qkvpacked_func
 
-    if kept is not None or qkv.dtype is torch.float32:
+    if kept is not None or len(qkv) > 1 or qkv[0].dtype is torch.float32:
         return None
-    return lambda: flash_attn_qkvpacked_func(qkv, softmax_scale=scale).flatten(2)
+    return lambda: flash_attn_qkvpacked_func(qkv[0], softmax_scale=scale).flatten(2)
 
 
-def _xformers_attention(qkv, scale, kept):
+def _xformers_attention(qkv: list[Tensor], scale: float, kept: Tensor | None) -> Callable[[], Tensor] | None:
     from xformers.ops import memory_efficient_attention
 
     if kept is not None:
         return None
-    return lambda: memory_efficient_attention(*qkv.unbind(2), scale=scale).flatten(2)
+    q, k, v = qkv[0].unbind(2) if len(qkv) == 1 else qkv
+    return lambda: memory_efficient_attention(q, k, v, scale=scale).flatten(2)
 
 
 # By operator: who, the package, the call.
@@ -77,7 +79,7 @@ PEERS: dict[str, tuple[tuple[str, str, Peer], ...]] = {
 
 
 def measure_operators(
-    case: Case, device: torch.device, clock: Clock, rounds: int, say: Callable[[str], None]
+    case: ModelCase, device: torch.device, clock: Clock, rounds: int, say: Callable[[str], None]
 ) -> Iterator[OperatorRow]:
     """Rows of every operator of the step, checked against the stock operator in float64; drop path off.
 
@@ -96,7 +98,7 @@ def measure_operators(
 
 
 def _measure(
-    rows: list[OperatorRow], case: Case, each: OperatorCase, device: torch.device, clock: Clock, rounds: int
+    rows: list[OperatorRow], case: ModelCase, each: OperatorCase, device: torch.device, clock: Clock, rounds: int
 ) -> None:
     def row(contender: str) -> OperatorRow:
         return OperatorRow(case, each.operator.name, each.shape, each.times, contender)
@@ -133,7 +135,7 @@ def _contenders(each: OperatorCase, device: torch.device) -> Iterator[tuple[str,
     def ours(heeding: bool) -> Callable[[], object]:
         def call() -> object:
             with tuned.enabled(heeding):
-                return each.operator.call(*each.arguments)
+                return each.operator.op(*each.arguments)
 
         return call
 
@@ -158,8 +160,7 @@ def _check(found: list[Tensor], stock: list[Tensor], expected: list[Tensor]) -> 
     worst = 0.0
     for ours, theirs, right in zip(found, stock, expected, strict=False):
         # The gradient of a key's bias is nothing but rounding: it is held to the size of the others.
-        size = max(float(right.norm()), largest / 100, torch.finfo(torch.float64).tiny)
-        error, allowed = (float((t.double() - right).norm()) / size for t in (ours, theirs))
+        error, allowed = (relative_error(t, right, least=largest / 100) for t in (ours, theirs))
         refuse_wrong(error, allowed, theirs.dtype, "operator")
         worst = max(worst, error)
     return worst
@@ -175,5 +176,5 @@ def _tensors(result: object) -> list[Tensor]:
 
 def _flops(each: OperatorCase) -> int:
     with flop_counter() as counter:
-        each.operator.call(*each.arguments)
+        each.operator.op(*each.arguments)
     return counter.get_total_flops()

@@ -1,9 +1,11 @@
 """What models of different libraries return, as tensors."""
 
+from typing import Any
+
 from torch import Tensor
 
 
-def heads(output: object) -> tuple[Tensor, ...]:
+def heads(output: Any) -> tuple[Tensor, ...]:
     """The logits of every head: a model returns a tensor, one for each head, or transformers' output."""
     if isinstance(output, Tensor):
         return (output,)
@@ -14,6 +16,7 @@ def heads(output: object) -> tuple[Tensor, ...]:
     return (output.logits,)
 
 
-def summed(output: object) -> Tensor:
+def summed(output: Any) -> Tensor:
     """The sum of what a model returned."""
-    return sum(each.sum() for each in heads(output))
+    total: Any = sum(each.sum() for each in heads(output))
+    return total

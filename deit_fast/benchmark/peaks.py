@@ -1,13 +1,15 @@
 """The most that a device can do: as its vendor publishes, or as measured here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from deit_fast.benchmark import devices
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.contenders import DTYPES
-from deit_fast.kernels import tf32
+from deit_fast.kernels.launching import tf32
 
 # The side of a square product, and the bytes of a copy.
 _SIDE = {"cuda": 8192, "cpu": 2048}
@@ -22,7 +24,7 @@ class Peaks:
     bandwidth: float
     source: str
 
-    def bound(self, dtype: str, flops: int | None, moved: int) -> float | None:
+    def bound(self, dtype: str, flops: float | None, moved: float) -> float | None:
         """Seconds that `flops` of products in `dtype` and `moved` bytes take at least; None for an unknown dtype."""
         if dtype not in self.flops:
             return None
@@ -47,13 +49,13 @@ def measured(device: torch.device, dtypes: list[str], clock: Clock) -> Peaks:
     flops = {}
     for name in dtypes:
         left, right = (torch.randn(side, side, device=device, dtype=DTYPES[name]) for _ in range(2))
-        flops[name] = 2 * side**3 / _seconds(lambda a=left, b=right: a @ b, clock)
+        flops[name] = 2 * side**3 / _seconds(partial(torch.matmul, left, right), clock)
     source = torch.empty(_COPIED[device.type], dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / _seconds(lambda: target.copy_(source), clock)
     return Peaks(flops, bandwidth, f"measured here: a product of {side}×{side} matrices, a copy")
 
 
-def _seconds(call, clock: Clock) -> float:
+def _seconds(call: Callable[[], object], clock: Clock) -> float:
     calls = clock.calls(call)
     return min(clock.seconds(call, calls) for _ in range(3))

@@ -34,7 +34,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """drop_path: the rate at which a training sample's branches are left out, as timm draws them."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6, drop_path: float = 0.0):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)

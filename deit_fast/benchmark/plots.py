@@ -1,9 +1,10 @@
 """Plots of a run: throughput by contender, time by operator, memory by batch."""
 
 from pathlib import Path
+from typing import Any
 
 from deit_fast.benchmark import operator_results
-from deit_fast.benchmark.contenders import Case, is_ours
+from deit_fast.benchmark.contenders import ModelCase, is_ours
 from deit_fast.benchmark.results import Line, Results, by_case
 
 _OURS, _THEIRS = "#d1495b", "#8d99ae"
@@ -39,7 +40,7 @@ def write_plots(results: Results, folder: Path) -> list[str]:
     return written
 
 
-def _throughput(pyplot, cases: dict[Case, list[Line]]):
+def _throughput(pyplot: Any, cases: dict[ModelCase, list[Line]]) -> Any:
     """A panel for each case; bars of images a second, the interval at 95 % as a whisker."""
     figure, axes = pyplot.subplots(
         len(cases), 1, figsize=(8, sum(0.7 + 0.34 * len(group) for group in cases.values())), squeeze=False,
@@ -47,10 +48,11 @@ def _throughput(pyplot, cases: dict[Case, list[Line]]):
     )  # fmt: skip
     for axis, (case, group) in zip(axes[:, 0], cases.items(), strict=True):
         names = [line.row.contender for line in group]
-        speeds = [line.images_per_second for line in group]
+        seconds = [line.seconds for line in group if line.seconds is not None]
+        speeds = [case.batch / each.median for each in seconds]
         spread = [
-            [speed - case.batch / line.seconds.high for line, speed in zip(group, speeds, strict=True)],
-            [case.batch / line.seconds.low - speed for line, speed in zip(group, speeds, strict=True)],
+            [speed - case.batch / each.high for each, speed in zip(seconds, speeds, strict=True)],
+            [case.batch / each.low - speed for each, speed in zip(seconds, speeds, strict=True)],
         ]
         colours = [_OURS if is_ours(name) else _THEIRS for name in names]
         bars = axis.barh(names, speeds, xerr=spread, color=colours, ecolor="#333333", capsize=2)
@@ -64,7 +66,7 @@ def _throughput(pyplot, cases: dict[Case, list[Line]]):
     return figure
 
 
-def _memory(pyplot, cases: dict[Case, list[Line]]):
+def _memory(pyplot: Any, cases: dict[ModelCase, list[Line]]) -> Any:
     figure, axis = pyplot.subplots(figsize=(8, 4.5))
     series: dict[str, list[tuple[int, float]]] = {}
     for case, group in cases.items():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 import triton
@@ -41,7 +42,7 @@ def launches() -> Iterator[list[dict]]:
     """The list fills with the metadata of the block's launches, in order."""
     found: list[dict] = []
 
-    def noted(metadata) -> None:
+    def noted(metadata: Any) -> None:
         found.append(dict(metadata.get()))
 
     hook = triton.knobs.runtime.launch_enter_hook
@@ -52,7 +53,7 @@ def launches() -> Iterator[list[dict]]:
         hook.remove(noted)
 
 
-def _kernels(profiler) -> list[tuple[str, float]]:
+def _kernels(profiler: torch.profiler.profile) -> list[tuple[str, float]]:
     """Name and seconds of what ran on the GPU, in order."""
     on_gpu = [event for event in profiler.events() if event.device_type != torch.autograd.DeviceType.CPU]
     return [
@@ -68,7 +69,7 @@ def by_kernel(kernels: Iterable[tuple[str, float]], metadata: Iterable[dict], st
         waiting[each.get("symbol", each["name"])].append(each)
     found: dict[str, KernelTime] = {}
     for name, seconds in kernels:
-        known = waiting[name].popleft() if waiting[name] else {"name": name}
+        known: dict[str, Any] = waiting[name].popleft() if waiting[name] else {"name": name}
         total = found.setdefault(known["name"], KernelTime(known["name"], 0.0, 0.0))
         total.calls += 1 / steps
         total.seconds += seconds / steps

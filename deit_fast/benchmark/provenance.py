@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from deit_fast.cli.check_environment import environment
+from deit_fast.check.environment import environment
 from deit_fast.ops.product_dtype import product_dtype
 
 

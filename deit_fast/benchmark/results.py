@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
+from typing import TypeVar
 
 from deit_fast.benchmark import operator_results
 from deit_fast.benchmark.clock import Interval, faster, interval
-from deit_fast.benchmark.contenders import CONTENDERS, Case, is_ours
+from deit_fast.benchmark.contenders import CONTENDERS, ModelCase, is_ours
 from deit_fast.benchmark.files import write_whole
 from deit_fast.benchmark.host import HostTime, table
 from deit_fast.benchmark.measure import Row, best_peer
@@ -67,8 +68,11 @@ class Results:
             raise ValueError(f"{file} is no result of deit-fast bench: {type(error).__name__}: {error}") from error
 
 
-def _row(kind: type, content: dict):
-    return kind(**{**content, "case": Case(**content["case"])})
+_Kind = TypeVar("_Kind", Row, OperatorRow)
+
+
+def _row(kind: type[_Kind], content: dict) -> _Kind:
+    return kind(**{**content, "case": ModelCase(**content["case"])})
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ def _line(row: Row, timed: list[Row]) -> Line:
 
 
 def _faster(row: Row, other: Row | None) -> tuple[Interval | None, str | None]:
-    ratio = None if other is None else faster(row.seconds, other.seconds)
+    if other is None:
+        return None, None
+    ratio = faster(row.seconds, other.seconds)
     return ratio, None if ratio is None else other.contender
 
 
@@ -146,8 +152,8 @@ def _rate(row: Row, rate: float, peaks: Peaks | None) -> str:
     return f"{rate / 1e12:.2f}" + ("" if peak is None else f" ({100 * rate / peak:.0f} %)")
 
 
-def by_case(rows: Iterable[Row]) -> dict[Case, list[Line]]:
-    grouped: dict[Case, list[Line]] = {}
+def by_case(rows: Iterable[Row]) -> dict[ModelCase, list[Line]]:
+    grouped: dict[ModelCase, list[Line]] = {}
     for line in lines(rows):
         grouped.setdefault(line.row.case, []).append(line)
     return grouped
@@ -201,7 +207,7 @@ def write_csv(results: Results, file: Path) -> None:
         writer = csv.DictWriter(out, columns, restval="")
         writer.writeheader()
         for line in lines(results.rows):
-            if line.seconds is None:
+            if line.seconds is None or line.images_per_second is None:
                 continue
             case, step = line.row.case, "train" if line.row.case.training else "infer"
             writer.writerow(

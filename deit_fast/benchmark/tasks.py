@@ -1,21 +1,21 @@
 """What `deit-fast bench` and `deit-fast tune` give to a worker: one case, or one operator of it, at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from deit_fast.benchmark import clock, measure, operator_cases, operators, profile, tune
-from deit_fast.benchmark.contenders import CONTENDERS, Case
-from deit_fast.benchmark.measure import Step, noted
-from deit_fast.benchmark.workers import Failed, Tell, make_current, run_tasks, run_tasks_here
-from deit_fast.kernels import tf32
-from deit_fast.kernels.tuned import Choice
+from deit_fast.benchmark.contenders import CONTENDERS, ModelCase
+from deit_fast.benchmark.measure import TimedStep, noted
+from deit_fast.check.workers import Failed, Tell, make_current, run_tasks, run_tasks_here
+from deit_fast.kernels.launching import tf32
+from deit_fast.kernels.launching.tuned import Choice
 from deit_fast.ops.backend import ran_out_of_memory
 
 
-def runner(device: torch.device):
+def runner(device: torch.device) -> Callable:
     """How tasks are run: a GPU that one of them breaks answers none after it in the same process."""
     return run_tasks if device.type == "cuda" else run_tasks_here
 
@@ -29,7 +29,7 @@ class Measured:
     """One case of `what`: "models", by these contenders, its "operators", or the "profile" of its step."""
 
     what: str
-    case: Case
+    case: ModelCase
     device: torch.device
     rounds: int = 1
     contenders: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ def measure_task(task: Measured, tell: Tell) -> None:
             _tell_all(tell, "operator", found)
         else:
             say("profile")
-            step = Step(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch)
+            step = TimedStep(CONTENDERS["deit_fast"].prepare(case, device), case, device, case.batch)
             tell(("kernels", profile.profiled(step)))
 
 
@@ -81,7 +81,7 @@ class Listed:
 class Tuning:
     """One operator of the case's step, `place`; None asks which there are."""
 
-    case: Case
+    case: ModelCase
     device: torch.device
     rounds: int
     place: int | None = None
@@ -97,7 +97,7 @@ class Found:
 
 
 @lru_cache(maxsize=1)
-def _operators(case: Case, device: torch.device) -> list[operator_cases.OperatorCase]:
+def _operators(case: ModelCase, device: torch.device) -> list[operator_cases.OperatorCase]:
     return operator_cases.operator_cases(case, device)
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 from deit_fast.benchmark.candidates import may_be_none, neighbours, tunable
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.operator_cases import OperatorCase
-from deit_fast.kernels import launch
-from deit_fast.kernels.replay import Replayed
-from deit_fast.kernels.tuned import Choice
+from deit_fast.check.accuracy import relative_error
+from deit_fast.kernels.launching import run
+from deit_fast.kernels.launching.replay import Replayed
+from deit_fast.kernels.launching.settings import settings as launched_with
+from deit_fast.kernels.launching.tuned import Choice
 from deit_fast.ops.backend import ran_out_of_memory
 
 # What is not faster by as much is noise, and what is shipped stays.
@@ -64,7 +67,7 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int, ends: float) -> Tuned:
     def stock() -> object:
         return operator.stock(*arguments)
 
-    reason = operator.unsupported(*arguments)
+    reason = operator.unsupported(operator.Arguments(*arguments))
     if reason is not None:
         return _failed(case, reason)
     shipped: dict[str, object] = {}
@@ -72,7 +75,7 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int, ends: float) -> Tuned:
     if isinstance(shipped_call, str):
         return _failed(case, shipped_call)
     # Of packed tensors what lies past the kept samples is anything.
-    packed = "kept" in operator.parameters and arguments[operator.parameters.index("kept")] is not None
+    packed = getattr(operator.Arguments(*arguments), "kept", None) is not None
     expected = None if packed else shipped_call()
 
     tries = _Tries(case, clock, expected, shipped, shipped_call, ends)
@@ -80,19 +83,19 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int, ends: float) -> Tuned:
     for asked, setting in shipped.items():
         best = _settled(tries, asked, setting, best)
 
-    finalists = sorted(tries.timed, key=tries.timed.get)[:_FINALISTS]
-    contenders = {
+    finalists = sorted(tries.timed, key=tries.timed.__getitem__)[:_FINALISTS]
+    contenders: dict[Any, Callable[[], object]] = {
         "stock": stock,
         (): shipped_call,
         **{key: tries.calls[key] for key in finalists if key in tries.calls},
     }
     counts = {name: clock.calls(call) for name, call in contenders.items()}
-    seconds: dict[object, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Any, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
             seconds[name].append(clock.seconds(call, counts[name]))
     medians = {name: median(values) for name, values in seconds.items()}
-    fastest = min((key for key in medians if key != "stock"), key=medians.get)
+    fastest = min((key for key in medians if key != "stock"), key=medians.__getitem__)
     if medians[fastest] > (1 - LEAST_GAIN) * medians[()]:
         fastest = ()
     found = {"stock": medians["stock"], "shipped": medians[()], "tuned": medians[fastest]}
@@ -177,8 +180,9 @@ def _prepared(
     operator, arguments = case.operator, case.arguments
     replayed = Replayed(operator.name, operator.launcher)
     try:
-        key = replayed.plan(arguments)[1]
-        with launch.settings(settings) as questions, launch.recorded() as launches:
+        called = operator.flatten(arguments)
+        key = replayed.plan(*called)[1]
+        with launched_with(settings) as questions, run.recorded() as launches:
             found = replayed(key, arguments)
         spilled = max((getattr(each.compiled, "n_spills", 0) or 0 for each in launches), default=0)
         if spilled:
@@ -191,10 +195,10 @@ def _prepared(
         asked.update(questions)
     plan = replayed.plans.get(key)
     if plan is not None:
-        return lambda: plan.run(replayed.plan(arguments)[2])
+        return lambda: plan.run(replayed.plan(*called)[2])
 
     def call() -> object:
-        with launch.settings(settings):
+        with launched_with(settings):
             return operator.launcher(*arguments)
 
     return call
@@ -202,12 +206,9 @@ def _prepared(
 
 def _agree(found: object, expected: object) -> bool:
     pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
-    largest = max((theirs.double().norm() for _, theirs in pairs), default=0.0)
+    largest = max((theirs.double().norm().item() for _, theirs in pairs), default=0.0)
     # The gradient of a key's bias is nothing but rounding: it is held to the size of the others.
-    return all(
-        (ours.double() - theirs.double()).norm() <= _ALLOWED[theirs.dtype] * max(theirs.double().norm(), largest / 100)
-        for ours, theirs in pairs
-    )
+    return all(relative_error(ours, theirs, least=largest / 100) <= _ALLOWED[theirs.dtype] for ours, theirs in pairs)
 
 
 def _tensors(result: object) -> list[Tensor]:
@@ -217,7 +218,7 @@ def _tensors(result: object) -> list[Tensor]:
 def _as_json(choice: Choice) -> Choice:
     """Tiles by the names of their fields."""
 
-    def plain(setting):
+    def plain(setting: Any) -> object:
         if hasattr(setting, "_asdict"):
             return setting._asdict()
         return [plain(part) for part in setting] if isinstance(setting, tuple) else setting

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,17 @@ from deit_fast.cli.demo import writable_folder
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
 from deit_fast.cli.tune import tune_case
-from deit_fast.kernels.launch import interpreted
+from deit_fast.kernels.launching.hardware import interpreted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from deit_fast.benchmark.contenders import ModelCase
+    from deit_fast.benchmark.peaks import Peaks
+    from deit_fast.benchmark.results import Results
+    from deit_fast.benchmark.tasks import Measured
 
 DEFAULT_OUT = "deit-fast-bench"
 SUITES = (*MODEL_SUITES, "ops", "host")
@@ -99,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     return _INTERRUPTED if interrupted else _exit_code(results, console)
 
 
-def _write(results, out: Path, console) -> None:
+def _write(results: "Results", out: Path, console: "Console") -> None:
     from deit_fast.benchmark import plots
     from deit_fast.benchmark.results import markdown, write_csv
 
@@ -109,15 +119,15 @@ def _write(results, out: Path, console) -> None:
     console.print(f"Written to {out}/: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
 
 
-def _exit_code(results, console) -> int:
-    rows = [*results.rows, *results.operators]
+def _exit_code(results: "Results", console: "Console") -> int:
+    rows: list[Any] = [*results.rows, *results.operators]
     if not results.host and not any(row.seconds for row in rows):
         console.print("Nothing could be measured.")
         return 1
     return int(any((row.failure or "").startswith("ArithmeticError") for row in rows))
 
 
-def _progress(console):
+def _progress(console: "Console") -> "Progress":
     """A bar, how much of how much, the time that remains, and what is being done, as far as it fits."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
@@ -164,7 +174,7 @@ class _Session:
         self.progress.update(self.task, completed=units)
         self.results.write(self.out / "results.json")
 
-    def _heard(self, task, told: tuple[str, Any]) -> None:
+    def _heard(self, task: "Measured", told: tuple[str, Any]) -> None:
         kind, content = told
         if kind == "say":
             # A model's case is checked, warmed up and timed in rounds.
@@ -179,11 +189,11 @@ class _Session:
         else:
             self._not_measured(task, content)
 
-    def _not_measured(self, task, reason: str) -> None:
+    def _not_measured(self, task: "Measured", reason: str) -> None:
         self.results.unmeasured[task.title] = reason
         self.console.print(f"Not measured: {task.title}: {reason}", markup=False, soft_wrap=True)
 
-    def _print(self, task) -> None:
+    def _print(self, task: "Measured") -> None:
         if task.title in self.results.unmeasured:
             return
         if task.what == "models":
@@ -203,7 +213,7 @@ class _Session:
 
 
 @contextmanager
-def _noting(case, what: str, results, console) -> Iterator[None]:
+def _noting(case: "ModelCase", what: str, results: "Results", console: "Console") -> Iterator[None]:
     """Where the block fails, that is noted in the results and said: the run goes on."""
     from deit_fast.benchmark.measure import noted
 
@@ -285,7 +295,7 @@ def _refuse_to_overwrite(out: Path) -> None:
         raise ValueError(f"--out {out} holds the results of another command: give another folder, or move them away")
 
 
-def _peaks(args: argparse.Namespace, found: list, device: torch.device):
+def _peaks(args: argparse.Namespace, found: list["ModelCase"], device: torch.device) -> "Peaks | None":
     from deit_fast.benchmark import peaks
     from deit_fast.benchmark.tasks import clock_of
 
@@ -294,7 +304,7 @@ def _peaks(args: argparse.Namespace, found: list, device: torch.device):
     return peaks.measured(device, sorted({case.amp or case.dtype for case in found}), clock_of(device))
 
 
-def _print_operators(console, case, results) -> None:
+def _print_operators(console: "Console", case: "ModelCase", results: "Results") -> None:
     """What fits a terminal; the page has the rest."""
     from rich.table import Table
 
@@ -311,7 +321,7 @@ def _print_operators(console, case, results) -> None:
     _print_table(console, f"Operators: {case.title}", table, rows)
 
 
-def _print_models(console, case, results) -> None:
+def _print_models(console: "Console", case: "ModelCase", results: "Results") -> None:
     """What fits a terminal; the page has the rest."""
     from rich.table import Table
 
@@ -327,7 +337,7 @@ def _print_models(console, case, results) -> None:
     _print_table(console, case.title, table, [line.row for line in lines])
 
 
-def _print_table(console, title: str, table, rows: list) -> None:
+def _print_table(console: "Console", title: str, table: "Table", rows: list) -> None:
     from deit_fast.benchmark.tables import remarks
 
     console.print(f"\n[bold]{title}[/]", soft_wrap=True)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from deit_fast.benchmark.contenders import Case, recipe_drop_path
+from deit_fast.benchmark.contenders import ModelCase, recipe_drop_path
 
 MODELS = ("deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, dtype: str = "float32", batch
     parser.add_argument("--drop-path", metavar="RATES", help="in training; default: that of the recipe")
 
 
-def cases(args: argparse.Namespace, suites: Iterable[str]) -> list[Case]:
+def cases(args: argparse.Namespace, suites: Iterable[str]) -> list[ModelCase]:
     """Of the suites that run models.
 
     Raises:
@@ -42,7 +42,7 @@ def cases(args: argparse.Namespace, suites: Iterable[str]) -> list[Case]:
     for model in models:
         for dtype, amp in [*((dtype, None) for dtype in dtypes), *(("float32", amp) for amp in amps)]:
             for batch in batches:
-                case = Case(model, batch, args.img_size, dtype, amp)
+                case = ModelCase(model, batch, args.img_size, dtype, amp)
                 if "model" in suites:
                     found.append(case)
                 # Nobody trains in float16 alone: small updates would vanish in its weights.

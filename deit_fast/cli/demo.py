@@ -12,7 +12,7 @@ from deit_fast._extras import require
 from deit_fast.cli import demo_inference, demo_training
 from deit_fast.cli.errors import user_input
 from deit_fast.cli.predict import find_device
-from deit_fast.kernels import tf32
+from deit_fast.kernels.launching import tf32
 
 DEFAULT_OUT = "deit-fast-demo"
 

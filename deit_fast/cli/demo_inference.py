@@ -1,37 +1,25 @@
 """First half of `deit-fast demo`: stock and swapped DeiT side by side on two real photographs."""
 
-import copy
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import deit_fast
-from deit_fast.cli.operator_calls import operator_calls
-from deit_fast.cli.predict import default_labels, image_processor
+from deit_fast.benchmark.photographs import BUILDERS, SEED, answers, costs, photographs, weights_can_be_fetched
+from deit_fast.cli.progress import bar, progress_bars
+from deit_fast.data.labels import default_labels
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 TOLERANCE = 1e-4
-SEED = 0
-TIMM_MODEL = "deit_small_distilled_patch16_224"
-TRANSFORMERS_MODEL = "facebook/deit-small-distilled-patch16-224"
-HUB_SECONDS = 3
-DOWNLOAD_SECONDS = 45
-INTERPRETER_SECONDS = 180
-ROUNDS = 5
+INTERPRETER_SECONDS = 600
 GPU_BATCH = 64
 
 
@@ -53,90 +41,11 @@ def run(console: "Console", device: torch.device) -> bool:
     return all(passed)
 
 
-# -- the models and the photographs
-
-
-def build_timm(pretrained: bool) -> nn.Module:
-    """timm's DeiT-S distilled."""
-    import timm
-
-    torch.manual_seed(SEED)
-    return timm.create_model(TIMM_MODEL, pretrained=pretrained)
-
-
-def build_transformers(pretrained: bool) -> nn.Module:
-    """transformers' DeiT-S distilled."""
-    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
-
-    if pretrained:
-        return DeiTForImageClassificationWithTeacher.from_pretrained(TRANSFORMERS_MODEL)
-    torch.manual_seed(SEED)
-    config = DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
-    return DeiTForImageClassificationWithTeacher(config)
-
-
-BUILDERS: dict[str, Callable[[bool], nn.Module]] = {"timm": build_timm, "transformers": build_transformers}
-
-
-def weights_can_be_fetched() -> tuple[bool, str]:
-    """Whether the hub hands out both models' weights in reasonable time, and why or why not."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False, "HF_HUB_OFFLINE is set"
-    if not hub_answers():
-        return False, f"no model hub answered within {HUB_SECONDS} s"
-    # In a process of its own, which can be stopped: the hub's client retries for minutes.
-    code = "from deit_fast.cli.demo_inference import BUILDERS\nfor build in BUILDERS.values(): build(True)"
-    try:
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=DOWNLOAD_SECONDS)
-    except subprocess.SubprocessError:
-        return False, f"the model hub answered but the weights did not arrive within {DOWNLOAD_SECONDS} s"
-    return True, "from the model hub"
-
-
-def hub_answers() -> bool:
-    """One request to the hub."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
-        with suppress(Exception):
-            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
-            answered.set()
-
-    # In a thread, since looking up the hub's name has no time limit.
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(HUB_SECONDS)
-
-
-def photographs() -> tuple[list[str], Tensor]:
-    """scikit-learn's two photographs, by name and as [2, 3, 224, 224]."""
-    from sklearn.datasets import load_sample_images
-
-    samples = load_sample_images()
-    names = [os.path.basename(name) for name in samples.filenames]
-    return names, image_processor(None, 224)(samples.images, return_tensors="pt").pixel_values
-
-
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """[B, classes], of either library's model."""
-    output = model(images)
-    return getattr(output, "logits", output)
-
-
-# -- the parts
-
-
 def compare(
     console: "Console", library: str, model: nn.Module, names: list[str], images: Tensor, labels: list[str]
 ) -> bool:
-    """Stock, swapped and restored answers of one model, which is left as it was."""
-    with torch.inference_mode():
-        stock = logits(model, images)
-        report = deit_fast.swap(model)
-        swapped = logits(model, images)
-        deit_fast.restore(model)
-        restored = logits(model, images)
-
+    """Stock, swapped and restored answers of one model, which is left as it was. images: [B, 3, H, W]."""
+    stock, swapped, restored, report = answers(model, images)
     console.rule(f"{library}: deit_fast.swap(model)")
     console.print(str(report), markup=False, soft_wrap=True)
     for name, before, after in zip(names, stock, swapped, strict=True):
@@ -153,7 +62,7 @@ def compare(
 
 
 def top5_table(title: str, stock: Tensor, swapped: Tensor, labels: list[str]) -> Any:
-    """Both models' five likeliest classes of one photograph."""
+    """Both models' five likeliest classes of one photograph. stock, swapped: logits [C]."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -177,28 +86,50 @@ def check_kernels(console: "Console") -> bool:
     if find_spec("triton") is None:
         console.print("Left out: Triton is not installed.")
         return True
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "DEIT_FAST_BACKEND": "triton"}
-    command = [sys.executable, "-m", "deit_fast.cli.interpreter_check"]
-    try:
-        with console.status("interpreting DeiT-Ti's kernels on one photograph"):
-            process = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=INTERPRETER_SECONDS
-            )
-    except subprocess.TimeoutExpired:
-        console.print(f"[bold red]No result within {INTERPRETER_SECONDS} s.[/]")
+    result = interpret(console)
+    if result is None:
         return False
-    if process.returncode:
-        console.print(process.stderr, markup=False)
-        return False
-    result = json.loads(process.stdout.splitlines()[-1])
     blocks, of_model = result["blocks"], result["blocks_of_model"]
-    depth = f"all {blocks} blocks" if blocks == of_model else f"{blocks} of {of_model} blocks, for lack of time"
+    depth = f"all {blocks} blocks" if blocks == of_model else f"{blocks} of {of_model} blocks, to save time"
     console.print(
         f"{result['model']}, {depth}, one photograph, {result['seconds']:.0f} s: "
         f"{result['launches']} launches; largest logit {result['scale']:.3g}, largest difference to stock "
         f"[bold]{result['difference']:.2g}[/] (limit {TOLERANCE:g})."
     )
     return result["difference"] < TOLERANCE and result["launches"] > 0
+
+
+def interpret(console: "Console") -> dict[str, Any] | None:
+    """What `interpreter_check` finds, with a bar of its launches; None, said why, where it finds nothing."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "DEIT_FAST_BACKEND": "triton"}
+    command = [sys.executable, "-m", "deit_fast.benchmark.interpreter_check"]
+    lines: list[dict[str, Any]] = []
+    talk: list[str] = []
+    with (
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+        progress_bars(console) as progress,
+    ):
+        update = bar(progress, "launches")
+        stop = threading.Timer(INTERPRETER_SECONDS, process.kill)
+        stop.start()
+        try:
+            for line in process.stdout or ():
+                if not line.startswith("{"):
+                    talk.append(line)
+                    continue
+                lines.append(json.loads(line))
+                if "launch" in lines[-1]:
+                    update(lines[-1]["launch"], lines[-1]["of"])
+            code, too_late = process.wait(), stop.finished.is_set()
+        finally:
+            stop.cancel()
+    if too_late:
+        console.print(f"[bold red]No result within {INTERPRETER_SECONDS} s.[/]")
+    elif code:
+        console.print("".join(talk), markup=False)
+    return None if code else lines[-1]
 
 
 def measure(console: "Console", models: dict[str, nn.Module], images: Tensor) -> None:
@@ -213,36 +144,12 @@ def measure(console: "Console", models: dict[str, nn.Module], images: Tensor) ->
     table.add_column("")
     for heading in ("calls, stock", "swapped", "ms, stock", "swapped"):
         table.add_column(heading, justify="right")
-    with console.status("counting and timing"), torch.inference_mode():
+    with console.status("counting and timing"):
         for library, model in models.items():
-            stock = model.to(images.dtype)
-            swapped = copy.deepcopy(stock)
-            deit_fast.swap(swapped)
-            runs = [lambda model=model: logits(model, images) for model in (stock, swapped)]
-            calls = [operator_calls(run) for run in runs]
-            times = [1000 * seconds for seconds in median_seconds(runs)]
-            table.add_row(library, *(str(count) for count in calls), *(f"{time:.1f}" for time in times))
+            found = costs(model, images)
+            times = (f"{1000 * seconds:.1f}" for seconds in found.seconds)
+            table.add_row(library, *map(str, found.calls), *times)
     console.rule("Operator calls and time")
     console.print(table)
     if not images.is_cuda:
         console.print("Times are of this CPU, where both run stock PyTorch code: they say nothing about a GPU.")
-
-
-def median_seconds(runs: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
-    """Median time of each, taken in turn so that a slow spell of the machine meets them all."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for round_number in range(rounds + 1):
-        for run, times in zip(runs, seconds, strict=True):
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            if round_number:  # the first one warms up
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
-
-
-def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

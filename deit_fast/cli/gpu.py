@@ -3,14 +3,17 @@
 import argparse
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deit_fast.cli.demo import writable_folder
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
-from deit_fast.kernels.launch import interpreted
+from deit_fast.kernels.launching.hardware import interpreted
+
+if TYPE_CHECKING:
+    from deit_fast.benchmark.gpu.record import Record
 
 DEFAULT_OUT = "deit-fast-gpu"
 
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from deit_fast.benchmark.gpu import run as runner
     from deit_fast.benchmark.gpu.steps import scope
     from deit_fast.benchmark.gpu.summary import failures, summary
-    from deit_fast.cli.check_environment import environment
+    from deit_fast.check.environment import environment
 
     device = find_device(args.device)
     if device.type != "cuda":
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(failures(record)))
 
 
-def _begun(out: Path, here: dict[str, str]):
+def _begun(out: Path, here: dict[str, str]) -> "Record":
     """The record of an earlier call on the same machine, or a new one.
 
     Raises:

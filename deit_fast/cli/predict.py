@@ -3,28 +3,20 @@
 import argparse
 import json
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deit_fast._extras import require
 from deit_fast.cli.errors import UserError, user_input
-from deit_fast.data import DeiTImageProcessor, load_image
-from deit_fast.data.image_processor import CONFIG_NAME
+from deit_fast.data import load_image
+from deit_fast.data.evaluation import image_processor
+from deit_fast.data.labels import default_labels, describe_checkpoint, read_labels, top_classes
 from deit_fast.models import create_model, load_model
-from deit_fast.models.checkpoint import load_checkpoint
 from deit_fast.models.description import read_description
-from deit_fast.models.key_maps import to_timm_names
 
 BATCH_SIZE = 32
 DEFAULT_MODEL = "deit_small_distilled_patch16_224"
-
-# What every published DeiT was trained with; `DeiTImageProcessor`, like transformers', defaults to 0.5.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def add_parser(commands: Any) -> None:
@@ -96,7 +88,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called `name`, which must work, as the current one; None: a GPU where there is one."""
+    """The device called `name`, which must work, as the current one; None: a GPU where there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -108,90 +104,6 @@ def find_device(name: str | None) -> torch.device:
         # Events, graphs and other people's kernels are put on the current one's stream.
         torch.cuda.set_device(device)
     return device
-
-
-def describe_checkpoint(path: str) -> tuple[int, list[str] | None]:
-    """The number of classes of a checkpoint's head, and their names where a transformers folder has them."""
-    checkpoint = load_checkpoint(path)
-    head = to_timm_names(checkpoint.state_dict).get("head.weight")
-    if head is None:
-        raise ValueError(f"{path} has no classifier head, so there is nothing to predict")
-    num_classes = head.tensor.shape[0]
-    names = (checkpoint.config or {}).get("id2label")
-    # transformers fills the names in with LABEL_0, LABEL_1, … where nobody gave any.
-    if not names or "LABEL_0" in names.values() or len(names) != num_classes:
-        return num_classes, None
-    return num_classes, _by_index(names, f"id2label of {path}")
-
-
-def read_labels(path: str) -> list[str]:
-    """Class names by index, from a text file with one a line or a JSON list or dict (`{"0": "tench", …}`)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file of labels: {error}") from error
-    if text.lstrip()[:1] not in ("[", "{"):
-        labels = [line.strip() for line in text.strip().splitlines()]
-    else:
-        try:
-            labels = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if isinstance(labels, dict):
-            labels = _by_index(labels, path)
-    if not labels or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path} holds no labels; expected one name a class")
-    return labels
-
-
-def _by_index(names: dict[str, str], source: str) -> list[str]:
-    if set(names) != {str(index) for index in range(len(names))}:
-        raise ValueError(f"{source} does not map 0 to {len(names) - 1} to names")
-    return [names[str(index)] for index in range(len(names))]
-
-
-def default_labels(num_classes: int, trained: bool) -> list[str]:
-    """ImageNet's names for 1000 trained classes where timm is installed to tell them, else the indices."""
-    if trained and num_classes == 1000 and find_spec("timm"):
-        from timm.data import ImageNetInfo
-
-        return ImageNetInfo().label_descriptions()
-    return [str(index) for index in range(num_classes)]
-
-
-def image_processor(checkpoint: str | None, img_size: int) -> DeiTImageProcessor:
-    """The one saved with the checkpoint, else the evaluation transform that DeiT was published with.
-
-    A saved one for another image size gives its mean and standard deviation only.
-    """
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    saved = saved_image_processor(checkpoint) if checkpoint is not None else None
-    if saved is not None:
-        if saved.crop_size == {"height": img_size, "width": img_size}:
-            return saved
-        mean, std = saved.image_mean, saved.image_std
-    return DeiTImageProcessor(
-        size={"shortest_edge": img_size * 256 // 224}, crop_size=img_size, image_mean=mean, image_std=std
-    )
-
-
-def saved_image_processor(checkpoint: str) -> DeiTImageProcessor | None:
-    """From a folder's file, or from the metadata of a safetensors file."""
-    if (Path(checkpoint) / CONFIG_NAME).is_file():
-        return DeiTImageProcessor.from_pretrained(checkpoint)
-    description = read_description(checkpoint)
-    if description is None or description.image_processor is None:
-        return None
-    return DeiTImageProcessor.from_dict(description.image_processor)
-
-
-def top_classes(probabilities: Tensor, labels: list[str], k: int) -> list[dict[str, Any]]:
-    """The k most likely classes of one image, most likely first."""
-    top = probabilities.topk(k)
-    return [
-        {"index": index, "label": labels[index], "probability": probability}
-        for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
 
 
 def print_tables(results: list[dict[str, Any]], random: bool) -> None:

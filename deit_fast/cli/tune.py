@@ -1,7 +1,7 @@
 """`deit-fast tune`: measures on this GPU what the kernels are launched with, and keeps what is fastest."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,7 +10,13 @@ from deit_fast.cli.cases import MODEL_SUITES, add_arguments, cases
 from deit_fast.cli.demo import writable_folder
 from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.predict import find_device
-from deit_fast.kernels import launch, replay, tuned
+from deit_fast.kernels.launching import hardware, replay, tuned
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deit_fast.benchmark.contenders import ModelCase
+    from deit_fast.benchmark.tasks import Listed
 
 ROUNDS = 7
 
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tune_case(case, device: torch.device, console, anew: bool) -> None:
+def tune_case(case: "ModelCase", device: torch.device, console: "Console", anew: bool) -> None:
     """Tunes every operator of a step, and writes each as soon as it is measured.
 
     anew: also those that were tuned before.
@@ -74,19 +80,19 @@ def tune_case(case, device: torch.device, console, anew: bool) -> None:
         _tune_operators(case, waiting, device, console)
 
 
-def _was_tuned(each, device: torch.device) -> bool:
+def _was_tuned(each: "Listed", device: torch.device) -> bool:
     """Whether a file that is heeded here has its batch."""
-    name, driver = launch.device_name(device), launch.driver_version()
+    name, driver = hardware.device_name(device), hardware.driver_version()
     return each.batch in tuned.measured(each.operator, each.shape, name, driver)
 
 
-def _tune_operators(case, waiting: list, device: torch.device, console) -> None:
+def _tune_operators(case: "ModelCase", waiting: list["Listed"], device: torch.device, console: "Console") -> None:
     from rich.table import Table
 
     from deit_fast.benchmark.tasks import Tuning, runner, tune_task
 
     table = Table("operator", "batch", "stock µs", "shipped µs", "tuned µs", "tried", "fastest", box=None)
-    name, driver = launch.device_name(device), launch.driver_version()
+    name, driver = hardware.device_name(device), hardware.driver_version()
     tasks = [Tuning(case, device, ROUNDS, each.place) for each in waiting]
     with console.status("") as status:
         for each, done in zip(

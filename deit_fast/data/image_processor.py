@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -105,15 +105,15 @@ class DeiTImageProcessor:
         if 0 in np.atleast_1d(self.image_std):
             raise ValueError(f"image_std is {image_std!r}; expected numbers other than 0")
         self.do_pad = do_pad
-        self.pad_size = None if pad_size is None else _size("pad_size", pad_size)
+        self.pad_size: Any = None if pad_size is None else _size("pad_size", pad_size)
 
-    def __call__(self, images: "Image | list[Image]", **kwargs: Any) -> PixelValues:
+    def __call__(self, images: "Image | Sequence[Image]", **kwargs: Any) -> PixelValues:
         """Same as `preprocess`."""
         return self.preprocess(images, **kwargs)
 
     def preprocess(
         self,
-        images: "Image | list[Image]",
+        images: "Image | Sequence[Image]",
         *,
         return_tensors: str | None = None,
         input_data_format: str | None = None,
@@ -169,7 +169,11 @@ class DeiTImageProcessor:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "DeiTImageProcessor":
-        """Build from `to_dict`'s dict or transformers'; keys that name no setting are ignored."""
+        """Build from `to_dict`'s dict or transformers'; keys that name no setting are ignored.
+
+        Raises:
+            ValueError: settings of another kind of processor, or one that cannot be used.
+        """
         kind = config.get("image_processor_type") or config.get("feature_extractor_type")
         if kind is not None and kind not in _TYPES:
             raise ValueError(f"these are settings of a {kind}, whose defaults differ; expected {_TYPES[0]}")
@@ -178,7 +182,12 @@ class DeiTImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> "DeiTImageProcessor":
-        """Read `preprocessor_config.json` from a local folder, or that file itself."""
+        """Read `preprocessor_config.json` from a local folder, or that file itself.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not valid JSON, or holds settings that `from_dict` refuses.
+        """
         path = Path(folder)
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
@@ -280,7 +289,7 @@ class DeiTImageProcessor:
         return pixels.contiguous()
 
 
-_SETTINGS = frozenset(DeiTImageProcessor.__init__.__kwdefaults__)
+_SETTINGS = frozenset(DeiTImageProcessor.__init__.__kwdefaults__ or ())
 
 
 def _flatten(images: Any) -> Iterator[Any]:

@@ -60,7 +60,11 @@ def is_pil(image: Any) -> bool:
 
 
 def check_pixels(name: str, height: int, width: int) -> None:
-    """Refuse an image of no pixels or of too many."""
+    """Refuse an image of no pixels or of too many.
+
+    Raises:
+        ValueError: it has none, or more than `MAX_PIXELS`.
+    """
     if height * width == 0:
         raise ValueError(f"{name} is {height} x {width}: it has no pixels")
     if height * width > MAX_PIXELS:
@@ -68,13 +72,22 @@ def check_pixels(name: str, height: int, width: int) -> None:
 
 
 def check_convertible(name: str, image: "PIL.Image.Image") -> None:
-    """Refuse a PIL mode that cannot be converted to RGB without knowing its range."""
+    """Refuse a PIL mode that cannot be converted to RGB without knowing its range.
+
+    Raises:
+        ValueError: the image has one.
+    """
     if image.mode in _RANGELESS_MODES:
         raise ValueError(f"{name} has PIL mode {image.mode!r}, whose range is unknown; expected 'RGB'")
 
 
 def check_array(name: str, image: np.ndarray | torch.Tensor, data_format: str | None) -> tuple[int, int, int]:
-    """Refuse an array that is no image; return its (channels, height, width)."""
+    """Refuse an array that is no image; return its (channels, height, width).
+
+    Raises:
+        ValueError: its shape is neither [C, H, W] nor [H, W, C], or `check_pixels` refuses it.
+        TypeError: its dtype is neither uint8 nor floating point.
+    """
     shape = tuple(image.shape)
     if len(shape) != 3:
         raise ValueError(f"{name} has shape {shape}; expected [C, H, W] or [H, W, C]")

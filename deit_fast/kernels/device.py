@@ -15,45 +15,6 @@ def gelu(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def gelu_derivative(x, KIND: tl.constexpr):
-    if KIND == "gelu":
-        # Φ(x) + x φ(x)
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    else:
-        slope = 1.5957691216057308 + 0.21406444881780076 * x * x
-        double = x * (1.5957691216057308 + 0.07135481627260025 * x * x)
-        sigmoid = tl.sigmoid(double)
-        # Not 1 - sigmoid, which has no digits left where sigmoid is near 1.
-        return sigmoid + x * sigmoid * tl.sigmoid(-double) * slope
-
-
-@triton.jit
-def row_statistics(x_rows, row_mask, eps, width, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Mean and 1/std of the rows at pointers `x_rows` [ROWS, 1], in one pass of CHUNK columns a step.
-
-    Chunks are merged by Chan's update, so that a large mean costs no digits (Chan, Golub & LeVeque 1983).
-    Sums are of differences from the row's first element, so that a constant row has exactly its mean.
-    """
-    first = tl.load(x_rows, mask=row_mask[:, None], other=0.0).to(tl.float32)
-    mean = tl.zeros([ROWS], dtype=tl.float32)
-    squares = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, width, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        column_mask = (columns < width)[None, :]
-        x = tl.load(x_rows + columns[None, :], mask=row_mask[:, None] & column_mask, other=0.0).to(tl.float32)
-        x = tl.where(column_mask, x - first, 0.0)
-        count = tl.minimum(width - start, CHUNK) * 1.0
-        seen = start * 1.0
-        chunk_mean = tl.sum(x, axis=1) / count
-        deviation = tl.where(column_mask, x - chunk_mean[:, None], 0.0)
-        shift = chunk_mean - mean
-        squares += tl.sum(deviation * deviation, axis=1) + shift * shift * (seen * count / (seen + count))
-        mean += shift * (count / (seen + count))
-    return tl.sum(first, axis=1) + mean, 1.0 / tl.sqrt(squares / width + eps)
-
-
-@triton.jit
 def tile_statistics(head, tail, head_mask, tail_mask, eps, WIDTH: tl.constexpr, TAIL: tl.constexpr):
     """Mean and 1/std of rows that lie on chip as two float32 tiles, 0 where masked; no `tail` where TAIL is 0."""
     total = tl.sum(head, axis=1)
@@ -71,22 +32,6 @@ def tile_statistics(head, tail, head_mask, tail_mask, eps, WIDTH: tl.constexpr, 
         deviation = tl.where(tail_mask[None, :], tail - mean[:, None], 0.0)
         squares += tl.sum(deviation * deviation, axis=1)
     return mean, 1.0 / tl.sqrt(squares / WIDTH + eps)
-
-
-@triton.jit
-def online_softmax(scores, maximum, denominator, scale):
-    """A tile of scores folded into the rows' running maximum and denominator (Milakov & Gimelshein 2018).
-
-    Returns the tile's weights, by what factor earlier sums decay, and the new maximum and denominator.
-    """
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-    # A row that has seen only -inf keeps 0 as its reference, or -inf - -inf would make it NaN too early.
-    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    # The scale enters here, in the exponent's multiply-add; with log2(e), since the hardware has exp2.
-    scale_log2 = scale * 1.4426950408889634
-    weights = tl.exp2(scores * scale_log2 - (reference * scale_log2)[:, None])
-    decay = tl.exp2((maximum - reference) * scale_log2)
-    return weights, decay, new_maximum, denominator * decay + tl.sum(weights, axis=1)
 
 
 @triton.jit
@@ -185,28 +130,6 @@ def tile_of_program(tiles_m, tiles_n, GROUP: tl.constexpr):
     first = (pid // group_size) * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
     return first + (pid % group_size) % rows, (pid % group_size) // rows
-
-
-@triton.jit
-def normalised_rows(
-    x_rows, row_mask, norm_weight_ptr, norm_bias_ptr, head, head_mask, tail, tail_mask, eps, DTYPE: tl.constexpr,
-    WIDTH: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """Whole rows after LayerNorm as two tiles of DTYPE, 0 where masked; the second is the first where TAIL is 0."""
-    x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
-    x_tail = x_head
-    if TAIL > 0:
-        x_tail = tl.load(x_rows + tail[None, :], mask=row_mask[:, None] & tail_mask[None, :], other=0.0).to(tl.float32)
-    mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
-    x_head = normalise(x_head, mean, rstd, norm_weight_ptr, norm_bias_ptr, head, head_mask)
-    # Before the cast: what padding is normalised to may be past float16's largest.
-    x_head = tl.where(head_mask[None, :], x_head, 0.0).to(DTYPE)
-    if TAIL > 0:
-        x_tail = normalise(x_tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, tail, tail_mask)
-        x_tail = tl.where(tail_mask[None, :], x_tail, 0.0).to(DTYPE)
-    else:
-        x_tail = x_head
-    return x_head, x_tail
 
 
 def approximation(activation: str) -> str:

@@ -5,16 +5,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels import launch
-from deit_fast.kernels.layout import dense
-from deit_fast.kernels.metadata import described
+from deit_fast.kernels.launching import run
+from deit_fast.kernels.launching.layout import dense
+from deit_fast.kernels.launching.metadata import described
 
 _BLOCK = 1024
 
 
 @triton.jit(**described("keep_samples_kernel", lambda a: (a["batch"],)))
-def keep_samples_kernel(drop_path_scale_ptr, kept_ptr, batch, BLOCK: tl.constexpr):
-    """One program, so that a sample's place is a running count."""
+def keep_samples_kernel(
+    drop_path_scale_ptr,  # [batch]
+    kept_ptr,  # [1 + batch], int32
+    batch,
+    BLOCK: tl.constexpr,
+):
+    """`kept = [count, the samples with a scale, the others]`: a stable partition by prefix sums.
+
+    One program, so that a sample's place is a running count.
+    """
     kept = 0
     for start in range(0, batch, BLOCK):
         kept += tl.sum(_is_kept(drop_path_scale_ptr, start, batch, BLOCK), axis=0)
@@ -48,5 +56,5 @@ def keep_samples(drop_path_scale: Tensor) -> Tensor:
     batch = drop_path_scale.shape[0]
     kept = torch.empty(1 + batch, dtype=torch.int32, device=drop_path_scale.device)
     block = min(_BLOCK, triton.next_power_of_2(max(batch, 16)))
-    launch.run(keep_samples_kernel, 1, kept.device, dense(drop_path_scale), kept, batch, BLOCK=block, num_warps=4)
+    run.run(keep_samples_kernel, 1, kept.device, dense(drop_path_scale), kept, batch, BLOCK=block, num_warps=4)
     return kept

@@ -5,16 +5,25 @@ cache: first for the softmaxes' denominators, then for the loss and the gradient
 so that the sum over the rows is the loss and the same at every run.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels import launch
-from deit_fast.kernels.layout import unit_stride
-from deit_fast.kernels.metadata import described
+from deit_fast.kernels.launching import run
+from deit_fast.kernels.launching.layout import unit_stride
+from deit_fast.kernels.launching.metadata import described
 
 _LABEL_BLOCK = 256
+
+
+@lru_cache(maxsize=64)
+def loss_row(classes: int) -> tuple[int, int]:
+    """Classes a step and warps, for a program that walks over one row of logits: 8 elements a thread."""
+    block = min(2048, max(16, triton.next_power_of_2(classes)))
+    return block, min(8, max(1, block // 256))
 
 
 @triton.jit(
@@ -25,13 +34,13 @@ _LABEL_BLOCK = 256
     )
 )
 def distillation_loss_kernel(
-    logits_ptr,
-    dist_ptr,
-    targets_ptr,
-    teacher_ptr,
-    row_loss_ptr,
-    logits_grad_ptr,
-    dist_grad_ptr,
+    logits_ptr,  # [batch, CLASSES]
+    dist_ptr,  # [batch, CLASSES]
+    targets_ptr,  # [batch], int64, or with SOFT_TARGETS [batch, CLASSES]
+    teacher_ptr,  # [batch, CLASSES]
+    row_loss_ptr,  # [batch], float32
+    logits_grad_ptr,  # [batch, CLASSES], float32, or None
+    dist_grad_ptr,  # [batch, CLASSES], float32, or None
     batch,
     logits_stride,
     dist_stride,
@@ -51,7 +60,9 @@ def distillation_loss_kernel(
     BLOCK: tl.constexpr,
     LABEL_BLOCK: tl.constexpr,
 ):
-    """SOFT: distillation by KL divergence, else by the teacher's class. SOFT_TARGETS: [B, C], else labels [B].
+    """`(1 - alpha) CE(logits, targets) + alpha D(dist, teacher)` with gradients (Touvron et al. 2021, equations 2, 3).
+
+    SOFT: distillation by KL divergence, else by the teacher's class. SOFT_TARGETS: [B, C], else labels [B].
 
     base_weight, dist_weight: of the two losses' sums over the rows; base_weight is divided by the rows kept here.
     confidence, smoothing: smoothed targets are `confidence * target + smoothing`.
@@ -192,17 +203,19 @@ def distillation_loss(
     """Loss [], and the gradients that `needs` names of the two heads (else []), all in float32."""
     batch, classes = logits.shape
     device = logits.device
-    gradients = [torch.empty((batch, classes) if need else 0, dtype=torch.float32, device=device) for need in needs]
+    of_logits, of_dist_logits = (
+        torch.empty((batch, classes) if need else 0, dtype=torch.float32, device=device) for need in needs
+    )
     if batch == 0:
-        return torch.full((), torch.nan, device=device), *gradients
+        return torch.full((), torch.nan, device=device), of_logits, of_dist_logits
     row_loss = torch.empty(batch, dtype=torch.float32, device=device)
     soft, soft_targets = distillation_type == "soft", targets.is_floating_point()
     # KL divergence is averaged over all elements; its derivative by dist_logits has one factor of 1/tau.
     dist_weight = alpha * tau * tau / (batch * classes) if soft else alpha / batch
     logits, dist_logits, teacher_logits = unit_stride(logits), unit_stride(dist_logits), unit_stride(teacher_logits)
     targets = unit_stride(targets) if soft_targets else targets
-    block, warps = launch.loss_row(classes)
-    launch.run(
+    block, warps = loss_row(classes)
+    run.run(
         distillation_loss_kernel,
         batch,
         device,
@@ -211,7 +224,8 @@ def distillation_loss(
         targets,
         teacher_logits,
         row_loss,
-        *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)),
+        of_logits if needs[0] else None,
+        of_dist_logits if needs[1] else None,
         batch,
         logits.stride(0),
         dist_logits.stride(0),
@@ -232,4 +246,4 @@ def distillation_loss(
         LABEL_BLOCK=_LABEL_BLOCK,
         num_warps=warps,
     )
-    return row_loss.sum(), *gradients
+    return row_loss.sum(), of_logits, of_dist_logits

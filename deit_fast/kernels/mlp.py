@@ -5,13 +5,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels import launch
-from deit_fast.kernels.device import add_residual, copy_dropped, full_row, gelu, normalised_rows
-from deit_fast.kernels.layout import as_rows, dense
-from deit_fast.kernels.linear import layer_norm_linear, linear_residual
-from deit_fast.kernels.metadata import described
+from deit_fast.kernels.device import add_residual, copy_dropped, full_row, gelu, normalise, tile_statistics
+from deit_fast.kernels.launching import hardware, run, tiles
+from deit_fast.kernels.launching.hardware import MMA_SYNC, WAVES_OF_32, is_amd
+from deit_fast.kernels.launching.layout import as_rows, dense
+from deit_fast.kernels.launching.metadata import described
+from deit_fast.kernels.launching.settings import Tile, setting
+from deit_fast.kernels.linear.forward import layer_norm_linear, linear_residual
 
 _WIDEST = 192
+
+
+@setting("mlp")
+def mlp_tile(width: int, arch: str) -> Tile:
+    """The whole MLP in one kernel: `rows` stay on chip, `columns` of the hidden layer a step."""
+    if arch in MMA_SYNC:
+        return Tile(32, 32, width, 8, 2)
+    if is_amd(arch):
+        return Tile(32, 16 if arch in WAVES_OF_32 else 32, width, 4, 1)
+    return Tile(64, 32, width, 8, 2)
 
 
 _FUSED = (
@@ -29,17 +41,17 @@ _FUSED = (
     )
 )
 def mlp_kernel(
-    x_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    fc1_weight_ptr,
-    fc1_bias_ptr,
-    fc2_weight_ptr,
-    fc2_bias_ptr,
-    layer_scale_ptr,
-    drop_path_scale_ptr,
-    kept_ptr,
-    y_ptr,
+    x_ptr,  # [rows, WIDTH]
+    norm_weight_ptr,  # [WIDTH] or None
+    norm_bias_ptr,  # [WIDTH] or None
+    fc1_weight_ptr,  # [HIDDEN, WIDTH]
+    fc1_bias_ptr,  # [HIDDEN] or None
+    fc2_weight_ptr,  # [WIDTH, HIDDEN]
+    fc2_bias_ptr,  # [WIDTH] or None
+    layer_scale_ptr,  # [WIDTH] or None
+    drop_path_scale_ptr,  # [B] or None
+    kept_ptr,  # [1 + B] or None
+    y_ptr,  # [rows, WIDTH]
     rows,
     tokens,
     x_stride,
@@ -55,7 +67,10 @@ def mlp_kernel(
     HIDDEN_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """HEAD + TAIL are the width in two tiles. The hidden layer lives only as ROW_BLOCK × HIDDEN_BLOCK tiles.
+    """`y = x + drop_path_scale * layer_scale * (gelu(LayerNorm(x) @ fc1.T + b1) @ fc2.T + b2)`.
+
+    Dosovitskiy et al. 2021, equation 3. HEAD + TAIL are the width in two tiles. The hidden layer lives only as
+    ROW_BLOCK × HIDDEN_BLOCK tiles.
 
     With `kept_ptr`, only the kept samples' rows go through it; the others are copied.
     """
@@ -78,7 +93,7 @@ def mlp_kernel(
         row = full_row(kept_ptr, row, row_mask, tokens)
     x_rows = x_ptr + row.to(tl.int64)[:, None] * x_stride
     dtype: tl.constexpr = fc1_weight_ptr.dtype.element_ty
-    x_head, x_tail = normalised_rows(
+    x_head, x_tail = _normalised_rows(
         x_rows, row_mask, norm_weight_ptr, norm_bias_ptr, head, head_mask, tail, tail_mask, eps, dtype, WIDTH, TAIL
     )
     branch_head = tl.zeros([ROW_BLOCK, HEAD], dtype=tl.float32)
@@ -118,6 +133,28 @@ def mlp_kernel(
 
 
 @triton.jit
+def _normalised_rows(
+    x_rows, row_mask, norm_weight_ptr, norm_bias_ptr, head, head_mask, tail, tail_mask, eps, DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Whole rows after LayerNorm as two tiles of DTYPE, 0 where masked; the second is the first where TAIL is 0."""
+    x_head = tl.load(x_rows + head[None, :], mask=row_mask[:, None] & head_mask[None, :], other=0.0).to(tl.float32)
+    x_tail = x_head
+    if TAIL > 0:
+        x_tail = tl.load(x_rows + tail[None, :], mask=row_mask[:, None] & tail_mask[None, :], other=0.0).to(tl.float32)
+    mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
+    x_head = normalise(x_head, mean, rstd, norm_weight_ptr, norm_bias_ptr, head, head_mask)
+    # Before the cast: what padding is normalised to may be past float16's largest.
+    x_head = tl.where(head_mask[None, :], x_head, 0.0).to(DTYPE)
+    if TAIL > 0:
+        x_tail = normalise(x_tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, tail, tail_mask)
+        x_tail = tl.where(tail_mask[None, :], x_tail, 0.0).to(DTYPE)
+    else:
+        x_tail = x_head
+    return x_head, x_tail
+
+
+@triton.jit
 def _store_branch(
     branch, x_rows, bias_ptr, layer_scale_ptr, drop_path_scale_ptr, y_ptr,
     row, column, row_mask, column_mask, tokens, WIDTH: tl.constexpr,
@@ -143,8 +180,8 @@ def _store_branch(
     )
 
 
-def fits(width: int, hidden: int) -> bool:
-    """Whether a block of this shape should ask for the whole MLP as one operator."""
+def fits(width: int) -> bool:
+    """Whether a block of this width should ask for the whole MLP as one operator."""
     return width <= _WIDEST
 
 
@@ -162,11 +199,16 @@ def mlp(
     activation: str,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """With `kept` (see `drop_path.keep_samples`) the other samples come out as they are; x and y are full."""
+    """x + drop_path_scale * layer_scale * (activation(LN(x) @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias).
+
+    x: [B, ..., D]; fc1_weight: [H, D]; fc2_weight: [D, H]; drop_path_scale: [B]. The result is in the dtype that x,
+    fc2_weight and layer_scale promote to. With `kept` (see `drop_path.keep_samples`) the other samples come out as
+    they are; x and y are full.
+    """
     hidden, width = fc1_weight.shape
-    if not fits(width, hidden) or fc1_weight.dtype is torch.float32 or activation == "none":
+    if not fits(width) or fc1_weight.dtype is torch.float32 or activation == "none":
         # float32 tiles of a whole row do not fit beside their weights.
-        features = layer_norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, kept)
+        (features,) = layer_norm_linear(x, norm_weight, norm_bias, eps, [fc1_weight], [fc1_bias], kept)
         return linear_residual(features, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, activation, kept)
     dtype = torch.promote_types(x.dtype, fc2_weight.dtype)
     if layer_scale is not None:
@@ -177,10 +219,10 @@ def mlp(
     tokens = x.numel() // (x.shape[0] * width)
     x = as_rows(x)
     fc1_weight, fc2_weight = as_rows(fc1_weight), as_rows(fc2_weight)
-    arch = launch.architecture(x)
-    tile = launch.mlp(width, arch)
-    head, tail = launch.cover(width)
-    launch.run(
+    arch = hardware.architecture(x)
+    tile = mlp_tile(width, arch)
+    head, tail = tiles.cover(width)
+    run.run(
         mlp_kernel,
         triton.cdiv(x.shape[0], tile.rows),
         x.device,
@@ -208,7 +250,7 @@ def mlp(
         ACTIVATION=activation,
         ROW_BLOCK=tile.rows,
         HIDDEN_BLOCK=tile.columns,
-        PRECISION=launch.dot_precision(fc1_weight.dtype, arch),
+        PRECISION=hardware.dot_precision(fc1_weight.dtype, arch),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from deit_fast.models.config import DeiTConfig
+from deit_fast.models.deit import VisionTransformer
 from deit_fast.models.key_maps import Entry, to_timm_names
 from deit_fast.models.pos_embed import resample_pos_embed
 
@@ -25,7 +26,7 @@ _FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_TRANSFORMERS_DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+_TRANSFORMERS_DEFAULTS: dict[str, Any] = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 
 class Checkpoint(NamedTuple):
@@ -118,7 +119,7 @@ def _read_pickle(path: Path) -> object:
             raise ValueError(f"{path} is no readable PyTorch checkpoint: truncated, or another kind of file") from error
 
 
-def _state_dict_in(content: object, path: Path) -> dict[str, Tensor]:
+def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         for key in ("model", "state_dict"):
             if isinstance(content.get(key), Mapping):
@@ -156,13 +157,13 @@ def follow_config(config: DeiTConfig, checkpoint: Checkpoint) -> DeiTConfig:
     return replace(config, layer_norm_eps=theirs["layer_norm_eps"])
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Move `model`, a VisionTransformer on the meta device, to `device` with the checkpoint's weights.
+def load_weights(model: VisionTransformer, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Move `model`, on the meta device, to `device` with the checkpoint's weights.
 
     Nothing is touched before every key and shape has been checked.
 
     Raises:
-        ValueError: keys missing, unexpected or misshapen; the message lists all of them.
+        ValueError: tensors missing, unexpected, misshapen or not floating-point; the message lists all of them.
     """
     config = model.config
     entries = to_timm_names(checkpoint.state_dict)

@@ -1,12 +1,15 @@
 """The whole DeiT, on the fused modules of `deit_fast.nn`."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deit_fast.models.config import DeiTConfig
-from deit_fast.nn import Block, LayerNorm, PatchEmbed, functional, parts
+from deit_fast.nn import Block, LayerNorm, PatchEmbed, guards, parts
+from deit_fast.nn.forward import block_forward, patch_embed_forward
+from deit_fast.nn.readout import last_block_unfusable
 
 
 class VisionTransformer(nn.Module):
@@ -16,6 +19,9 @@ class VisionTransformer(nn.Module):
         config: the hyper-parameters.
         drop_path_rate: of the last block in training, in [0, 1); it rises linearly from 0 at the first.
         device, dtype: of the parameters; torch's defaults.
+
+    Raises:
+        ValueError: `drop_path_rate` is out of range, or `dtype` not floating-point.
     """
 
     def __init__(
@@ -30,7 +36,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be floating-point, got {dtype}")
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = config.embed_dim
         norm_layer = partial(LayerNorm, eps=config.layer_norm_eps)
 
@@ -90,6 +96,9 @@ class VisionTransformer(nn.Module):
 
         The first R = 1 tokens are the class token's (R = 2: and the distillation token's), then the P
         patches'.
+
+        Raises:
+            ValueError: images of another shape.
         """
         return self.norm(self.blocks(self._embed(images)))
 
@@ -101,8 +110,8 @@ class VisionTransformer(nn.Module):
                 f"{list(images.shape)}; for images of another size build it with create_model(…, img_size=…)"
             )
         reason = parts.unfusable(self.patch_embed, {PatchEmbed})
-        if reason is None and functional.patch_embed_unfusable(self.patch_embed) is None:
-            return functional.patch_embed_forward(
+        if reason is None and guards.patch_embed_unfusable(self.patch_embed) is None:
+            return patch_embed_forward(
                 self.patch_embed,
                 images,
                 pos_embed=self.pos_embed,
@@ -116,7 +125,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([*prefix, x], dim=1) + self.pos_embed
 
     def forward_head(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens of `forward_features` to logits [B, num_classes].
+        """Tokens [B, R + P, embed_dim] of `forward_features`, or the first R of them, to logits [B, num_classes].
 
         A distilled model has two heads: it returns (class logits, distillation logits) in training, as the
         original repository does, and their mean in evaluation.
@@ -128,13 +137,17 @@ class VisionTransformer(nn.Module):
         return (logits, dist_logits) if self.training else (logits + dist_logits) / 2
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Images [B, in_chans, img_size, img_size] to logits, see `forward_head`."""
+        """Images [B, in_chans, img_size, img_size] to logits, see `forward_head`.
+
+        Raises:
+            ValueError: images of another shape.
+        """
         x, prefix = self._embed(images), self.config.num_prefix_tokens
-        if functional.readout_unfusable(self.blocks, self.norm) is None:
+        if last_block_unfusable(self.blocks, self.norm) is None:
             *blocks, last = self.blocks
             for block in blocks:
                 x = block(x)
-            x = functional.readout_forward(last, x, prefix)
+            x = block_forward(last, x, prefix)
         else:
             x = self.blocks(x)
             if parts.touched(self.norm) is None:

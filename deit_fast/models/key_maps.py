@@ -41,8 +41,9 @@ class Entry(NamedTuple):
 def to_timm_names(state_dict: Mapping[str, Tensor]) -> dict[str, Entry]:
     """The tensors of a state dict of timm, the original repository or transformers, by timm's names.
 
-    Separate q, k and v become one qkv. Names that no library of the three uses stay as they are; so does a
-    second claim to the same name. transformers' `pooler`, which no classifier of these reads, is left out.
+    Separate q, k and v become one qkv, [3·D, D] or [3·D]. Names that no library of the three uses stay as they
+    are; so does a second claim to the same name. transformers' `pooler`, which no classifier of these reads, is left
+    out.
     """
     transformers = any("embeddings.patch_embeddings." in name for name in state_dict)
     entries: dict[str, Entry] = {}
@@ -68,8 +69,9 @@ def _merge_qkv(entries: dict[str, Entry]) -> dict[str, Entry]:
     merged: dict[str, Entry] = {}
     for name, entry in entries.items():
         match = re.fullmatch(r"(blocks\.\d+\.attn)\.([qkv])\.(\w+)", name)
-        parts = [entries.get(f"{match[1]}.{letter}.{match[3]}") for letter in "qkv"] if match else [None]
-        if None in parts or not entry.tensor.ndim or len({part.tensor.shape for part in parts}) > 1:
+        names = [f"{match[1]}.{letter}.{match[3]}" for letter in "qkv"] if match else []
+        parts = [entries[each] for each in names if each in entries]
+        if match is None or len(parts) < 3 or not entry.tensor.ndim or len({part.tensor.shape for part in parts}) > 1:
             merged[name] = entry
         elif match[2] == "q":
             sources = " + ".join(part.source for part in parts)

@@ -6,6 +6,7 @@ DeiT: arXiv 2012.12877, table 1; DeiT III: arXiv 2204.07118.
 import difflib
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,15 +15,15 @@ from deit_fast.models.config import DeiTConfig
 from deit_fast.models.deit import VisionTransformer
 from deit_fast.models.description import read_description
 
-_TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
-_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
-_MEDIUM = {"embed_dim": 512, "depth": 12, "num_heads": 8}
-_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
-_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
-_HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}
+_TINY: dict[str, Any] = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+_SMALL: dict[str, Any] = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+_MEDIUM: dict[str, Any] = {"embed_dim": 512, "depth": 12, "num_heads": 8}
+_BASE: dict[str, Any] = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+_LARGE: dict[str, Any] = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_HUGE: dict[str, Any] = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}
 
 
-def _deit3(size: dict, **kwargs) -> DeiTConfig:
+def _deit3(size: dict[str, Any], **kwargs: Any) -> DeiTConfig:
     return DeiTConfig(**size, init_values=1e-6, no_embed_class=True, **kwargs)
 
 
@@ -89,8 +90,8 @@ def create_model(
 
     Raises:
         ValueError: an unknown name (the message has the nearest), an argument out of range, an unreadable
-            checkpoint, or one that doesn't fit (the message lists every missing, unexpected and misshapen
-            key).
+            checkpoint, one for the meta device, or one that doesn't fit (the message lists every missing,
+            unexpected and misshapen key).
         FileNotFoundError: `checkpoint`, or a part of it, isn't there.
     """
     config = get_config(name)
@@ -111,7 +112,7 @@ def load_model(
     """The model of a `.safetensors` file that says itself which one it holds, as `deit-fast demo` saves it.
 
     Raises:
-        ValueError: the file doesn't say it, is unreadable, or its weights don't fit what it says.
+        ValueError: the file doesn't say it, is unreadable, its weights don't fit what it says, or `device` is meta.
         FileNotFoundError: nothing there.
     """
     description = read_description(checkpoint)

@@ -1,16 +1,23 @@
 """Multi-head self-attention with timm's constructor and parameter names."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit_fast.nn import functional, parts
+from deit_fast.nn import guards, parts
+from deit_fast.nn.forward import attention_forward
 
 
 class Attention(nn.Module):
     """`proj(attention(qkv(x)))` over x [B, N, dim], packed QKV, no copies between.
 
-    Raises ValueError at construction for what the kernels do not compute: QK-norm, a norm or gate on the output,
-    a head count that does not divide `dim`. Dropout above 0 is honoured by the stock operators in training.
+    Dropout above 0 is honoured by the stock operators in training.
+
+    Raises:
+        ValueError: QK-norm, or a norm or gate on the output, which the kernels do not compute; a head count that does
+            not divide `dim`.
     """
 
     def __init__(
@@ -26,9 +33,9 @@ class Attention(nn.Module):
         gated: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] | None = None,
-        device=None,
-        dtype=None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for option, name in ((qk_norm, "qk_norm"), (scale_norm, "scale_norm"), (gated, "gated")):
@@ -48,8 +55,8 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is None and not is_causal and functional.attention_unfusable(self) is None:
-            return functional.attention_forward(self, x)
+        if attn_mask is None and not is_causal and guards.attention_unfusable(self) is None:
+            return attention_forward(self, x)
         batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         dropout = self.attn_drop.p if self.training else 0.0

@@ -1,22 +1,32 @@
 """The pre-norm transformer block with timm's constructor and parameter names."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from deit_fast.nn import functional, parts
+from deit_fast.nn import guards, parts
 from deit_fast.nn.attention import Attention
+from deit_fast.nn.drop_path import DropPath
+from deit_fast.nn.forward import block_forward
 from deit_fast.nn.layer_norm import LayerNorm
+from deit_fast.nn.layer_scale import LayerScale
 from deit_fast.nn.mlp import Mlp
-from deit_fast.nn.residual import DropPath, LayerScale
+from deit_fast.nn.options import check_memory
 
 
 class Block(nn.Module):
-    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`, LayerScale and drop path on each branch.
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))` over x [B, N, dim], LayerScale and drop path on each branch.
 
     Computed whole, in five operator calls, when all parts are what the kernels compute (fewer at narrow widths without
     gradients); part by part when one is not (a hook on an inner module, active dropout, an attention mask).
 
     memory: what is kept for backward. "balanced" keeps the block's input, qkv, the attention output, the input of
     the MLP half and its pre-activation; "low" computes the pre-activation again. Neither changes a value.
+
+    Raises:
+        ValueError: no such `memory`, or what `attn_layer` or `mlp_layer` refuses.
     """
 
     def __init__(
@@ -34,18 +44,18 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
-        norm_layer: type[nn.Module] = LayerNorm,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
         mlp_layer: type[nn.Module] = Mlp,
         attn_layer: type[nn.Module] = Attention,
         depth: int = 0,
         memory: str = "balanced",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        functional.check_memory(memory)
+        check_memory(memory)
         super().__init__()
         self._deit_fast_memory = memory
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = norm_layer(dim, **factory)
         self.attn = attn_layer(
             dim,
@@ -75,8 +85,8 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is None and not is_causal and functional.block_unfusable(self) is None:
-            return functional.block_forward(self, x)
+        if attn_mask is None and not is_causal and guards.block_unfusable(self) is None:
+            return block_forward(self, x)
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

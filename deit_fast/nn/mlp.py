@@ -1,16 +1,27 @@
 """The transformer's MLP with timm's constructor and parameter names."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from deit_fast.nn import functional, parts
+from deit_fast.nn import guards, parts
+from deit_fast.nn.forward import mlp_forward
 
 
-def _pair(value) -> tuple:
+def _pair(value: Any) -> tuple[Any, Any]:
     return value if isinstance(value, tuple) else (value, value)
 
 
 class Mlp(nn.Module):
-    """`fc2(act(fc1(x)))`; GELU (erf or tanh) is fused into the first GEMM, any other activation is called as given."""
+    """`fc2(act(fc1(x)))` over x [..., in_features].
+
+    GELU (erf or tanh) is fused into the first GEMM, any other activation is called as given.
+
+    Raises:
+        ValueError: a norm of the hidden layer, or convolutions in place of the linear layers.
+    """
 
     def __init__(
         self,
@@ -18,12 +29,12 @@ class Mlp(nn.Module):
         hidden_features: int | None = None,
         out_features: int | None = None,
         act_layer: type[nn.Module] = nn.GELU,
-        norm_layer: type[nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
         bias: bool | tuple[bool, bool] = True,
         drop: float | tuple[float, float] = 0.0,
         use_conv: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if norm_layer is not None:
@@ -39,8 +50,8 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        if functional.mlp_unfusable(self) is None:
-            return functional.mlp_forward(self, x)
+        if guards.mlp_unfusable(self) is None:
+            return mlp_forward(self, x)
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 

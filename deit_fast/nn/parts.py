@@ -3,11 +3,17 @@
 `deit_fast.swap` adds each library's classes to these sets.
 """
 
+from typing import Any
+
 from torch import Tensor
 from torch import nn as torch_nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import Module, Parameter
+
+# A module of any library, for the attributes and children that its reader names and its guard has checked by class:
+# torch types every one of them `Tensor | Module`.
+Part = Any
 
 LINEARS: set[type] = {torch_nn.Linear}
 LAYER_NORMS: set[type] = {torch_nn.LayerNorm}
@@ -62,14 +68,14 @@ def class_name(module: Module) -> str:
     return home + kind.__qualname__
 
 
-def gelu_name(activation: Module) -> str | None:
+def gelu_name(activation: Part) -> str | None:
     """The operators' name of an activation module: "gelu" (erf) or "gelu_tanh"; None for any other."""
     if type(activation) is torch_nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     return GELUS.get(type(activation))
 
 
-def idle_dropout(module: Module) -> bool:
+def idle_dropout(module: Part) -> bool:
     """Whether a dropout (or whatever stands in its place) passes its input through right now."""
     if type(module) is torch_nn.Dropout:
         return not (module.training and module.p > 0.0) and touched(module) is None

@@ -1,17 +1,20 @@
 """Image to patch tokens, with timm's constructor, attributes and parameter names."""
 
 import math
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit_fast.nn import functional
+from deit_fast.nn import guards
+from deit_fast.nn.forward import patch_embed_forward
 
 _LAYOUTS = ("NCHW", "NHWC", "NLC")
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    return (*value,) if isinstance(value, (tuple, list)) else (value, value)
 
 
 class PatchEmbed(nn.Module):
@@ -19,6 +22,9 @@ class PatchEmbed(nn.Module):
 
     `flatten` gives tokens; otherwise `output_fmt` ("NCHW", "NHWC" or "NLC") names the layout. `dynamic_img_pad`
     pads the bottom and right to whole patches.
+
+    Raises:
+        ValueError: no such `output_fmt`; with `strict_img_size`, in a call: images of another size than `img_size`.
     """
 
     def __init__(
@@ -27,14 +33,14 @@ class PatchEmbed(nn.Module):
         patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
-        norm_layer: type[nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
         flatten: bool = True,
         output_fmt: str | None = None,
         bias: bool = True,
         strict_img_size: bool = True,
         dynamic_img_pad: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if output_fmt is not None and output_fmt not in _LAYOUTS:
@@ -67,6 +73,11 @@ class PatchEmbed(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
+        """Take images of another size from now on.
+
+        Raises:
+            ValueError: another patch size than the present one.
+        """
         if patch_size is not None and _pair(patch_size) != self.patch_size:
             raise ValueError(
                 f"deit_fast.nn.PatchEmbed keeps its patch size {self.patch_size}; resample the weight yourself for "
@@ -79,7 +90,7 @@ class PatchEmbed(nn.Module):
         """Pixels a patch, the larger side or both."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, int]:
         """The grid that an image of `img_size` gives."""
         rounding = math.ceil if self.dynamic_img_pad else math.floor
         height, width = (rounding(side / patch) for side, patch in zip(img_size, self.patch_size, strict=True))
@@ -92,8 +103,8 @@ class PatchEmbed(nn.Module):
         if self.dynamic_img_pad:
             bottom, right = (-side % patch for side, patch in zip(size, self.patch_size, strict=True))
             images = F.pad(images, (0, right, 0, bottom))
-        if functional.patch_embed_unfusable(self) is None:
-            tokens = functional.patch_embed_forward(self, images)
+        if guards.patch_embed_unfusable(self) is None:
+            tokens = patch_embed_forward(self, images)
         else:
             tokens = self.norm(self.proj(images).flatten(2).transpose(1, 2))
         if self.layout == "NLC":

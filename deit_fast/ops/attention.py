@@ -1,15 +1,34 @@
-"""Softmax attention of every token to every token (Vaswani et al. 2017, equation 1), no mask, no dropout."""
+"""Softmax attention of every token to every token (Vaswani et al. 2017, equation 1), no mask, no dropout.
+
+Its gradients are recomputed from q, k, v and the log-sum-exp (Dao et al. 2022, appendix B). q, k and v come packed in
+one tensor or as three.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deit_fast.kernels import attention as kernels
-from deit_fast.ops import checks, drop_path
-from deit_fast.ops.attention_backward import attention_backward, attention_qkv_backward
-from deit_fast.ops.registration import cast, register
+from deit_fast.ops import backend, checks, drop_path
+from deit_fast.ops.arguments import PerSample, Shared
+from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.flops import samples_computed
+from deit_fast.ops.operator import BackwardOperator, Operator
+from deit_fast.ops.product_dtype import as_dtype, product_dtype
 
 
-def stock_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _separate(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
+    """q, k and v, each [B, N, H, d]."""
+    return qkv[0].unbind(2) if len(qkv) == 1 else qkv
+
+
+def log_sum_exp_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
@@ -26,102 +45,166 @@ def stock_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
     return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim).contiguous(), log_sum_exp
 
 
-def log_sum_exp_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
-
-
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = (q @ k.transpose(-2, -1)) * scale
     return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
 
 
-def _stock_attention(qkv: Tensor, scale: float, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    outputs = stock_attention_qkv(*drop_path.filled(qkv, kept).unbind(2), scale)
-    return tuple(drop_path.with_room(t, qkv.shape[0]) for t in outputs)
-
-
-def _check_attention(qkv: Tensor, scale: float, kept: Tensor | None) -> None:
-    checks.floating("attention", "qkv", qkv)
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(
-            f"deit_fast.attention: qkv must have shape [batch, tokens, 3, heads, head_dim], got {tuple(qkv.shape)}"
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+) -> list[Tensor]:
+    batch, tokens, heads, head_dim = q.shape
+    if q.numel() == 0 or k.numel() == 0:
+        return [torch.zeros_like(t) for t in (q, k, v)]
+    dtype, wide = q.dtype, product_dtype(q)
+    grad, out = (t.view(batch, tokens, heads, head_dim) for t in (grad.contiguous(), out))
+    grad, q, k, v, out = (as_dtype(t, wide).transpose(1, 2) for t in (grad, q, k, v, out))
+    if q.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, log_sum_exp, 0.0, False, scale=scale
         )
-    drop_path.check_packed("attention", qkv, kept)
+    else:
+        found = _explicit_gradients(grad, q, k, v, out, log_sum_exp, scale)
+    return [as_dtype(t, dtype).transpose(1, 2) for t in found]
 
 
-def _check_attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    op = "attention_qkv"
-    checks.floating(op, "q", q)
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:1] + q.shape[2:] != k.shape[:1] + k.shape[2:]:
-        raise ValueError(
-            f"deit_fast.{op}: q, k and v must have shape [batch, tokens, heads, head_dim], k and v the same, got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+def _explicit_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dV = Pᵀ dO, dS = P (dO Vᵀ − rowsum(dO O)), dQ = scale dS K, dK = scale dSᵀ Q."""
+    weights = torch.exp((q @ k.mT).mul(scale) - log_sum_exp.unsqueeze(-1)).to(q.dtype)
+    delta = (grad * out).sum(-1, keepdim=True)
+    of_scores = weights * (grad @ v.mT - delta) * scale
+    return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
+
+
+def _unsupported(qkv: Sequence[Tensor], scale: float, *others: Tensor) -> str | None:
+    return kernels.unsupported(qkv[0].shape[-1], scale, qkv[0]) or checks.kernel_products(qkv[0], *others)
+
+
+def _flops(qkv: Sequence[Tensor], kept: Tensor | None, products: int) -> int:
+    """Of so many products of the tokens with the tokens."""
+    q, k, *_ = _separate(qkv)
+    return 2 * products * samples_computed(q, kept) * q[:1].numel() * k.shape[1] if q.numel() else 0
+
+
+class _AttentionBackward(BackwardOperator):
+    """Returns the gradients of all of qkv, in one tensor or three."""
+
+    name = "attention_backward"
+    launcher = staticmethod(kernels.attention_backward)
+
+    @staticmethod
+    def stock(
+        grad: PerSample,
+        qkv: list[PerSample],
+        out: PerSample,
+        log_sum_exp: PerSample,
+        scale: float,
+        kept: Shared | None,
+    ) -> list[Tensor]:
+        capacity = qkv[0].shape[0]
+        grad, out, log_sum_exp = (drop_path.filled(t, kept) for t in (grad, out, log_sum_exp))
+        q, k, v = _separate([drop_path.filled(t, kept) for t in qkv])
+        found = _gradients(grad, q, k, v, out, log_sum_exp, scale)
+        if len(qkv) == 1:
+            found = [torch.stack(found, dim=2)]
+        return [drop_path.with_room(t.contiguous(), capacity) for t in found]
+
+    def unsupported(self, a: Any) -> str | None:
+        return _unsupported(a.qkv, a.scale, a.grad)
+
+    def fake(self, a: Any) -> list[Tensor]:
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in a.qkv]
+
+    def flops(self, a: Any) -> int:
+        # The kernels find the scores and their gradients twice: for the queries' gradient, and for the keys' and
+        # values'.
+        return _flops(a.qkv, a.kept, 7 if backend.use_triton(a.grad) else 5)
+
+
+attention_backward = _AttentionBackward()
+
+
+class _Attention(Operator):
+    name = "attention"
+    launcher = staticmethod(kernels.attention)
+    casts = ("qkv",)
+    saves = ("qkv", "kept")
+    saves_outputs = (0, 1)
+    data = ("kept",)
+    data_outputs = (1,)
+
+    @staticmethod
+    def stock(qkv: list[PerSample], scale: float, kept: Shared | None) -> tuple[Tensor, Tensor]:
+        q, k, v = _separate([drop_path.filled(t, kept) for t in qkv])
+        out, log_sum_exp = _attend(q, k, v, scale)
+        return drop_path.with_room(out, qkv[0].shape[0]), drop_path.with_room(log_sum_exp, qkv[0].shape[0])
+
+    def check(self, a: Any) -> None:
+        for tensor in a.qkv:
+            checks.floating(self.name, "qkv", tensor)
+        if len(a.qkv) == 1:
+            self._check_packed(*a.qkv)
+        elif len(a.qkv) == 3:
+            self._check_separate(*a.qkv)
+        else:
+            raise ValueError(
+                f"deit_fast.attention: qkv must be one packed tensor or three (q, k, v), got {len(a.qkv)} tensors"
+            )
+        drop_path.check_packed(self.name, a.qkv[0], a.kept)
+
+    def _check_packed(self, qkv: Tensor) -> None:
+        if qkv.ndim != 5 or qkv.shape[2] != 3:
+            raise ValueError(
+                f"deit_fast.attention: qkv must have shape [batch, tokens, 3, heads, head_dim], got {tuple(qkv.shape)}"
+            )
+
+    def _check_separate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:1] + q.shape[2:] != k.shape[:1] + k.shape[2:]:
+            raise ValueError(
+                f"deit_fast.attention: q, k and v must have shape [batch, tokens, heads, head_dim], k and v the same, "
+                f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        if not q.dtype == k.dtype == v.dtype:
+            raise TypeError(f"deit_fast.attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        checks.same_device(self.name, q, k=k, v=v)
+
+    def unsupported(self, a: Any) -> str | None:
+        return _unsupported(a.qkv, a.scale)
+
+    def fake(self, a: Any) -> tuple[Tensor, Tensor]:
+        q = a.qkv[0]
+        batch, tokens, heads, head_dim = q.shape[0], q.shape[1], q.shape[-2], q.shape[-1]
+        return (
+            q.new_empty((batch, tokens, heads * head_dim)),
+            q.new_empty((batch, heads, tokens), dtype=log_sum_exp_dtype(q)),
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"deit_fast.{op}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    checks.same_device(op, q, k=k, v=v)
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        out, log_sum_exp = outputs
+        return attention_backward(grads[0], a.qkv, out, log_sum_exp, a.scale, a.kept)
+
+    def flops(self, a: Any) -> int:
+        return _flops(a.qkv, a.kept, 2)
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        head = (size.heads, size.head_dim)
+        packed = new.normal(size.batch, size.tokens, 3, *head)
+        yield Example("", {"qkv": [packed], "scale": size.scale, "kept": None})
+        separate = [new.normal(size.batch, size.tokens, *head) for _ in range(3)]
+        yield Example("separate q, k, v", {"qkv": separate, "scale": size.scale, "kept": None})
 
 
-def _fake(q: Tensor, *_) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, head_dim = q.shape[0], q.shape[1], q.shape[-2], q.shape[-1]
-    return (
-        q.new_empty((batch, tokens, heads * head_dim)),
-        q.new_empty((batch, heads, tokens), dtype=log_sum_exp_dtype(q)),
-    )
+_attention = _Attention()
 
 
-def _save(ctx, args, outputs):
-    qkv, scale, kept = args
-    ctx.save_for_backward(qkv, *outputs, kept)
-    ctx.mark_non_differentiable(outputs[1])
-    ctx.scale = scale
+def attention(qkv: Sequence[Tensor], scale: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`softmax(scale * q kᵀ) v`.
 
-
-def _backward(ctx, grad, _):
-    qkv, out, log_sum_exp, kept = ctx.saved_tensors
-    return attention_backward(grad, qkv, out, log_sum_exp, ctx.scale, kept), None, None
-
-
-def _save_qkv(ctx, args, outputs):
-    *inputs, scale = args
-    ctx.save_for_backward(*inputs, *outputs)
-    ctx.mark_non_differentiable(outputs[1])
-    ctx.scale = scale
-
-
-def _backward_qkv(ctx, grad, _):
-    return *attention_qkv_backward(grad, *ctx.saved_tensors, ctx.scale), None
-
-
-_attention = register(
-    "attention",
-    "(Tensor qkv, float scale, Tensor? kept) -> (Tensor, Tensor)",
-    check=_check_attention,
-    stock=_stock_attention,
-    triton=kernels.attention,
-    unsupported=lambda qkv, scale, kept: kernels.unsupported(qkv.shape[-1], scale, qkv) or checks.kernel_products(qkv),
-    fake=_fake,
-    autocast=lambda dtype, qkv, scale, kept: (cast(qkv, dtype), scale, kept),
-    save=_save,
-    backward=_backward,
-)
-
-_attention_qkv = register(
-    "attention_qkv",
-    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    check=_check_attention_qkv,
-    stock=stock_attention_qkv,
-    triton=kernels.attention_qkv,
-    unsupported=lambda q, k, v, scale: kernels.unsupported(q.shape[-1], scale, q) or checks.kernel_products(q),
-    fake=_fake,
-    autocast=lambda dtype, q, k, v, scale: (cast(q, dtype), cast(k, dtype), cast(v, dtype), scale),
-    save=_save_qkv,
-    backward=_backward_qkv,
-)
-
-
-def attention(qkv: Tensor, scale: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`softmax(scale * q kᵀ) v` from packed `qkv` [B, N, 3, H, d] of any strides.
+    qkv: one packed tensor [B, N, 3, H, d], or q [B, N, H, d] and k, v [B, M, H, d]; of any strides.
 
     Returns the output [B, N, H·d] and the log-sum-exp of the scaled scores [B, H, N], float32
     (float64 for float64 inputs), which has no gradient.
@@ -129,8 +212,3 @@ def attention(qkv: Tensor, scale: float, kept: Tensor | None = None) -> tuple[Te
     With `kept` (`keep_samples`) for the kept samples alone: everything is packed.
     """
     return _attention(qkv, scale, kept)
-
-
-def attention_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `attention`, from separate q [B, N, H, d] and k, v [B, M, H, d] of any strides."""
-    return _attention_qkv(q, k, v, scale)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from deit_fast.kernels.hardware import lacking
+from deit_fast.kernels.launching import hardware
+from deit_fast.kernels.launching.hardware import lacking
 
 _CHOICES = ("triton", "torch")
 
@@ -55,6 +56,11 @@ def transparent(tensor: torch.Tensor) -> bool:
     behind ours, as on a GPU that the kernels can't serve.
     """
     return _forced is None and tensor.device.type == "cpu"
+
+
+def no_products(weight: torch.Tensor) -> str | None:
+    """Why no kernel multiplies matrices of weight's dtype on its device, or None."""
+    return hardware.no_products(weight)
 
 
 @contextmanager

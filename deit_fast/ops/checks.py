@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deit_fast.kernels import launch
+from deit_fast.kernels.launching import hardware
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,9 +65,9 @@ def kernel_dtypes(*tensors: Tensor | None) -> str | None:
     for tensor in given:
         if tensor.dtype not in KERNEL_DTYPES:
             return f"no kernel for {tensor.dtype}"
-    return launch.no_kernels(given[0])
+    return hardware.no_kernels(given[0])
 
 
 def kernel_products(weight: Tensor, *tensors: Tensor | None) -> str | None:
     """The same for an operator that multiplies matrices of `weight`'s dtype."""
-    return launch.no_products(weight) or kernel_dtypes(weight, *tensors)
+    return hardware.no_products(weight) or kernel_dtypes(weight, *tensors)

@@ -6,42 +6,55 @@ tensors are packed: kept sample i is at place i. Where the count must not be rea
 samples, and what lies past the kept ones is never read.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from deit_fast.kernels import drop_path as kernels
 from deit_fast.ops import checks
+from deit_fast.ops.arguments import PerSample
 from deit_fast.ops.backend import use_triton
-from deit_fast.ops.registration import register
+from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.operator import Operator
 
 
-def _stock(drop_path_scale: Tensor) -> Tensor:
-    dropped = drop_path_scale == 0
-    order = dropped.to(torch.uint8).argsort(stable=True)
-    return torch.cat((len(dropped) - dropped.sum(0, keepdim=True), order)).to(torch.int32)
+class _KeepSamples(Operator):
+    name = "keep_samples"
+    launcher = staticmethod(kernels.keep_samples)
+    data = ("drop_path_scale",)
+    data_outputs = (0,)
+
+    @staticmethod
+    def stock(drop_path_scale: PerSample) -> Tensor:
+        dropped = drop_path_scale == 0
+        order = dropped.to(torch.uint8).argsort(stable=True)
+        return torch.cat((len(dropped) - dropped.sum(0, keepdim=True), order)).to(torch.int32)
+
+    def check(self, a: Any) -> None:
+        checks.floating(self.name, "drop_path_scale", a.drop_path_scale)
+        if a.drop_path_scale.ndim != 1:
+            shape = tuple(a.drop_path_scale.shape)
+            raise ValueError(f"deit_fast.keep_samples: drop_path_scale must have shape (batch,), got {shape}")
+
+    def unsupported(self, a: Any) -> str | None:
+        return checks.kernel_dtypes(a.drop_path_scale)
+
+    def fake(self, a: Any) -> Tensor:
+        return a.drop_path_scale.new_empty((1 + a.drop_path_scale.shape[0],), dtype=torch.int32)
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        return ()
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        yield Example("", {"drop_path_scale": new.drop_path_scale()})
 
 
-def _check(drop_path_scale: Tensor) -> None:
-    checks.floating("keep_samples", "drop_path_scale", drop_path_scale)
-    if drop_path_scale.ndim != 1:
-        raise ValueError(
-            f"deit_fast.keep_samples: drop_path_scale must have shape (batch,), got {tuple(drop_path_scale.shape)}"
-        )
-
-
-_keep_samples = register(
-    "keep_samples",
-    "(Tensor drop_path_scale) -> Tensor",
-    check=_check,
-    stock=_stock,
-    triton=kernels.keep_samples,
-    unsupported=checks.kernel_dtypes,
-    fake=lambda drop_path_scale: drop_path_scale.new_empty((1 + drop_path_scale.shape[0],), dtype=torch.int32),
-    autocast=lambda dtype, drop_path_scale: (drop_path_scale,),
-    save=lambda ctx, args, kept: ctx.mark_non_differentiable(kept),
-    backward=lambda ctx, grad: (None,),
-)
+_keep_samples = _KeepSamples()
 
 
 def keep_samples(drop_path_scale: Tensor) -> Tensor:
@@ -74,7 +87,7 @@ def check_packed(op: str, packed: Tensor, kept: Tensor | None) -> None:
 
 
 def check_capacity(op: str, x: Tensor, kept: Tensor | None, capacity: int | None) -> None:
-    if kept is not None and not 0 <= capacity <= x.shape[0]:
+    if kept is not None and (capacity is None or not 0 <= capacity <= x.shape[0]):
         raise ValueError(f"deit_fast.{op}: capacity must be from 0 to the batch of {x.shape[0]}, got {capacity}")
 
 
@@ -100,7 +113,7 @@ def gather(x: Tensor, kept: Tensor | None, capacity: int | None) -> Tensor:
     """The kept samples of x [B, ...], packed: on a CPU those alone, else with room for `capacity`."""
     if kept is None:
         return x
-    places = int(kept[0]) if _reads_count(kept) else capacity
+    places = int(kept[0]) if _reads_count(kept) else capacity or 0
     return filled(x.index_select(0, kept[1 : 1 + places]), kept)
 
 

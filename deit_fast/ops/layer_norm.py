@@ -1,16 +1,20 @@
 """LayerNorm, and residual add + LayerNorm, over the last dimension (Ba et al. 2016, equation 4)."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import layer_norm as kernels
 from deit_fast.ops import checks
-from deit_fast.ops.layer_norm_backward import layer_norm_backward
-from deit_fast.ops.registration import cast, distribute, register
+from deit_fast.ops.arguments import PerSample, Shared
+from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.operator import BackwardOperator, Operator, distribute, empty_gradients
 
 
-def stock_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def stock_layer_norm(x: PerSample, weight: Shared | None, bias: Shared | None, eps: float) -> Tensor:
     """`F.layer_norm` for parameters whose dtype may differ from the input's (autocast's fused operators)."""
     if weight is not None and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
@@ -19,8 +23,7 @@ def stock_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    op = "layer_norm"
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     checks.floating(op, "the input", x)
     checks.at_least_1d(op, "the input", x)
     checks.vector(op, "weight", weight, x.shape[-1])
@@ -28,39 +31,116 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
     checks.same_device(op, x, weight=weight, bias=bias)
 
 
-def _unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
-    return kernels.unsupported(x.shape[-1]) or checks.kernel_dtypes(x, weight, bias)
+class _LayerNormBackward(BackwardOperator):
+    """`residual_grad`, of what went past the LayerNorm, is added to the input's gradient."""
+
+    name = "layer_norm_backward"
+    launcher = staticmethod(kernels.layer_norm_backward)
+
+    @staticmethod
+    def stock(
+        grad: PerSample,
+        x: PerSample,
+        weight: Shared | None,
+        bias: Shared | None,
+        eps: float,
+        residual_grad: PerSample | None,
+        needs: list[bool],
+    ) -> list[Tensor]:
+        parameters = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
+        shape = [x.shape[-1]]
+        _, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, *parameters, eps)
+        found = list(torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, *parameters, needs))
+        if needs[0] and residual_grad is not None:
+            found[0] = found[0] + residual_grad
+        inputs = (x, weight, bias)
+        return [g.to(i.dtype) for g, i, need in zip(found, inputs, needs, strict=True) if need and i is not None]
+
+    def unsupported(self, a: Any) -> str | None:
+        return checks.kernel_dtypes(a.grad, a.x, a.weight, a.bias)
+
+    def fake(self, a: Any) -> list[Tensor]:
+        return empty_gradients((a.x, a.weight, a.bias), a.needs)
 
 
-def _save(ctx, args, y):
-    x, weight, bias, eps = args
-    ctx.save_for_backward(x, weight, bias)
-    ctx.eps = eps
+class _LayerNorm(Operator):
+    name = "layer_norm"
+    stock = staticmethod(stock_layer_norm)
+    launcher = staticmethod(kernels.layer_norm)
+    casts, casts_to = ("x", "weight", "bias"), torch.float32
+    saves = ("x", "weight", "bias")
+
+    def check(self, a: Any) -> None:
+        _check(self.name, a.x, a.weight, a.bias)
+
+    def unsupported(self, a: Any) -> str | None:
+        return kernels.unsupported(a.x.shape[-1]) or checks.kernel_dtypes(a.x, a.weight, a.bias)
+
+    def fake(self, a: Any) -> Tensor:
+        return torch.empty(a.x.shape, dtype=a.x.dtype, device=a.x.device)
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        found = layer_norm_backward(grads[0], a.x, a.weight, a.bias, a.eps, None, needs)
+        return distribute(found, needs)
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        yield Example("", {"x": new.sequence(), **new.norm("")})
 
 
-def _backward(ctx, grad):
-    needs = list(ctx.needs_input_grad[:3])
-    found = layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps, None, needs)
-    return *distribute(found, needs), None
+class _AddLayerNorm(Operator):
+    name = "add_layer_norm"
+    launcher = staticmethod(kernels.add_layer_norm)
+    casts, casts_to = ("x", "residual", "weight", "bias"), torch.float32
+    saves = ("weight", "bias")
+    saves_outputs = (0,)
+
+    @staticmethod
+    def stock(
+        x: PerSample, residual: PerSample, weight: Shared | None, bias: Shared | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = (x + residual).contiguous()
+        return total, stock_layer_norm(total, weight, bias, eps)
+
+    def check(self, a: Any) -> None:
+        if a.x.shape != a.residual.shape:
+            raise ValueError(
+                f"deit_fast.add_layer_norm: x and residual must have one shape, got {tuple(a.x.shape)} and "
+                f"{tuple(a.residual.shape)}"
+            )
+        checks.floating(self.name, "residual", a.residual)
+        checks.same_device(self.name, a.x, residual=a.residual)
+        _check(self.name, a.x, a.weight, a.bias)
+
+    def unsupported(self, a: Any) -> str | None:
+        return kernels.unsupported(a.x.shape[-1]) or checks.kernel_dtypes(a.x, a.residual, a.weight, a.bias)
+
+    def fake(self, a: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(a.x.dtype, a.residual.dtype)
+        total = torch.empty(a.x.shape, dtype=dtype, device=a.x.device)
+        return total, torch.empty_like(total)
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        of_total, of_y = grads
+        (total,) = outputs
+        need_x, need_residual, *of_parameters = needs
+        if of_y is None:
+            return of_total, of_total, *(None if p is None else torch.zeros_like(p) for p in (a.weight, a.bias))
+        wanted = [need_x or need_residual, *of_parameters]
+        found = layer_norm_backward(of_y, total, a.weight, a.bias, a.eps, of_total, wanted)
+        dx, dweight, dbias = distribute(found, wanted)
+        return dx if need_x else None, dx if need_residual else None, dweight, dbias
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        yield Example("", {"x": new.sequence(), "residual": new.sequence(), **new.norm("")})
 
 
-_layer_norm = register(
-    "layer_norm",
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    check=_check,
-    stock=stock_layer_norm,
-    triton=kernels.layer_norm,
-    unsupported=_unsupported,
-    fake=lambda x, weight, bias, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    autocast=lambda dtype, x, weight, bias, eps: (
-        cast(x, torch.float32),
-        cast(weight, torch.float32),
-        cast(bias, torch.float32),
-        eps,
-    ),
-    save=_save,
-    backward=_backward,
-)
+layer_norm_backward = _LayerNormBackward()
+_layer_norm = _LayerNorm()
+_add_layer_norm = _AddLayerNorm()
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -69,71 +149,6 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     weight, bias: [D] or None. Statistics in float32; the result has the input's dtype, float32 under autocast.
     """
     return _layer_norm(x, weight, bias, eps)
-
-
-def _stock_add(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-    total = (x + residual).contiguous()
-    return total, stock_layer_norm(total, weight, bias, eps)
-
-
-def _check_add(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    if x.shape != residual.shape:
-        raise ValueError(
-            f"deit_fast.add_layer_norm: x and residual must have one shape, got {tuple(x.shape)} and "
-            f"{tuple(residual.shape)}"
-        )
-    checks.floating("add_layer_norm", "residual", residual)
-    checks.same_device("add_layer_norm", x, residual=residual)
-    _check(x, weight, bias, eps)
-
-
-def _unsupported_add(x: Tensor, residual: Tensor, weight, bias, eps: float) -> str | None:
-    return kernels.unsupported(x.shape[-1]) or checks.kernel_dtypes(x, residual, weight, bias)
-
-
-def _fake_add(x: Tensor, residual: Tensor, weight, bias, eps: float):
-    total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    return total, torch.empty_like(total)
-
-
-def _save_add(ctx, args, outputs):
-    x, residual, weight, bias, eps = args
-    ctx.save_for_backward(outputs[0], weight, bias)
-    ctx.eps, ctx.dtypes = eps, (x.dtype, residual.dtype)
-
-
-def _backward_add(ctx, of_total, of_y):
-    total, weight, bias = ctx.saved_tensors
-    need_x, need_residual, *need_parameters, _ = ctx.needs_input_grad
-    if of_y is None:
-        found = [of_total, *(None if p is None else torch.zeros_like(p) for p in (weight, bias))]
-    else:
-        needs = [need_x or need_residual, *need_parameters]
-        found = distribute(layer_norm_backward(of_y, total, weight, bias, ctx.eps, of_total, needs), needs)
-    x_dtype, residual_dtype = ctx.dtypes
-    dx = found[0].to(x_dtype) if need_x else None
-    dresidual = found[0].to(residual_dtype) if need_residual else None
-    return dx, dresidual, found[1], found[2], None
-
-
-_add_layer_norm = register(
-    "add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    check=_check_add,
-    stock=_stock_add,
-    triton=kernels.add_layer_norm,
-    unsupported=_unsupported_add,
-    fake=_fake_add,
-    autocast=lambda dtype, x, residual, weight, bias, eps: (
-        cast(x, torch.float32),
-        cast(residual, torch.float32),
-        cast(weight, torch.float32),
-        cast(bias, torch.float32),
-        eps,
-    ),
-    save=_save_add,
-    backward=_backward_add,
-)
 
 
 def add_layer_norm(

@@ -1,6 +1,8 @@
 """The distillation loss over two heads, cross-entropy being the base criterion; its gradients come with it."""
 
+from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,9 @@ from torch._subclasses import FakeTensor
 
 from deit_fast.kernels import loss as kernels
 from deit_fast.ops import checks
-from deit_fast.ops.registration import register
+from deit_fast.ops.arguments import FreeInt, PerSample
+from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.operator import Operator
 
 _OP = "distillation_loss"
 # How `F.cross_entropy` marks labels to leave out.
@@ -75,11 +79,6 @@ def _check(
         check_labels(targets, logits.shape[1], ignore_index)
 
 
-def _unsupported(logits, dist_logits, targets, teacher_logits, *_) -> str | None:
-    soft_targets = targets if targets.is_floating_point() else None
-    return checks.kernel_dtypes(logits, dist_logits, soft_targets, teacher_logits)
-
-
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
@@ -93,41 +92,6 @@ def stock_distillation(dist_logits: Tensor, teacher_logits: Tensor, distillation
     student, teacher = F.log_softmax(dist_logits / tau, dim=1), F.log_softmax(teacher_logits / tau, dim=1)
     # The mean over all elements; unlike sum / numel it is also defined, as NaN, where there are none.
     return F.kl_div(student, teacher, reduction="none", log_target=True).mean() * tau**2
-
-
-def _stock(
-    logits: Tensor,
-    dist_logits: Tensor,
-    targets: Tensor,
-    teacher_logits: Tensor,
-    distillation_type: str,
-    alpha: float,
-    tau: float,
-    label_smoothing: float,
-    ignore_index: int | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(logits)
-    logits, dist_logits, teacher_logits = logits.to(dtype), dist_logits.to(dtype), teacher_logits.to(dtype)
-    if targets.is_floating_point():
-        targets = targets.to(dtype)
-        base = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    else:
-        ignored = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
-        targets = targets.long().masked_fill(ignored, _IGNORED)
-        base = F.cross_entropy(logits, targets, ignore_index=_IGNORED, label_smoothing=label_smoothing)
-    distillation = stock_distillation(dist_logits, teacher_logits, distillation_type, tau)
-    gradients = [logits.new_empty(0), logits.new_empty(0)]
-    if needs[0]:
-        q = (1 - alpha) * _mean_targets(targets, logits.shape[1], label_smoothing, dtype)
-        gradients[0] = _gradient(logits, q)
-    if needs[1] and distillation_type == "soft":
-        q = alpha * tau / max(dist_logits.numel(), 1) * F.softmax(teacher_logits / tau, dim=1)
-        gradients[1] = _gradient(dist_logits / tau, q)
-    elif needs[1]:
-        classes = teacher_logits.argmax(dim=1)
-        gradients[1] = _gradient(dist_logits, alpha * _mean_targets(classes, logits.shape[1], 0.0, dtype))
-    return (1 - alpha) * base + alpha * distillation, *gradients
 
 
 def _mean_targets(targets: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
@@ -145,47 +109,91 @@ def _gradient(logits: Tensor, q: Tensor) -> Tensor:
     return torch.ops.aten._log_softmax_backward_data(-q, log_p, 1, log_p.dtype)
 
 
-def _fake(logits, *arguments):
-    options = {"dtype": _compute_dtype(logits), "device": logits.device}
-    gradients = (torch.empty(logits.shape if need else 0, **options) for need in arguments[-1])
-    return torch.empty((), **options), *gradients
+class _DistillationLoss(Operator):
+    """Returns the gradients of the two heads with the loss, float32, empty where they are not needed."""
+
+    name = _OP
+    launcher = staticmethod(kernels.distillation_loss)
+    saves_outputs = (1, 2)
+    data = ("targets", "teacher_logits")
+    data_outputs = (1, 2)
+
+    @staticmethod
+    def stock(
+        logits: PerSample,
+        dist_logits: PerSample,
+        targets: PerSample,
+        teacher_logits: PerSample,
+        distillation_type: str,
+        alpha: float,
+        tau: float,
+        label_smoothing: float,
+        ignore_index: FreeInt | None,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _compute_dtype(logits)
+        logits, dist_logits, teacher_logits = logits.to(dtype), dist_logits.to(dtype), teacher_logits.to(dtype)
+        if targets.is_floating_point():
+            targets = targets.to(dtype)
+            base = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        else:
+            ignored = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+            targets = targets.long().masked_fill(ignored, _IGNORED)
+            base = F.cross_entropy(logits, targets, ignore_index=_IGNORED, label_smoothing=label_smoothing)
+        distillation = stock_distillation(dist_logits, teacher_logits, distillation_type, tau)
+        gradients = [logits.new_empty(0), logits.new_empty(0)]
+        if needs[0]:
+            q = (1 - alpha) * _mean_targets(targets, logits.shape[1], label_smoothing, dtype)
+            gradients[0] = _gradient(logits, q)
+        if needs[1] and distillation_type == "soft":
+            q = alpha * tau / max(dist_logits.numel(), 1) * F.softmax(teacher_logits / tau, dim=1)
+            gradients[1] = _gradient(dist_logits / tau, q)
+        elif needs[1]:
+            classes = teacher_logits.argmax(dim=1)
+            gradients[1] = _gradient(dist_logits, alpha * _mean_targets(classes, logits.shape[1], 0.0, dtype))
+        return (1 - alpha) * base + alpha * distillation, gradients[0], gradients[1]
+
+    def check(self, a: Any) -> None:
+        _check(*a)
+
+    def unsupported(self, a: Any) -> str | None:
+        soft_targets = a.targets if a.targets.is_floating_point() else None
+        return checks.kernel_dtypes(a.logits, a.dist_logits, soft_targets, a.teacher_logits)
+
+    def fake(self, a: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=_compute_dtype(a.logits), device=a.logits.device)
+
+        need_logits, need_dist_logits = a.needs
+        shape = a.logits.shape
+        return empty(), empty(*shape if need_logits else (0,)), empty(*shape if need_dist_logits else (0,))
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"deit_fast.{_OP} has no second derivative (backward was called with create_graph=True): "
+                f"write the loss in stock PyTorch for that"
+            )
+        grad_loss, *_ = grads
+        if grad_loss is None:
+            return None, None
+        # The saved gradients are float32 and autograd rounds them only after this, so that a loss scale keeps small
+        # ones from vanishing.
+        return [saved * grad_loss if need else None for saved, need in zip(outputs, needs, strict=True)]
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        names = ("logits", "dist_logits", "teacher_logits")
+        labels = new.integers(size.batch, below=size.classes, dtype=torch.int64)
+        for kind, tau in (("hard", 1.0), ("soft", 3.0)):
+            logits = {name: new.normal(size.batch, size.classes) for name in names}
+            options = {"distillation_type": kind, "alpha": 0.5, "tau": tau, "label_smoothing": 0.1}
+            rest = {"ignore_index": None, "needs": [True, True]}
+            yield Example(kind, {**logits, "targets": labels, **options, **rest})
 
 
-def _save(ctx, arguments: tuple, outputs: tuple) -> None:
-    _, *gradients = outputs
-    ctx.mark_non_differentiable(*gradients)
-    ctx.save_for_backward(*gradients)
-    ctx.dtypes = [arguments[0].dtype, arguments[1].dtype]
-
-
-def _backward(ctx, grad_loss: Tensor | None, *_) -> tuple:
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"deit_fast.{_OP} has no second derivative (backward was called with create_graph=True): "
-            f"write the loss in stock PyTorch for that"
-        )
-    if grad_loss is None:
-        return (None,) * 10
-    heads = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-    # The saved gradients are float32 and rounded only now, so that a loss scale keeps small ones from vanishing.
-    gradients = [(saved * grad_loss).to(dtype) if need else None for saved, dtype, need in heads]
-    return *gradients, *[None] * 8
-
-
-_distillation_loss = register(
-    _OP,
-    "(Tensor logits, Tensor dist_logits, Tensor targets, Tensor teacher_logits, str distillation_type, float alpha, "
-    "float tau, float label_smoothing, int? ignore_index, bool[2] needs) -> (Tensor, Tensor, Tensor)",
-    check=_check,
-    stock=_stock,
-    triton=kernels.distillation_loss,
-    unsupported=_unsupported,
-    fake=_fake,
-    # Computes in float32 whatever comes in.
-    autocast=lambda dtype, *arguments: arguments,
-    save=_save,
-    backward=_backward,
-)
+_distillation_loss = _DistillationLoss()
 
 
 def distillation_loss(

@@ -1,101 +1,120 @@
 """The whole MLP half of a block: LayerNorm, FC1, GELU, FC2, LayerScale, drop path, residual."""
 
-import torch
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from deit_fast.kernels import mlp as kernels
-from deit_fast.ops import activation, checks, drop_path
+from deit_fast.ops import activations, checks, drop_path
+from deit_fast.ops.arguments import PerSample, Shared
+from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.flops import product_flops, rows_computed
 from deit_fast.ops.layer_norm import stock_layer_norm
-from deit_fast.ops.linear import (
-    check_linear,
-    check_norm,
-    check_residual,
-    residual_dtype,
-    stock_linear,
-    stock_residual,
-)
-from deit_fast.ops.linear_backward import layer_norm_linear_backward, linear_backward
-from deit_fast.ops.registration import cast, distribute, register
+from deit_fast.ops.layer_norm_linear import check_projections, layer_norm_linear_backward, normalised_linear
+from deit_fast.ops.linear import check_residual, linear_backward, residual_dtype, stock_linear, stock_residual
+from deit_fast.ops.operator import Operator, distribute
 
 
-def _stock(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale, act, kept):
-    hidden = stock_linear(
-        stock_layer_norm(drop_path.gather(x, kept, x.shape[0]), norm_weight, norm_bias, eps), fc1_weight, fc1_bias
-    )
-    hidden = activation.apply_(act, hidden)
-    branch = stock_linear(hidden, fc2_weight, fc2_bias)
-    del hidden  # large, and the allocator can give it to the next
-    return stock_residual(branch, x, layer_scale, scale, kept)
+class _Mlp(Operator):
+    name = "mlp"
+    launcher = staticmethod(kernels.mlp)
+    casts = ("fc1_weight", "fc2_weight")
+    saves = (
+        "x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale",
+        "drop_path_scale", "kept",
+    )  # fmt: skip
+    data = ("drop_path_scale", "kept")
+    own_backward = True
 
-
-def _check(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale, act, kept):
-    op = "mlp"
-    check_linear(op, x, fc1_weight, fc1_bias)
-    check_norm(op, x, norm_weight, norm_bias)
-    checks.matrix(op, "fc2_weight", fc2_weight, fc1_weight.shape[0])
-    checks.vector(op, "fc2_bias", fc2_bias, fc2_weight.shape[0])
-    checks.same_device(op, x, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    check_residual(op, x, (*x.shape[:-1], fc2_weight.shape[0]), layer_scale, scale, kept)
-    activation.check(op, act)
-
-
-def _save(ctx, args, y):
-    x, norm_weight, norm_bias, eps, *rest, act, kept = args
-    ctx.save_for_backward(x, norm_weight, norm_bias, *rest, kept)
-    ctx.eps, ctx.activation = eps, act
-
-
-def _backward(ctx, grad):
-    """The hidden layer was not kept: it is computed once more, then the two halves' backwards run as ever."""
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, scale, kept = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    need_x, need_norm_weight, need_norm_bias, _, need_fc1, need_fc1_bias, *need_fc2 = wanted
-    inner = any((need_x, need_norm_weight, need_norm_bias, need_fc1, need_fc1_bias))
-    capacity = None if kept is None else drop_path.capacity(kept)
-    hidden = torch.ops.deit_fast.layer_norm_linear(
-        x, norm_weight, norm_bias, ctx.eps, fc1_weight, fc1_bias, kept, capacity
-    )
-    needs = [inner, *need_fc2[:3]]
-    found = linear_backward(grad, hidden, fc2_weight, fc2_bias, layer_scale, scale, ctx.activation, kept, needs)
-    of_hidden, *of_fc2 = distribute(found, needs)
-    of_fc1 = [None] * 5
-    if inner:
-        needs = [need_x, need_norm_weight, need_norm_bias, need_fc1, need_fc1_bias]
-        found = layer_norm_linear_backward(
-            x, norm_weight, norm_bias, ctx.eps, [of_hidden], [fc1_weight], [fc1_bias], kept, grad, needs
+    @staticmethod
+    def stock(
+        x: PerSample,
+        norm_weight: Shared | None,
+        norm_bias: Shared | None,
+        eps: float,
+        fc1_weight: Shared,
+        fc1_bias: Shared | None,
+        fc2_weight: Shared,
+        fc2_bias: Shared | None,
+        layer_scale: Shared | None,
+        drop_path_scale: PerSample | None,
+        activation: str,
+        kept: Shared | None,
+    ) -> Tensor:
+        hidden = stock_linear(
+            stock_layer_norm(drop_path.gather(x, kept, x.shape[0]), norm_weight, norm_bias, eps), fc1_weight, fc1_bias
         )
-        of_fc1 = distribute(found, needs)
-    return *of_fc1[:3], None, *of_fc1[3:], *of_fc2, None, None, None
+        hidden = activations.apply_(activation, hidden)
+        branch = stock_linear(hidden, fc2_weight, fc2_bias)
+        del hidden  # large, and the allocator can give it to the next
+        return stock_residual(branch, x, layer_scale, drop_path_scale, kept)
+
+    def check(self, a: Any) -> None:
+        check_projections(self.name, a.x, a.norm_weight, a.norm_bias, [a.fc1_weight], [a.fc1_bias])
+        checks.matrix(self.name, "fc2_weight", a.fc2_weight, a.fc1_weight.shape[0])
+        checks.vector(self.name, "fc2_bias", a.fc2_bias, a.fc2_weight.shape[0])
+        checks.same_device(self.name, a.x, fc2_weight=a.fc2_weight, fc2_bias=a.fc2_bias)
+        shape = (*a.x.shape[:-1], a.fc2_weight.shape[0])
+        check_residual(self.name, a.x, shape, a.layer_scale, a.drop_path_scale, a.kept)
+        activations.check(self.name, a.activation)
+
+    def unsupported(self, a: Any) -> str | None:
+        parameters = (a.fc1_bias, a.fc2_weight, a.fc2_bias, a.layer_scale, a.drop_path_scale)
+        return checks.kernel_products(a.fc1_weight, a.x, a.norm_weight, a.norm_bias, *parameters)
+
+    def fake(self, a: Any) -> Tensor:
+        return a.x.new_empty(a.x.shape, dtype=residual_dtype(a.x, a.fc2_weight, a.layer_scale))
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """The hidden layer was not kept: it is computed once more, then the two halves' backwards run as ever."""
+        (grad,) = grads
+        of_fc1 = needs[:5]
+        of_fc2 = [any(of_fc1), *needs[5:]]
+        (hidden,) = normalised_linear.op(
+            a.x,
+            a.norm_weight,
+            a.norm_bias,
+            a.eps,
+            [a.fc1_weight],
+            [a.fc1_bias],
+            a.kept,
+            None if a.kept is None else drop_path.capacity(a.kept),
+        )
+        found = linear_backward(
+            grad, hidden, a.fc2_weight, a.fc2_bias, a.layer_scale, a.drop_path_scale, a.activation, a.kept, of_fc2
+        )
+        of_hidden, *gradients = distribute(found, of_fc2)
+        if of_hidden is None:
+            return *[None] * len(of_fc1), *gradients
+        found = layer_norm_linear_backward(
+            a.x, a.norm_weight, a.norm_bias, a.eps, [of_hidden], [a.fc1_weight], [a.fc1_bias], a.kept, grad, of_fc1
+        )
+        return *distribute(found, of_fc1), *gradients
+
+    def flops(self, a: Any) -> int:
+        rows = rows_computed(a.x, a.kept)
+        return product_flops(rows, a.fc1_weight) + product_flops(rows, a.fc2_weight)
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        arguments = {
+            "x": new.sequence(),
+            **new.norm(),
+            **new.linear(size.hidden, size.width, "fc1_"),
+            **new.linear(size.width, size.hidden, "fc2_"),
+            **new.branch_scales(),
+        }
+        yield Example("", {**arguments, "activation": "gelu", "kept": None})
 
 
-_mlp = register(
-    "mlp",
-    "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias, "
-    "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? drop_path_scale, str activation, "
-    "Tensor? kept) -> Tensor",
-    check=_check,
-    stock=_stock,
-    triton=kernels.mlp,
-    unsupported=lambda x, norm_weight, norm_bias, eps, *rest: checks.kernel_products(
-        *rest[:-2], x, norm_weight, norm_bias
-    ),
-    fake=lambda x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, *_: (
-        x.new_empty(x.shape, dtype=residual_dtype(x, fc2_weight, layer_scale))
-    ),
-    autocast=lambda dtype, x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, *rest: (
-        x,
-        norm_weight,
-        norm_bias,
-        eps,
-        cast(fc1_weight, dtype),
-        fc1_bias,
-        cast(fc2_weight, dtype),
-        *rest,
-    ),
-    save=_save,
-    backward=_backward,
-    own_backward=True,
-)
+_mlp = _Mlp()
+
+
+def mlp_fits(width: int) -> bool:
+    """Whether the whole MLP of a block so wide is one kernel: the hidden layer then never reaches memory."""
+    return kernels.fits(width)
 
 
 def mlp(
@@ -115,7 +134,7 @@ def mlp(
     """`x + drop_path_scale * layer_scale * (act(LayerNorm(x) @ fc1.T + b1) @ fc2.T + b2)` with x [B, ..., D].
 
     fc1_weight [hidden, D], fc2_weight [D, hidden]. One kernel where the width fits on chip
-    (`kernels.mlp.fits`): the hidden layer then never reaches memory. Elsewhere two launches.
+    (`mlp_fits`): the hidden layer then never reaches memory. Elsewhere two launches.
     With `kept` (`keep_samples`) only the kept samples are computed.
     """
     if x.dtype is not fc1_weight.dtype:

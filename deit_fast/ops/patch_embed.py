@@ -1,36 +1,221 @@
 """From images to the finished token sequence (Dosovitskiy et al. 2021, equation 1; Touvron et al. 2021, section 4)."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import patch_embed as kernels
 from deit_fast.ops import checks
-from deit_fast.ops.patch_embed_backward import patch_embed_backward, stock_pixels
+from deit_fast.ops.arguments import PerSample, Shared
+from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.flops import product_flops
+from deit_fast.ops.operator import BackwardOperator, Operator, distribute, empty_gradients
 from deit_fast.ops.product_dtype import as_dtype, product_dtype
-from deit_fast.ops.registration import cast, distribute, register
+
+GRADIENTS = ("images", "weight", "bias", "pos_embed", "cls_token", "dist_token", "mask_token")
 
 
-def _stock(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std):
-    dtype = product_dtype(weight)
-    images = stock_pixels(images, mean, std, weight)
-    bias = None if bias is None else as_dtype(bias, dtype)
-    tokens = F.conv2d(as_dtype(images, dtype), as_dtype(weight, dtype), bias, stride=weight.shape[2:])
-    tokens = as_dtype(tokens, weight.dtype).flatten(2).transpose(1, 2)
-    if mask is not None:
-        tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
-    prefix = [t.expand(len(tokens), -1, -1) for t in (cls_token, dist_token) if t is not None]
-    if pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]:
-        tokens = tokens + pos_embed
-        pos_embed = None
-    if prefix:
-        tokens = torch.cat((*prefix, tokens), dim=1)
-    if pos_embed is not None:
-        tokens = tokens + pos_embed
-    return tokens.contiguous()
+def stock_pixels(images: Tensor, mean: Tensor | None, std: Tensor | None, weight: Tensor) -> Tensor:
+    """uint8 images normalised, in float32 at least; others as they are."""
+    if images.dtype is not torch.uint8 or mean is None or std is None:
+        return images
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    mean, std = (t.to(dtype).view(-1, 1, 1) for t in (mean, std))
+    return (images.to(dtype) / 255 - mean) / std
 
 
-def _check(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std):
+def token_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The sequence is promoted to the widest of projection, tokens and positions, as concatenation does."""
+    dtype = weight.dtype
+    for other in others:
+        if other is not None:
+            dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def _flops(images: Tensor, weight: Tensor) -> int:
+    """Of one product of all patches with the weight."""
+    patches = images.shape[0] * images.shape[2] * images.shape[3] // (weight.shape[2] * weight.shape[3])
+    return product_flops(patches, weight)
+
+
+class _PatchEmbedBackward(BackwardOperator):
+    """Of projection, positions, prefix and mask tokens, and the image."""
+
+    name = "patch_embed_backward"
+    launcher = staticmethod(kernels.patch_embed_backward)
+
+    @staticmethod
+    def stock(
+        grad: PerSample,
+        images: PerSample,
+        weight: Shared,
+        bias: Shared | None,
+        pos_embed: Shared | None,
+        cls_token: Shared | None,
+        dist_token: Shared | None,
+        mask_token: Shared | None,
+        mask: PerSample | None,
+        mean: Shared | None,
+        std: Shared | None,
+        needs: list[bool],
+    ) -> list[Tensor]:
+        need_images, need_weight, need_bias, need_pos_embed, need_cls, need_dist, need_mask_token = needs
+        prefix = (cls_token is not None) + (dist_token is not None)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        of_patches = grad[:, prefix:]
+        gradients: dict[str, Tensor] = {}
+        if need_pos_embed and pos_embed is not None:
+            positioned = grad if pos_embed.shape[1] == grad.shape[1] else of_patches
+            gradients["pos_embed"] = positioned.sum(0, keepdim=True, dtype=wide)
+        if need_cls:
+            gradients["cls_token"] = grad[:, :1].sum(0, keepdim=True, dtype=wide)
+        if need_dist:
+            gradients["dist_token"] = grad[:, prefix - 1 : prefix].sum(0, keepdim=True, dtype=wide)
+        if mask is not None:
+            hidden = mask.unsqueeze(-1)
+            if need_mask_token:
+                gradients["mask_token"] = (of_patches * hidden).sum((0, 1), dtype=wide).view(1, 1, -1)
+            of_patches = of_patches.masked_fill(hidden, 0)
+        if need_bias:
+            gradients["bias"] = of_patches.sum((0, 1), dtype=wide)
+        if need_images or need_weight:
+            dtype, patch = product_dtype(weight), weight.shape[2:]
+            pixels = stock_pixels(images, mean, std, weight)
+            grid = [images.shape[2] // patch[0], images.shape[3] // patch[1]]
+            of_grid = as_dtype(of_patches, dtype).transpose(1, 2).unflatten(2, grid)
+            of_pixels, of_weight, _ = torch.ops.aten.convolution_backward(
+                of_grid, as_dtype(pixels, dtype), as_dtype(weight, dtype), None,
+                patch, [0, 0], [1, 1], False, [0, 0], 1, [need_images, need_weight, False],
+            )  # fmt: skip
+            if need_images:
+                # A convolution takes its own choice; ours lies as the images do.
+                gradients["images"] = torch.empty_like(images).copy_(of_pixels)
+            if need_weight:
+                gradients["weight"] = of_weight.contiguous()
+        inputs = (images, weight, bias, pos_embed, cls_token, dist_token, mask_token)
+        wanted = zip(GRADIENTS, inputs, needs, strict=True)
+        return [gradients[name].to(i.dtype) for name, i, need in wanted if need and i is not None]
+
+    def unsupported(self, a: Any) -> str | None:
+        return checks.kernel_products(a.weight, a.grad)
+
+    def fake(self, a: Any) -> list[Tensor]:
+        parameters = (a.weight, a.bias, a.pos_embed, a.cls_token, a.dist_token, a.mask_token)
+        of_images = [torch.empty_like(a.images)] if a.needs[0] else []
+        return of_images + empty_gradients(parameters, a.needs[1:])
+
+    def flops(self, a: Any) -> int:
+        need_images, need_weight, *_ = a.needs
+        return (need_images + need_weight) * _flops(a.images, a.weight)
+
+
+patch_embed_backward = _PatchEmbedBackward()
+
+
+class _PatchEmbed(Operator):
+    name = "patch_embed"
+    launcher = staticmethod(kernels.patch_embed)
+    casts = ("weight",)
+    saves = (*GRADIENTS, "mask", "mean", "std")
+    data = ("mask", "mean", "std")
+
+    @staticmethod
+    def stock(
+        images: PerSample,
+        weight: Shared,
+        bias: Shared | None,
+        pos_embed: Shared | None,
+        cls_token: Shared | None,
+        dist_token: Shared | None,
+        mask_token: Shared | None,
+        mask: PerSample | None,
+        mean: Shared | None,
+        std: Shared | None,
+    ) -> Tensor:
+        dtype = product_dtype(weight)
+        images = stock_pixels(images, mean, std, weight)
+        bias = None if bias is None else as_dtype(bias, dtype)
+        tokens = F.conv2d(as_dtype(images, dtype), as_dtype(weight, dtype), bias, stride=weight.shape[2:])
+        tokens = as_dtype(tokens, weight.dtype).flatten(2).transpose(1, 2)
+        if mask is not None and mask_token is not None:
+            tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
+        prefix = [t.expand(len(tokens), -1, -1) for t in (cls_token, dist_token) if t is not None]
+        if pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]:
+            tokens = tokens + pos_embed
+            pos_embed = None
+        if prefix:
+            tokens = torch.cat((*prefix, tokens), dim=1)
+        if pos_embed is not None:
+            tokens = tokens + pos_embed
+        return tokens.contiguous()
+
+    def check(self, a: Any) -> None:
+        _check(*a)
+
+    def unsupported(self, a: Any) -> str | None:
+        images = None if a.images.dtype is torch.uint8 else a.images
+        tokens = (a.cls_token, a.dist_token, a.mask_token)
+        return checks.kernel_products(a.weight, images, a.bias, a.pos_embed, *tokens)
+
+    def fake(self, a: Any) -> Tensor:
+        patches = (a.images.shape[2] // a.weight.shape[2]) * (a.images.shape[3] // a.weight.shape[3])
+        prefix = (a.cls_token is not None) + (a.dist_token is not None)
+        return a.images.new_empty(
+            (a.images.shape[0], prefix + patches, a.weight.shape[0]),
+            dtype=token_dtype(a.weight, a.pos_embed, a.cls_token, a.dist_token),
+        )
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        return distribute(patch_embed_backward(grads[0], *a, needs), needs)
+
+    def flops(self, a: Any) -> int:
+        return _flops(a.images, a.weight)
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        rows, columns = size.grid
+        shape = (size.batch, 3, rows * size.patch, columns * size.patch)
+        patches = rows * columns
+
+        def arguments(**others: Tensor) -> dict[str, Any]:
+            return {
+                "weight": new.normal(size.width, 3, size.patch, size.patch, scale=(3 * size.patch**2) ** -0.5),
+                "bias": new.normal(size.width, scale=0.1),
+                "pos_embed": new.normal(1, 2 + patches, size.width),
+                "cls_token": new.normal(1, 1, size.width),
+                "dist_token": new.normal(1, 1, size.width),
+                "mask_token": None,
+                "mask": None,
+                "mean": None,
+                "std": None,
+            } | others
+
+        yield Example("", {"images": new.normal(*shape), **arguments()})
+        mask = torch.arange(size.batch * patches).view(size.batch, patches) % 3 == 0
+        masked = {"mask_token": new.normal(1, 1, size.width), "mask": new.data(mask)}
+        yield Example("masked", {"images": new.normal(*shape), **arguments(**masked)})
+        pixels = new.integers(*shape, below=256, dtype=torch.uint8)
+        statistics = {"mean": new.data(torch.tensor([0.5, 0.4, 0.3])), "std": new.data(torch.tensor([0.2, 0.3, 0.4]))}
+        yield Example("of uint8 pixels", {"images": pixels, **arguments(**statistics)})
+
+
+def _check(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    dist_token: Tensor | None,
+    mask_token: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> None:
     op = "patch_embed"
     if images.ndim != 4:
         raise ValueError(
@@ -90,57 +275,11 @@ def _check(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, m
     )
 
 
-def _pos_shapes(patches: int, prefix: int, width: int) -> tuple:
+def _pos_shapes(patches: int, prefix: int, width: int) -> tuple[tuple[int, ...], ...]:
     return ((1, patches, width), (1, prefix + patches, width))
 
 
-def _unsupported(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std):
-    if images.dtype is torch.uint8:
-        images = None
-    return checks.kernel_products(weight, images, bias, pos_embed, cls_token, dist_token, mask_token)
-
-
-def token_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
-    """The sequence is promoted to the widest of projection, tokens and positions, as concatenation does."""
-    dtype = weight.dtype
-    for other in others:
-        if other is not None:
-            dtype = torch.promote_types(dtype, other.dtype)
-    return dtype
-
-
-def _fake(images, weight, bias, pos_embed, cls_token, dist_token, mask_token, mask, mean, std):
-    patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
-    prefix = (cls_token is not None) + (dist_token is not None)
-    return images.new_empty(
-        (images.shape[0], prefix + patches, weight.shape[0]),
-        dtype=token_dtype(weight, pos_embed, cls_token, dist_token),
-    )
-
-
-def _save(ctx, args, tokens):
-    ctx.save_for_backward(*args)
-
-
-def _backward(ctx, grad):
-    needs = list(ctx.needs_input_grad[:7])
-    found = patch_embed_backward(grad, *ctx.saved_tensors, needs)
-    return *distribute(found, needs), None, None, None
-
-
-_patch_embed = register(
-    "patch_embed",
-    "(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, Tensor? dist_token, "
-    "Tensor? mask_token, Tensor? mask, Tensor? mean, Tensor? std) -> Tensor",
-    check=_check,
-    stock=_stock,
-    triton=kernels.patch_embed,
-    unsupported=_unsupported,
-    fake=_fake,
-    autocast=lambda dtype, images, weight, *rest: (images, cast(weight, dtype), *rest),
-    save=_save,
-    backward=_backward,
-)
+_patch_embed = _PatchEmbed()
 
 
 def patch_embed(

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ _PLAIN = (Tensor, Parameter)
 
 
 class _Captured(NamedTuple):
-    graph: object  # torch.cuda.CUDAGraph, or what stands for it in a test
+    graph: Any  # torch.cuda.CUDAGraph, or what stands for it in a test
     images: Tensor
     output: object
 
@@ -112,13 +112,15 @@ def _settings(device_type: str) -> tuple:
     return (
         torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None,
         torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # the module's class has it
     )
 
 
 def _state_of(model: nn.Module) -> list[object]:
     """What graphs take for granted of a model: each module's mode, and where its tensors lie."""
-    modules, found = [model], []
+    modules = [model]
+    found: list[object] = []
+    tensor: Any  # or None
     for module in modules:
         found.append(module.training)
         for tensor in (*module._parameters.values(), *module._buffers.values()):

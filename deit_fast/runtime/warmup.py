@@ -58,4 +58,5 @@ def _size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int
         img_size = getattr(embed, "img_size", None) or getattr(config, "image_size", None)
     if img_size is None:
         raise ValueError("deit_fast.warmup: this model does not say its image size; pass img_size")
-    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return height, width

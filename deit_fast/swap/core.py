@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import Module
 
-from deit_fast.kernels import launch
-from deit_fast.nn.functional import check_memory
+from deit_fast.nn.options import check_memory
+from deit_fast.ops import backend
 from deit_fast.swap import layer_norm  # noqa: F401  (registers torch's LayerNorm)
 from deit_fast.swap.report import SwapReport
 from deit_fast.swap.rules import RULES, Rule
@@ -51,6 +51,7 @@ def swap(
     compiled alike draws. On a GPU Inductor's draws are not eager mode's (`torch._inductor.config.fallback_random`).
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: nothing in `model` is known, or no such `memory`.
         ImportError: the installed release of the model's library is too old.
     """
@@ -90,7 +91,11 @@ def restore(model: Module) -> None:
 def swapped(
     model: Module, *, memory: str = "balanced", readout: bool = True, compact_drop_path: bool = False
 ) -> Iterator[SwapReport]:
-    """`swap` for the length of a `with` block; what was swapped before stays swapped after it, with its own options."""
+    """`swap` for the length of a `with` block; what was swapped before stays swapped after it, with its own options.
+
+    Raises:
+        TypeError, ValueError, ImportError: as `swap` does.
+    """
     before = {module: _options(module) for module in model.modules() if _swapped_rule(module)}
     report = swap(model, memory=memory, readout=readout, compact_drop_path=compact_drop_path)
     try:
@@ -119,7 +124,7 @@ def _lacking(model: Module) -> list[str]:
     if not torch.cuda.is_available():  # fake tensors may be on a GPU that isn't there
         return []
     on_gpus = {(p.dtype, p.device): p for p in model.parameters() if p.is_cuda}
-    return sorted({reason for p in on_gpus.values() if (reason := launch.no_products(p))})
+    return sorted({reason for p in on_gpus.values() if (reason := backend.no_products(p))})
 
 
 # Finding ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from deit_fast.nn import functional, parts
+from deit_fast.nn import guards, parts
+from deit_fast.nn.forward import layer_norm_forward
 from deit_fast.swap.rules import register, stock_method, stock_wanted
 
 
@@ -15,11 +16,11 @@ class LayerNorm(nn.LayerNorm):
             return self._stock_forward(input)
         elif not isinstance(self, LayerNorm):
             return type(self).forward(self, input)
-        elif stock_wanted(input) or functional.layer_norm_unfusable(self) is not None:
+        elif stock_wanted(input) or guards.layer_norm_unfusable(self) is not None:
             return self._stock_forward(input)
         else:
-            return functional.layer_norm_forward(self, input)
+            return layer_norm_forward(self, input)
 
 
 parts.LAYER_NORMS.add(LayerNorm)
-register(nn.LayerNorm, LayerNorm, functional.layer_norm_unfusable)
+register(nn.LayerNorm, LayerNorm, guards.layer_norm_unfusable)

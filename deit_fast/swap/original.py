@@ -9,15 +9,18 @@ classifier should not read. The swapped class is made on the spot from ours and 
 import inspect
 import warnings
 from collections.abc import Callable, Set
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
-from deit_fast import ops
-from deit_fast.nn import functional, parts
-from deit_fast.swap.rules import RULES, Rule, register, stock_method, stock_wanted
+from deit_fast.nn import guards, options, parts
+from deit_fast.nn.forward import attention_forward, both_branches
+from deit_fast.nn.parts import Part
+from deit_fast.nn.readout import reading, rows_read
+from deit_fast.swap.rules import RULES, Mixin, Rule, register, stock_method, stock_wanted
 
 _ATTENTION_PARTS = {"qkv", "attn_drop", "proj", "proj_drop"}
 _BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
@@ -59,7 +62,7 @@ def _combined(stock: type[Module], mixin: type) -> type[Module]:
         swapped = type(stock.__name__, (mixin, stock), body)
         if mixin is _Attention:
             parts.ATTENTIONS.add(swapped)
-            register(stock, swapped, functional.attention_unfusable)
+            register(stock, swapped, guards.attention_unfusable)
         elif mixin is _Block:
             register(stock, swapped, block_unfusable)
         else:
@@ -74,10 +77,10 @@ def _blank(stock: type[Module], mixin: type) -> Module:
     return swapped.__new__(swapped)
 
 
-class _Swapped:
+class _Swapped(Mixin):
     """What the swapped classes share: pickled as the user's class and ours, to be combined again."""
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         mixin = next(mixin for mixin in (_Attention, _Block, _Classifier) if isinstance(self, mixin))
         stock = next(rule.stock for base in type(self).__mro__ if (rule := RULES.get(base)))
@@ -90,13 +93,13 @@ class _Attention(_Swapped):
             return self._stock_forward(x)
         elif not isinstance(self, _Attention):
             return type(self).forward(self, x)
-        elif stock_wanted(x) or functional.attention_unfusable(self) is not None:
+        elif stock_wanted(x) or guards.attention_unfusable(self) is not None:
             return self._stock_forward(x)
         else:
-            return functional.attention_forward(self, x)
+            return attention_forward(self, x)
 
 
-def block_unfusable(block: Module) -> str | None:
+def block_unfusable(block: Part) -> str | None:
     drop_path = block._modules["drop_path"]
     idle = type(drop_path) in parts.IDENTITIES
     reason = parts.touched(drop_path) if idle else parts.unfusable(drop_path, parts.DROP_PATHS)
@@ -104,7 +107,7 @@ def block_unfusable(block: Module) -> str | None:
         return f"drop_path {reason}"
     if not parts.plain_parameters(block):
         return "has a tensor subclass for a parameter"
-    return functional.block_unfusable(block)
+    return guards.block_unfusable(block)
 
 
 class _Block(_Swapped):
@@ -118,43 +121,22 @@ class _Block(_Swapped):
         elif stock_wanted(x) or block_unfusable(self) is not None:
             return self._stock_forward(x)
         else:
-            return _block_forward(self, x, functional.rows_read(self))
+            return _block_forward(self, x, rows_read(self))
 
 
-def _block_forward(block: Module, x: Tensor, readout_rows: int) -> Tensor:
-    """As `functional.block_forward` and, with `readout_rows`, `readout_forward`.
-
-    Here LayerScale's factors are the block's own, and one drop path serves both halves.
-    """
-    modules = block._modules
-    norm, attn, drop_path = modules["norm1"], modules["attn"], modules["drop_path"]
-    qkv, proj = attn._modules["qkv"], attn._modules["proj"]
-    gamma = getattr(block, "gamma_1", None)
-    if readout_rows:
-        scale = functional.draw_drop_path_scale(drop_path, x, proj.weight, gamma)
-        out, x = ops.readout_attention(
-            x, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias, readout_rows, attn.num_heads, attn.scale
-        )
-        x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale)
-    else:
-        scale, kept, capacity = functional.draw_drop_path(drop_path, x, proj.weight, gamma)
-        out, x = functional.attend_normalised(norm, attn, x, kept, capacity)
-        x = ops.linear_residual(out, proj.weight, proj.bias, x, gamma, scale, "none", kept)
-
-    mlp = modules["mlp"]._modules
-    gamma = getattr(block, "gamma_2", None)
-    drop_path = functional.draw_drop_path(drop_path, x, mlp["fc2"].weight, gamma)
-    activation = parts.gelu_name(mlp["act"])
-    memory = functional.memory_of(block)
-    return functional.mlp_residual(x, modules["norm2"], mlp["fc1"], mlp["fc2"], gamma, drop_path, activation, memory)
+def _block_forward(block: Part, x: Tensor, readout_rows: int) -> Tensor:
+    """Here LayerScale's factors are the block's own, and one drop path serves both halves."""
+    gammas = getattr(block, "gamma_1", None), getattr(block, "gamma_2", None)
+    drop_path = block._modules["drop_path"]
+    return both_branches(block, x, gammas, (drop_path, drop_path), readout_rows)
 
 
 # Models: what they read after the last block ------------------------------------------------------------------------
 
 
-def readout_unfusable(model: Module) -> str | None:
+def readout_unfusable(model: Part) -> str | None:
     """Why the last block is computed for all tokens in a call of the model, or None."""
-    if not functional.readout_wanted(model):
+    if not options.readout_wanted(model):
         return "readout=False"
     blocks = model._modules["blocks"]
     last = (
@@ -175,7 +157,7 @@ def readout_unfusable(model: Module) -> str | None:
     return None if model.__dict__["_deit_fast_rows"] else "it reads more than one or two rows after the last block"
 
 
-def _rows_read(model: Module, blocks: Module) -> int:
+def _rows_read(model: Part, blocks: Part) -> int:
     """1 or 2 where the model's result needs no more than the first rows of the last block's, else 0.
 
     Found by calling it on one grey image, its blocks passed through and the last one's other rows NaN: its parts in
@@ -222,7 +204,7 @@ class _Classifier(_Swapped):
         elif stock_wanted(x) or readout_unfusable(self) is not None:
             return self._stock_forward(x)
         else:
-            with functional.reading(self.blocks[-1], self._deit_fast_rows):
+            with reading(self.blocks[-1], self._deit_fast_rows):
                 return self._stock_forward(x)
 
 
@@ -232,7 +214,7 @@ class _Classifier(_Swapped):
 def _computes_attention(cls: type[Module]) -> bool:
     heads, scale = 2, 0.7  # a scale that no head width gives
 
-    def formula(attn: Module, x: Tensor) -> Tensor:
+    def formula(attn: Part, x: Tensor) -> Tensor:
         q, k, v = attn.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.softmax(scale * (q @ k.mT), dim=-1) @ v
         return attn.proj(out.transpose(1, 2).flatten(2))
@@ -252,7 +234,7 @@ class _Halve(Module):
 
 
 def _computes_block(cls: type[Module], layer_scale: bool) -> bool:
-    def formula(block: Module, x: Tensor) -> Tensor:
+    def formula(block: Part, x: Tensor) -> Tensor:
         gamma_1, gamma_2 = (block.gamma_1, block.gamma_2) if layer_scale else (1, 1)
         x = x + 0.5 * (gamma_1 * block.attn(block.norm1(x)))
         return x + 0.5 * (gamma_2 * block.mlp(block.norm2(x)))
@@ -262,7 +244,7 @@ def _computes_block(cls: type[Module], layer_scale: bool) -> bool:
     return _agrees(cls, formula, {**children, "drop_path": _Halve()}, gammas)
 
 
-def _agrees(cls: type[Module], formula: Callable[[Module, Tensor], Tensor], *attributes: dict) -> bool:
+def _agrees(cls: type[Module], formula: Callable[[Part, Tensor], Tensor], *attributes: dict[str, Any]) -> bool:
     """Whether `cls.forward` on a stand-in with these attributes, and no others, is the formula, in float64."""
     stand_in = cls.__new__(cls)
     Module.__init__(stand_in)

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass, field
 
-from deit_fast.kernels import hardware
 from deit_fast.ops import backend
 
 # A number between dots: the place in a ModuleList or Sequential.
@@ -43,7 +42,7 @@ class SwapReport:
         ]
         rule = "-" * max(map(len, lines))
         readout = [f"last block of {name or '(model)'}: {_readout(reason)}" for name, reason in self.readout.items()]
-        stock = [f"stock operators run: {reason}" for reason in sorted(hardware.lacking.union(self.lacking))]
+        stock = [f"stock operators run: {reason}" for reason in sorted(backend.lacking.union(self.lacking))]
         stock += [
             f"kernels of {op} failed for {asked} on {device}, stock operators run: {reason}"
             for op, asked, device, reason in backend.failed.values()

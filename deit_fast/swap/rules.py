@@ -8,17 +8,23 @@ forwards has three ways out:
   module's own class answers;
 - whenever the fused path would not be what stock computes right now, the stock forward runs, whose parts are
   swapped by themselves.
+
+Where several stock classes have one forward, a mixin in front of each holds the swapped one.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as module_globals
 from torch.utils.module_tracker import ModuleTracker
+
+# The base of a mixin: none, though type checkers let it use whatever the stock class behind it has.
+Mixin: Any = object
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def register(
     RULES[stock] = RULES[swapped] = Rule(stock, swapped, unfusable, method, readout_unfusable)
 
 
-def stock_method(method: FunctionType) -> FunctionType:
+def stock_method(method: Any) -> FunctionType:
     """A stock method under another name, since `torch.jit.script` goes by the name a function was defined with."""
     copy = FunctionType(
         method.__code__,
@@ -59,7 +65,7 @@ def stock_method(method: FunctionType) -> FunctionType:
     return copy
 
 
-def _watched(hooks: dict) -> bool:
+def _watched(hooks: dict[int, Any]) -> bool:
     """Whether anybody watches every module's calls, other than torch's counters that only want to know where they are.
 
     FlopCounterMode is one: it shall count what is computed.

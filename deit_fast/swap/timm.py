@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import timm
 import torch
@@ -15,17 +16,27 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor
 from torch.nn import Module
 
-from deit_fast.nn import functional, parts
-from deit_fast.swap.rules import register, stock_method, stock_wanted
+from deit_fast.nn import guards, options, parts
+from deit_fast.nn.drop_path import drawn_ahead
+from deit_fast.nn.forward import (
+    attention_forward,
+    block_forward,
+    layer_norm_forward,
+    mlp_forward,
+    patch_embed_forward,
+)
+from deit_fast.nn.parts import Part
+from deit_fast.nn.readout import last_block_unfusable, rows_read
+from deit_fast.swap.rules import Mixin, register, stock_method, stock_wanted
 
 if "is_causal" not in inspect.signature(vision_transformer.Block.forward).parameters:
     raise ImportError(f"deit_fast.swap needs timm 1.0.31 or newer, found {timm.__version__}")
 
 
-def layer_norm_unfusable(norm: Module) -> str | None:
+def layer_norm_unfusable(norm: Part) -> str | None:
     if norm._fast_norm:
         return "timm's fast norm is set"
-    return functional.layer_norm_unfusable(norm)
+    return guards.layer_norm_unfusable(norm)
 
 
 class LayerNorm(StockLayerNorm):
@@ -39,7 +50,7 @@ class LayerNorm(StockLayerNorm):
         elif stock_wanted(x) or layer_norm_unfusable(self) is not None:
             return self._stock_forward(x)
         else:
-            return functional.layer_norm_forward(self, x)
+            return layer_norm_forward(self, x)
 
 
 class Attention(vision_transformer.Attention):
@@ -50,10 +61,10 @@ class Attention(vision_transformer.Attention):
             return self._stock_forward(x, attn_mask, is_causal)
         elif not isinstance(self, Attention):
             return type(self).forward(self, x, attn_mask, is_causal)
-        elif attn_mask is not None or is_causal or stock_wanted(x) or functional.attention_unfusable(self) is not None:
+        elif attn_mask is not None or is_causal or stock_wanted(x) or guards.attention_unfusable(self) is not None:
             return self._stock_forward(x, attn_mask, is_causal)
         else:
-            return functional.attention_forward(self, x)
+            return attention_forward(self, x)
 
 
 class Mlp(StockMlp):
@@ -64,14 +75,14 @@ class Mlp(StockMlp):
             return self._stock_forward(x)
         elif not isinstance(self, Mlp):
             return type(self).forward(self, x)
-        elif stock_wanted(x) or functional.mlp_unfusable(self) is not None:
+        elif stock_wanted(x) or guards.mlp_unfusable(self) is not None:
             return self._stock_forward(x)
         else:
-            return functional.mlp_forward(self, x)
+            return mlp_forward(self, x)
 
 
 class Block(vision_transformer.Block):
-    # Set where a model that is not timm's reads no more of the last block (`functional.reading`).
+    # Set where a model that is not timm's reads no more of the last block (`nn.readout.reading`).
     readout_rows = None
     _stock_forward = stock_method(vision_transformer.Block.forward)
 
@@ -80,26 +91,24 @@ class Block(vision_transformer.Block):
             return self._stock_forward(x, attn_mask, is_causal)
         elif not isinstance(self, Block):
             return type(self).forward(self, x, attn_mask, is_causal)
-        elif attn_mask is not None or is_causal or stock_wanted(x) or functional.block_unfusable(self) is not None:
+        elif attn_mask is not None or is_causal or stock_wanted(x) or guards.block_unfusable(self) is not None:
             return self._stock_forward(x, attn_mask, is_causal)
-        elif functional.rows_read(self) > 0:
-            return functional.readout_forward(self, x, functional.rows_read(self))
         else:
-            return functional.block_forward(self, x)
+            return block_forward(self, x, rows_read(self))
 
 
 # Patch embedding --------------------------------------------------------------------------------------------------
 
 
-def patch_embed_unfusable(patch_embed: Module) -> str | None:
+def patch_embed_unfusable(patch_embed: Part) -> str | None:
     if not patch_embed.flatten:
         return "gives a grid of patches, not a sequence"
     if patch_embed.dynamic_img_pad:
         return "pads its images"
-    return functional.patch_embed_unfusable(patch_embed)
+    return guards.patch_embed_unfusable(patch_embed)
 
 
-def _whole_patches(patch_embed: Module, images: Tensor) -> bool:
+def _whole_patches(patch_embed: Part, images: Tensor) -> bool:
     """Whether stock accepts these images and every pixel belongs to a patch; stock words the errors."""
     if images.ndim != 4:
         return False
@@ -120,7 +129,7 @@ class PatchEmbed(StockPatchEmbed):
         elif stock_wanted(x) or patch_embed_unfusable(self) is not None or not _whole_patches(self, x):
             return self._stock_forward(x)
         else:
-            return functional.patch_embed_forward(self, x)
+            return patch_embed_forward(self, x)
 
 
 _PATCH_EMBEDS: set[type] = {PatchEmbed}
@@ -128,7 +137,7 @@ _PATCH_EMBEDS: set[type] = {PatchEmbed}
 # The model: its embedding in one operator, then blocks and norm as modules ------------------------------------------
 
 
-def vision_transformer_unfusable(model: Module) -> str | None:
+def vision_transformer_unfusable(model: Part) -> str | None:
     modules = model._modules
     patch_embed = modules["patch_embed"]
     reason = parts.unfusable(patch_embed, _PATCH_EMBEDS)
@@ -151,7 +160,7 @@ def vision_transformer_unfusable(model: Module) -> str | None:
     return None
 
 
-def _embeds(model: Module, images: object) -> bool:
+def _embeds(model: Part, images: Any) -> bool:
     return (
         not stock_wanted(images)
         and vision_transformer_unfusable(model) is None
@@ -160,7 +169,7 @@ def _embeds(model: Module, images: object) -> bool:
     )
 
 
-def _reads_prefix_only(model: Module) -> bool:
+def _reads_prefix_only(model: Part) -> bool:
     """Whether the last norm's rows beyond the prefix tokens' reach no logit, and nobody else sees them."""
     return (
         model.global_pool == "token"
@@ -172,44 +181,44 @@ def _reads_prefix_only(model: Module) -> bool:
     )
 
 
-def readout_unfusable(model: Module) -> str | None:
+def readout_unfusable(model: Part) -> str | None:
     """Why the last block is computed for all tokens in a call of the model, or None."""
-    if not functional.readout_wanted(model):
+    if not options.readout_wanted(model):
         return "readout=False"
     if model.num_prefix_tokens == 0:
         return "there is no prefix token"
     if not _reads_prefix_only(model):
         return "more than the prefix tokens is read after the last block"
-    return functional.readout_unfusable(model._modules["blocks"], model._modules["norm"])
+    return last_block_unfusable(model._modules["blocks"], model._modules["norm"])
 
 
-def _logits(model: Module, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def _logits(model: Part, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     prefix, x = model.num_prefix_tokens, _embed(model, images)
     with _drawn_ahead(model, x):
         if attn_mask is None and not is_causal and readout_unfusable(model) is None:
             *blocks, last = model.blocks
-            x = functional.readout_forward(last, _run(model, blocks, x, None, False), prefix)
+            x = block_forward(last, _run(model, blocks, x, None, False), prefix)
         else:
             # LayerNorm works by rows: what is left out changes nothing.
             x = _run(model, model.blocks, x, attn_mask, is_causal)[:, :prefix].contiguous()
     return model.forward_head(model.norm(x))
 
 
-def _drawn_ahead(model: Module, x: Tensor) -> AbstractContextManager:
+def _drawn_ahead(model: Part, x: Tensor) -> AbstractContextManager:
     blocks = list(model.blocks)
     if (
-        functional.compact(model)
+        options.compact(model)
         and model.training
         and not model.grad_checkpointing
         and not torch.compiler.is_compiling()
-        and all(parts.unfusable(b, parts.BLOCKS) is None and functional.block_unfusable(b) is None for b in blocks)
+        and all(parts.unfusable(b, parts.BLOCKS) is None and guards.block_unfusable(b) is None for b in blocks)
     ):
-        return functional.drawn_ahead(blocks, x)
+        return drawn_ahead(blocks, x)
     return nullcontext()
 
 
-def _embed(model: Module, images: Tensor) -> Tensor:
-    return functional.patch_embed_forward(
+def _embed(model: Part, images: Tensor) -> Tensor:
+    return patch_embed_forward(
         model._modules["patch_embed"],
         images,
         pos_embed=model.pos_embed,
@@ -218,7 +227,7 @@ def _embed(model: Module, images: Tensor) -> Tensor:
     )
 
 
-def _run(model: Module, blocks: Iterable[Module], x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def _run(model: Part, blocks: Iterable[Module], x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     if attn_mask is not None or is_causal:
         for block in blocks:
             x = block(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -232,54 +241,36 @@ def _run(model: Module, blocks: Iterable[Module], x: Tensor, attn_mask: Tensor |
     return x
 
 
-class VisionTransformer(vision_transformer.VisionTransformer):
+class _VisionTransformer(Mixin):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward(x, attn_mask, is_causal)
+        elif not isinstance(self, _VisionTransformer):
+            return type(self).forward(self, x, attn_mask, is_causal)
+        elif not _embeds(self, x) or not _reads_prefix_only(self):
+            return self._stock_forward(x, attn_mask, is_causal)
+        else:
+            return _logits(self, x, attn_mask, is_causal)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._stock_forward_features(x, attn_mask, is_causal)
+        elif not isinstance(self, _VisionTransformer):
+            return type(self).forward_features(self, x, attn_mask, is_causal)
+        elif not _embeds(self, x):
+            return self._stock_forward_features(x, attn_mask, is_causal)
+        else:
+            return self.norm(_run(self, self.blocks, _embed(self, x), attn_mask, is_causal))
+
+
+class VisionTransformer(_VisionTransformer, vision_transformer.VisionTransformer):
     _stock_forward = stock_method(vision_transformer.VisionTransformer.forward)
     _stock_forward_features = stock_method(vision_transformer.VisionTransformer.forward_features)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x, attn_mask, is_causal)
-        elif not isinstance(self, VisionTransformer):
-            return type(self).forward(self, x, attn_mask, is_causal)
-        elif not _embeds(self, x) or not _reads_prefix_only(self):
-            return self._stock_forward(x, attn_mask, is_causal)
-        else:
-            return _logits(self, x, attn_mask, is_causal)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward_features(x, attn_mask, is_causal)
-        elif not isinstance(self, VisionTransformer):
-            return type(self).forward_features(self, x, attn_mask, is_causal)
-        elif not _embeds(self, x):
-            return self._stock_forward_features(x, attn_mask, is_causal)
-        else:
-            return self.norm(_run(self, self.blocks, _embed(self, x), attn_mask, is_causal))
-
-
-class VisionTransformerDistilled(deit.VisionTransformerDistilled):
+class VisionTransformerDistilled(_VisionTransformer, deit.VisionTransformerDistilled):
     _stock_forward = stock_method(deit.VisionTransformerDistilled.forward)
     _stock_forward_features = stock_method(deit.VisionTransformerDistilled.forward_features)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x, attn_mask, is_causal)
-        elif not isinstance(self, VisionTransformerDistilled):
-            return type(self).forward(self, x, attn_mask, is_causal)
-        elif not _embeds(self, x) or not _reads_prefix_only(self):
-            return self._stock_forward(x, attn_mask, is_causal)
-        else:
-            return _logits(self, x, attn_mask, is_causal)
-
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward_features(x, attn_mask, is_causal)
-        elif not isinstance(self, VisionTransformerDistilled):
-            return type(self).forward_features(self, x, attn_mask, is_causal)
-        elif not _embeds(self, x):
-            return self._stock_forward_features(x, attn_mask, is_causal)
-        else:
-            return self.norm(_run(self, self.blocks, _embed(self, x), attn_mask, is_causal))
 
 
 parts.LAYER_NORMS.update((StockLayerNorm, LayerNorm))
@@ -291,9 +282,9 @@ parts.DROP_PATHS.add(DropPath)
 parts.GELUS.update({activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"})
 
 register(StockLayerNorm, LayerNorm, layer_norm_unfusable)
-register(vision_transformer.Attention, Attention, functional.attention_unfusable)
-register(StockMlp, Mlp, functional.mlp_unfusable)
-register(vision_transformer.Block, Block, functional.block_unfusable)
+register(vision_transformer.Attention, Attention, guards.attention_unfusable)
+register(StockMlp, Mlp, guards.mlp_unfusable)
+register(vision_transformer.Block, Block, guards.block_unfusable)
 register(StockPatchEmbed, PatchEmbed, patch_embed_unfusable)
 for _stock, _swapped in (
     (vision_transformer.VisionTransformer, VisionTransformer),

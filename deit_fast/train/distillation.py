@@ -1,6 +1,6 @@
 """Distillation from a teacher to a model with two heads, with the original DeiT repository's formulas."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ def _as_cross_entropy(criterion: nn.Module) -> _CrossEntropy | None:
         return _CrossEntropy(criterion.label_smoothing, criterion.ignore_index, labels=True, soft_targets=True)
     if kind.__module__.split(".")[0] == "timm":
         if kind.__name__ == "LabelSmoothingCrossEntropy":
-            return _CrossEntropy(criterion.smoothing, None, labels=True, soft_targets=False)
+            smoothing: Any = criterion.smoothing
+            return _CrossEntropy(smoothing, None, labels=True, soft_targets=False)
         if kind.__name__ == "SoftTargetCrossEntropy":
             return _CrossEntropy(0.0, None, labels=False, soft_targets=True)
     return None
@@ -81,7 +82,7 @@ class DistillationLoss(nn.Module):
         if teacher_model is None and distillation_type != "none":
             raise ValueError(f"distillation_type={distillation_type!r} needs a teacher_model, got None")
         self.base_criterion = base_criterion
-        self.teacher_model = teacher_model
+        self.teacher_model: Any = teacher_model
         self.distillation_type = distillation_type
         self.alpha = alpha
         self.tau = tau
@@ -147,7 +148,7 @@ class DistillationLoss(nn.Module):
         return logits.detach()
 
 
-def _heads(outputs: object) -> tuple[Tensor, Tensor | None]:
+def _heads(outputs: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(outputs, Tensor):
         return outputs, None
     if hasattr(outputs, "cls_logits"):

@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_model
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 def train(
     model: nn.Module,
-    criterion: Callable[[Tensor, object, Tensor], Tensor],
+    criterion: Callable[[Tensor, Any, Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     steps: int,
@@ -93,8 +94,9 @@ def _check(steps: int, lr: float, warmup_steps: int, save_every: int, checkpoint
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    exempt = getattr(model, "no_weight_decay", set)()
-    decayed, others = [], []
+    exempt: Collection[str] = getattr(model, "no_weight_decay", set)()
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 and name not in exempt else others).append(parameter)

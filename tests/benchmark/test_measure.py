@@ -9,12 +9,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from deit_fast.benchmark import measure as module
-from deit_fast.benchmark.contenders import CONTENDERS, Case, Contender, recipe_drop_path
+from deit_fast.benchmark.contenders import CONTENDERS, Contender, ModelCase, recipe_drop_path
 from deit_fast.benchmark.measure import measure
 from deit_fast.ops import backend
 
 CPU = torch.device("cpu")
-CASE = Case("deit_tiny_distilled_patch16_224", batch=3, img_size=32)
+CASE = ModelCase("deit_tiny_distilled_patch16_224", batch=3, img_size=32)
 
 
 class Clock:
@@ -42,7 +42,7 @@ def shallow(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=2, **options))
 
 
-def rows(case: Case, contenders: list[Contender], rounds: int = 2, clock=None) -> dict:
+def rows(case: ModelCase, contenders: list[Contender], rounds: int = 2, clock=None) -> dict:
     return {row.contender: row for row in measure(case, contenders, CPU, clock or Clock(), rounds, lambda _: None)}
 
 
@@ -79,7 +79,7 @@ def test_16_bit_models_are_checked_by_their_own_rounding(precision):
 
 
 def test_a_contender_that_computes_something_else_is_not_timed():
-    def wrong(case: Case) -> nn.Module:
+    def wrong(case: ModelCase) -> nn.Module:
         model = CONTENDERS["timm"].build(case)
         model.norm.eps = 0.1
         return model
@@ -117,14 +117,14 @@ def test_the_recipes_have_their_drop_path():
 
 def test_deit_iii_has_one_rate_in_every_block_and_deit_a_rising_one():
     def rates(model: str) -> list[float]:
-        built = CONTENDERS["timm"].build(Case(model, 1, 32, training=True, drop_path=0.2))
+        built = CONTENDERS["timm"].build(ModelCase(model, 1, 32, training=True, drop_path=0.2))
         return [getattr(block.drop_path2, "drop_prob", 0.0) for block in built.blocks]
 
     assert rates("deit_tiny_patch16_224") == [0.0, pytest.approx(0.2)]
     assert rates("deit3_small_patch16_224") == [0.2, 0.2]
 
 
-def linear(case: Case) -> nn.Module:
+def linear(case: ModelCase) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * case.img_size**2, 1000))
 
@@ -257,7 +257,7 @@ def test_peak_memory_is_the_contenders_own(monkeypatch):
             memory["most"] = max(memory["most"], memory["now"] + 10)
             return super().calls(call)
 
-    def build(case: Case) -> nn.Module:
+    def build(case: ModelCase) -> nn.Module:
         memory["now"] += 100 if case.batch == CASE.batch else 0
         return linear(case)
 
@@ -297,7 +297,7 @@ def test_where_stock_operators_answer_the_row_says_so(monkeypatch):
             assert backend.has_failed("mlp", "this call")
             return super().forward(x)
 
-    def build(case: Case) -> nn.Module:
+    def build(case: ModelCase) -> nn.Module:
         return Falls(*linear(case))
 
     contenders = [LINEAR, *(Contender(name, (), build) for name in ("deit_fast", "deit_fast, tuned"))]

@@ -7,14 +7,14 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from deit_fast.benchmark import operators
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import ModelCase
 from deit_fast.benchmark.operator_cases import operator_cases
 from deit_fast.benchmark.operators import PEERS, measure_operators
-from deit_fast.kernels import launch
+from deit_fast.kernels.launching import run
 from deit_fast.ops import backend
 
 CPU = torch.device("cpu")
-CASE = Case("deit_tiny_distilled_patch16_224", 2, 32, training=True, drop_path=0.5)
+CASE = ModelCase("deit_tiny_distilled_patch16_224", 2, 32, training=True, drop_path=0.5)
 
 
 class Clock:
@@ -113,7 +113,7 @@ def test_an_operator_whose_kernels_failed_says_so(monkeypatch):
         raise OutOfResources(300_000, 101_376, "shared memory")
 
     monkeypatch.setattr(backend, "failed", {})
-    monkeypatch.setattr(launch, "run", refused)
+    monkeypatch.setattr(run, "run", refused)
     with backend.forced("triton"), pytest.warns(UserWarning, match="its kernels failed"):
         rows = list(measure_operators(replace(CASE, training=False), CPU, Clock(), 1, lambda what: None))
     said = {(row.operator, row.contender): row.fallbacks for row in rows if row.operator == "mlp"}
@@ -140,6 +140,6 @@ def test_peers_take_the_operators_arguments(name, monkeypatch):
             monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), ModuleType(parts[i]))
         for member, value in members.items():
             setattr(sys.modules[package], member, value)
-    arguments = (x, weight, weight, 1e-6) if name == "layer_norm" else (qkv.bfloat16(), 0.5, None)
+    arguments = (x, weight, weight, 1e-6) if name == "layer_norm" else ([qkv.bfloat16()], 0.5, None)
     for _, _, peer in PEERS[name]:
         assert peer(*arguments)().shape == (2, 3, 8)

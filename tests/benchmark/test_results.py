@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import ModelCase
 from deit_fast.benchmark.host import HostTime
 from deit_fast.benchmark.measure import Row
 from deit_fast.benchmark.operators import OperatorRow
@@ -13,8 +13,8 @@ from deit_fast.benchmark.plots import write_plots
 from deit_fast.benchmark.profile import KernelTime
 from deit_fast.benchmark.results import Results, compare, lines, markdown, write_csv
 
-INFERENCE = Case("deit_tiny_patch16_224", 8, 224)
-TRAINING = Case("deit_tiny_patch16_224", 8, 224, training=True, drop_path=0.1)
+INFERENCE = ModelCase("deit_tiny_patch16_224", 8, 224)
+TRAINING = ModelCase("deit_tiny_patch16_224", 8, 224, training=True, drop_path=0.1)
 
 
 def results(factor: float = 1.0) -> Results:

@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 import torch
 
 from deit_fast.benchmark.candidates import neighbours, tunable
 from deit_fast.benchmark.operator_cases import OperatorCase
 from deit_fast.benchmark.tune import _agree, tune
-from deit_fast.kernels.launch import AttentionTile, Tile
-from deit_fast.ops.registration import OPERATORS
+from deit_fast.kernels.attention.settings import AttentionTile
+from deit_fast.kernels.launching.settings import Tile
+from deit_fast.ops.operator import OPERATORS
 from tests.support.compiled import printed_by
 
 
@@ -104,7 +107,8 @@ def test_an_operator_that_memory_does_not_suffice_for_is_named_and_the_next_one_
             return 1.0
 
     layer_norm = OPERATORS["layer_norm"]
-    layer_norm = layer_norm._replace(launcher=layer_norm.stock)
+    layer_norm = copy.copy(layer_norm)
+    layer_norm.launcher = layer_norm.stock
     large, small = (
         OperatorCase(layer_norm, "x=3x64fp32", batch, (torch.ones(batch, 3, 64), None, None, 1e-6)) for batch in (8, 2)
     )

@@ -14,15 +14,15 @@ from unittest import mock
 import torch
 
 from deit_fast.benchmark import tune
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import ModelCase
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
-from deit_fast.benchmark.standin_driver import recording
-from deit_fast.benchmark.targets import TARGETS
-from deit_fast.kernels import launch, replay, tuned
+from deit_fast.check.standin_driver import recording
+from deit_fast.check.targets import TARGETS
+from deit_fast.kernels.launching import hardware, replay, tuned
 from deit_fast.ops import backend
-from deit_fast.ops.registration import OPERATORS
+from deit_fast.ops.operator import OPERATORS
 
-CASE = Case("deit_tiny_distilled_patch16_224", 4, 32, "bfloat16", training=True)
+CASE = ModelCase("deit_tiny_distilled_patch16_224", 4, 32, "bfloat16", training=True)
 CPU = torch.device("cpu")
 
 
@@ -61,7 +61,7 @@ def tuned_settings(launches: list) -> dict:
         for result in tune.tune(cases, Clock(launches), 3, lambda what: None):
             name, case = result.case.operator.name, result.case
             if result.failure is None:
-                tuned.write(name, case.shape, "sm_90", launch.driver_version(), case.batch, result.choice)
+                tuned.write(name, case.shape, "sm_90", hardware.driver_version(), case.batch, result.choice)
             found.setdefault(name, []).append(
                 {"stock": result.choice.stock, "settings": result.choice.settings, "tried": result.tried,
                  "seconds": result.seconds, "failure": result.failure}
@@ -85,8 +85,8 @@ def narrow_rows(launches: list) -> dict:
     """Of LayerNorm and a linear layer that fill the device: what is chosen as shipped, and liking other kernels."""
     x, weight = torch.zeros(64, 198, 192, dtype=torch.bfloat16), torch.zeros(576, 192, dtype=torch.bfloat16)
     operator = OPERATORS["layer_norm_linear"]
-    arguments = (x, None, None, 1e-6, weight, None, None, None)
-    case = OperatorCase(operator, *tuned.described(operator.parameters, arguments), arguments)
+    arguments = (x, None, None, 1e-6, [weight], [None], None, None)
+    case = OperatorCase(operator, *tuned.described(operator.arguments, arguments), arguments)
     found = {}
     with mock.patch.object(tune, "_agree", lambda found, expected: True):
         for liking in ("linear_kernel", "layer_norm_kernel"):
@@ -105,7 +105,7 @@ def around_the_vendors_gemm(launches: list) -> dict:
         cases = [case for case in found if case.operator.name == "linear_residual"]
         for result in tune.tune(cases, Clock(launches, "residual_kernel"), 3, lambda what: None):
             choices.append([result.failure, "kept" in result.case.shape.split(","), result.choice.settings])
-            tuned.write("linear_residual", result.case.shape, "sm_90", launch.driver_version(), 4, result.choice)
+            tuned.write("linear_residual", result.case.shape, "sm_90", hardware.driver_version(), 4, result.choice)
     return {"choices": choices, "launches": launched(launches)[1]}
 
 
@@ -116,9 +116,9 @@ def _shown(each) -> list:
 def refused(launches: list) -> dict:
     """What happens where a file's setting does not fit the table."""
     arguments = (*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 192), (64, 192))), None, "none", "none")
-    shape, batch = tuned.described(OPERATORS["linear"].parameters, arguments)
+    shape, batch = tuned.described(OPERATORS["linear"].arguments, arguments)
     settings = {"gemm(64, 192, 2, sm_90, none)": {"rows": 1}}
-    tuned.write("linear", shape, "sm_90", launch.driver_version(), batch, tuned.Choice(False, settings))
+    tuned.write("linear", shape, "sm_90", hardware.driver_version(), batch, tuned.Choice(False, settings))
     replay.forget()
     launches.clear()
     with warnings.catch_warnings(record=True) as said, torch.no_grad():

@@ -22,10 +22,10 @@ from triton.compiler.compiler import ASTSource
 
 from deit_fast.benchmark import clock, peaks, profile, tune
 from deit_fast.benchmark.gpu import compiling, run, steps
-from deit_fast.benchmark.standin_driver import current_device
-from deit_fast.benchmark.targets import TARGETS
-from deit_fast.benchmark.workers import run_tasks_here
-from deit_fast.cli.check_cases import Size
+from deit_fast.check.cases import Size
+from deit_fast.check.standin_driver import current_device
+from deit_fast.check.targets import TARGETS
+from deit_fast.check.workers import run_tasks_here
 from deit_fast.cli.main import main as deit_fast
 from deit_fast.models.registry import get_config
 from deit_fast.ops import backend
@@ -68,7 +68,7 @@ class OnTheCpu(TorchFunctionMode):
 
 
 def small() -> steps.Scope:
-    size = Size(64, 1, 32, 16, 10, 2)
+    size = Size.of_model(64, 1, 32, 16, 10, 2)
     config = replace(get_config("deit_tiny_distilled_patch16_224"), embed_dim=64, num_heads=1, img_size=32, depth=3)
     return steps.Scope((size,), (64,), {"tiny": config}, size.tokens, 2)
 

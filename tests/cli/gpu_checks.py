@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
 
 from deit_fast.benchmark import clock, measure, operators, peaks, tasks
-from deit_fast.benchmark.standin_driver import recording
-from deit_fast.benchmark.targets import TARGETS
+from deit_fast.check.standin_driver import recording
+from deit_fast.check.targets import TARGETS
 from deit_fast.cli.main import main as deit_fast
-from deit_fast.kernels import launch
+from deit_fast.kernels.launching import hardware
 from deit_fast.ops import backend
 
 CASE = ["--models", "deit_tiny_distilled_patch16_224", "--img-size", "32", "--batch", "2", "--dtype", "bfloat16"]
@@ -141,7 +141,7 @@ def a_gpu(modes: list):
         launches = stack.enter_context(recording(TARGETS[NAME], compiling=False))
         stack.enter_context(compiled(launches))
         Clock.launches, Clock.timed, Profiler.launches = launches, set(), launches
-        stack.enter_context(mock.patch.object(launch, "device_name", lambda device: GPU))
+        stack.enter_context(mock.patch.object(hardware, "device_name", lambda device: GPU))
         stack.enter_context(mock.patch.object(clock, "GpuClock", Clock))
         stack.enter_context(mock.patch.object(torch.profiler, "profile", Profiler))
         # A worker would not find what stands in here.

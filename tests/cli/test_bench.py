@@ -8,7 +8,7 @@ from rich.console import Console
 
 from deit_fast.benchmark import measure, profile
 from deit_fast.benchmark.clock import CpuClock
-from deit_fast.benchmark.contenders import CONTENDERS, Case
+from deit_fast.benchmark.contenders import CONTENDERS, ModelCase
 from deit_fast.benchmark.results import Results
 from deit_fast.cli import bench
 from deit_fast.cli.main import main
@@ -134,7 +134,7 @@ def test_what_a_profile_dies_of_is_noted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(profile, "profiled", full)
     results = Results({}, [])
-    case = Case("deit_tiny_distilled_patch16_224", 2, 32)
+    case = ModelCase("deit_tiny_distilled_patch16_224", 2, 32)
     console = Console()
     session = bench._Session(console, bench._progress(console), torch.device("cpu"), 1, results, tmp_path)
     session.run([], [], [], [case], host=False)
@@ -152,7 +152,7 @@ def test_the_bar_goes_on_with_the_rounds_and_ends_full(tmp_path, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(CpuClock, "seconds", seconds)
-    case = Case("deit_tiny_distilled_patch16_224", 2, 32)
+    case = ModelCase("deit_tiny_distilled_patch16_224", 2, 32)
     session = bench._Session(console, progress, torch.device("cpu"), 2, Results({}, []), tmp_path)
     session.run([case, case], [CONTENDERS["timm"]], [], [], host=False)
     # Checking, warming up, and two rounds make a case.

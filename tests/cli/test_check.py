@@ -11,17 +11,15 @@ import torch
 import triton
 
 import deit_fast
-import reference
-import reference.loss
-from deit_fast import ops
-from deit_fast.cli import check, check_cases, check_environment
-from deit_fast.cli.check_cases import DEIT_SIZES, INTERPRETER_SIZES, OPS, cases
+from deit_fast.check import environment, operators
+from deit_fast.check.cases import DEIT_SIZES, INTERPRETER_SIZES, cases
+from deit_fast.cli import check
 from deit_fast.cli.main import main
-from deit_fast.kernels import launch
+from deit_fast.kernels.launching import hardware, run
 from deit_fast.ops import backend
+from tests.support.described_gpu import describe_one
 
 CPU = torch.device("cpu")
-IN_FLOAT64 = [(op, i) for op in OPS for i in range(len(list(cases(op, INTERPRETER_SIZES[0], torch.float32, CPU))))]
 
 
 @triton.jit
@@ -32,14 +30,14 @@ def forgetful_normalise(x, mean, rstd, weight_ptr, bias_ptr, columns, mask):
 
 def refuse(monkeypatch, *names: str) -> None:
     """The kernels called `names` do not launch."""
-    run = launch.run
+    stock = run.run
 
     def refusing(kernel, *args, **options):
         if kernel.__name__ in names:
             raise triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
-        run(kernel, *args, **options)
+        stock(kernel, *args, **options)
 
-    monkeypatch.setattr(launch, "run", refusing)
+    monkeypatch.setattr(run, "run", refusing)
 
 
 def printed_json(capsys) -> dict:
@@ -73,7 +71,9 @@ def test_json_has_the_errors_and_what_stock_has(capsys):
     assert report["passed"] and report["environment"]["Triton"] == triton.__version__
     assert list(report["skipped"]) == ["bfloat16"]
     assert {(line["dtype"], line["tensor"]) for line in report["lines"]} == {
-        (dtype, tensor) for dtype in ("float32", "float16") for tensor in ("output 0", "output 1", "d qkv")
+        (dtype, tensor)
+        for dtype in ("float32", "float16")
+        for tensor in ("output 0", "output 1", "d qkv[0]", "d qkv[1]", "d qkv[2]")
     }
     for line in report["lines"]:
         assert 0 < line["error"]["relative"] <= line["allowed"]["relative"] < 1e-2
@@ -81,7 +81,7 @@ def test_json_has_the_errors_and_what_stock_has(capsys):
 
 
 def test_a_wrong_kernel_fails_the_check_and_is_named(capsys, monkeypatch):
-    monkeypatch.setattr("deit_fast.kernels.layer_norm.normalise", forgetful_normalise)
+    monkeypatch.setattr("deit_fast.kernels.layer_norm.forward.normalise", forgetful_normalise)
     assert main(["check", "--op", "layer_norm", "--op", "attention"]) == 1
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if line.startswith("FAILED")]
@@ -89,7 +89,7 @@ def test_a_wrong_kernel_fails_the_check_and_is_named(capsys, monkeypatch):
         f"FAILED layer_norm (batch 4, 18 tokens, width 64), {dtype}, output" for dtype in ("float32", "float16")
     ]
     assert all("less accurate than stock: relative error 0.1" in line for line in failed)
-    assert "2 of 14 results failed." in out
+    assert "2 of 24 results failed." in out
 
 
 def test_a_kernel_that_does_not_launch_fails_in_every_dtype_and_the_rest_is_checked(capsys, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_kernel_that_does_not_launch_fails_in_every_dtype_and_the_rest_is_chec
     for line in failed:
         assert line["failure"].startswith("OutOfResources: out of resource: shared memory, Required: 300000")
         assert "in refusing" in line["traceback"]
-    assert len(report["lines"]) == 2 + 6
+    assert len(report["lines"]) == 2 + 2 * (3 + 5)
     assert not backend.failed, "the next dtype would not be tried"
 
 
@@ -122,134 +122,22 @@ def test_a_backward_that_does_not_launch_is_named_too(capsys, monkeypatch):
     assert "FAILED layer_norm (batch 4, 18 tokens, width 64), float32, all of it: OutOfResources" in out
 
 
-@pytest.mark.parametrize(
-    ("ours", "again", "failure"),
-    [
-        ([1.0, 2.0], [1.0, 2.0], None),
-        ([1.0, 2.0], [1.0, 2.0000002], "other bits in a second run"),
-        ([1.0, 2.1], [1.0, 2.1], "less accurate than stock: relative error 0.045 (stock 0, allowed"),
-        ([1.0, torch.nan], [1.0, torch.nan], "other NaN or infinity than float64"),
-        ([1.0], [1.0], "torch.float32 [1] where stock has torch.float32 [2]"),
-    ],
-)
-def test_what_makes_a_line_fail(ours, again, failure):
-    exact = torch.tensor([1.0, 2.0])
-    found = check.compare(torch.tensor(ours), torch.tensor(again), exact, exact.double())
-    assert found.get("failure") is failure or found["failure"].startswith(failure)
-
-
-def test_infinity_is_right_where_float64_has_it_whatever_stock_has():
-    exact = torch.tensor([1.0, torch.inf], dtype=torch.float64)
-    stock = torch.tensor([1.0, torch.nan])
-    assert "failure" not in check.compare(exact.float(), exact.float(), stock, exact)
-    assert check.compare(stock, stock, stock, exact)["failure"] == "other NaN or infinity than float64"
-
-
-def test_indices_must_be_equal():
-    right, wrong = torch.tensor([2, 0, 1]), torch.tensor([2, 1, 0])
-    assert "failure" not in check.compare(right, right, right, right.double())
-    assert "less accurate" in check.compare(wrong, wrong, right, right.double())["failure"]
-
-
-# What it computes ----------------------------------------------------------------------------------------------------
-
-
-def test_every_operator_is_checked():
-    operators = {name.removesuffix("_branching") for name in ops.__all__}
-    assert set(OPS) == operators - {"known_count"}
-
-
-def test_a_gpu_is_checked_at_the_shapes_of_deit():
-    assert [(size.width, size.heads, size.tokens) for size in DEIT_SIZES] == [
-        (192, 3, 198),
-        (384, 6, 198),
-        (768, 12, 198),
-    ]
-
-
-def reference_of(case: check_cases.Case):
-    """The same in `reference/`, of the same named arguments; None where it has no counterpart."""
-    if case.op == "readout_attention":
-
-        def unpacked(weight, bias, **rest):
-            q, k, v = weight.chunk(3)
-            q_bias, _, v_bias = bias.chunk(3)
-            named = {"q_weight": q, "q_bias": q_bias, "k_weight": k, "v_weight": v, "v_bias": v_bias}
-            return reference.readout_attention(**named, **rest), rest["x"][:, : rest["readout_rows"]]
-
-        return unpacked
-    if case.op == "readout_attention_qkv":
-        return lambda k_bias, **rest: (
-            reference.readout_attention(**rest) + 0 * k_bias.sum(),
-            rest["x"][:, : rest["readout_rows"]],
-        )
-    if case.title.startswith("and the residual"):
-        return lambda x, **rest: (*reference.layer_norm_qkv(x, **rest), x)
-    if case.op == "keep_samples":
-
-        def block(x, norm_weight, norm_bias, eps, layer_scale, drop_path_scale, qkv_weight, qkv_bias, **rest):
-            norm = (norm_weight, norm_bias, eps)
-            qkv = reference.layer_norm_linear(x, *norm, qkv_weight, qkv_bias)
-            heads = INTERPRETER_SIZES[0].heads
-            out, _ = reference.attention(qkv.unflatten(-1, (3, heads, -1)), INTERPRETER_SIZES[0].scale)
-            projection = rest.pop("proj_weight"), rest.pop("proj_bias")
-            x = reference.linear_residual(out, *projection, x, layer_scale, drop_path_scale)
-            y = reference.mlp(x, *norm, **rest, layer_scale=layer_scale, drop_path_scale=drop_path_scale)
-            return ops.keep_samples(drop_path_scale), y
-
-        return block
-    if case.op.startswith("attention"):
-
-        def without_log_sum_exp_gradient(**arguments):
-            out, log_sum_exp = getattr(reference, case.op)(**arguments)
-            return out, log_sum_exp.detach()
-
-        return without_log_sum_exp_gradient
-    return reference.loss.distillation_loss if case.op == "distillation_loss" else getattr(reference, case.op)
-
-
-@pytest.mark.parametrize(("op", "index"), IN_FLOAT64)
-def test_its_truth_is_the_reference_in_float64(op, index):
-    """`reference/` is not installed with the package: the stock operators answer for it, in float64."""
-    case = list(cases(op, INTERPRETER_SIZES[0], torch.float32, CPU))[index]
-    found = check.evaluate(case, torch.float32, "torch", double=True)
-    expected = check.evaluate(replace(case, function=reference_of(case)), torch.float32, "torch", double=True)
-    assert list(found) == list(expected)
-    for name, ours in found.items():
-        assert ours.dtype is expected[name].dtype
-        torch.testing.assert_close(ours, expected[name], rtol=1e-10, atol=1e-11)
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("size", DEIT_SIZES, ids=lambda size: str(size.width))
-def test_the_cases_at_a_models_shapes_run(op, size):
-    for case in cases(op, replace(size, batch=1), torch.bfloat16, CPU):
-        found = check.evaluate(case, torch.bfloat16, "torch")
-        assert all(tensor.isfinite().all() for tensor in found.values())
-        assert len(found) > len(case.differentiable)
-
-
 # Where it runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stand_in_gpu(monkeypatch) -> torch.device:
     """What asks for a GPU gets answers; tensors stay on the CPU, and kernels in the interpreter."""
-    properties = SimpleNamespace(
-        name="Stand-in", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132, gcnArchName="gfx942"
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(check, "interpreted", lambda: False)
-    monkeypatch.setattr(check, "find_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(check, "run_tasks", check.run_tasks_here)
-    monkeypatch.setattr(check, "make_current", lambda device: None)
-    monkeypatch.setattr(check, "cases", lambda op, size, dtype, device: cases(op, size, dtype, CPU))
-    small = tuple(replace(size, batch=1, image=32) for size in DEIT_SIZES[:2])
-    monkeypatch.setattr(check, "DEIT_SIZES", small)
-    monkeypatch.setattr(
-        check_environment.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="580.95.05\n580.95.05\n")
-    )
-    return torch.device("cuda", 0)
+    device = describe_one(monkeypatch)
+    for module in (check, operators):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    monkeypatch.setattr(check, "find_device", lambda name: device)
+    monkeypatch.setattr(operators, "run_tasks", operators.run_tasks_here)
+    monkeypatch.setattr(operators, "make_current", lambda device: None)
+    monkeypatch.setattr(operators, "cases", lambda op, size, dtype, device: cases(op, size, dtype, CPU))
+    small = tuple(replace(size, batch=1, tokens=6, grid=(2, 2)) for size in DEIT_SIZES[:2])
+    monkeypatch.setattr(operators, "DEIT_SIZES", small)
+    return device
 
 
 def test_on_a_gpu_every_dtype_runs_at_a_models_shapes(capsys, stand_in_gpu):
@@ -273,11 +161,15 @@ def test_a_case_that_the_width_does_not_change_runs_once(capsys, stand_in_gpu):
 
 def test_a_case_that_ends_its_process_fails_and_the_others_are_checked(capsys, monkeypatch, stand_in_gpu):
     def in_processes(function, tasks, heard):
-        for done in check.run_tasks_here(function, tasks, heard):
+        for done in operators.run_tasks_here(function, tasks, heard):
             ended = done.task.size.width == 192 and done.task.dtype is torch.float16
-            yield replace(done, result=check.Failed("its process ended: killed by SIGSEGV", "core")) if ended else done
+            yield (
+                replace(done, result=operators.Failed("its process ended: killed by SIGSEGV", "core"))
+                if ended
+                else done
+            )
 
-    monkeypatch.setattr(check, "run_tasks", in_processes)
+    monkeypatch.setattr(operators, "run_tasks", in_processes)
     assert main(["check", "--op", "layer_norm", "--json"]) == 1
     lines = printed_json(capsys)["lines"]
     (failed,) = (line for line in lines if line["failure"])
@@ -287,7 +179,7 @@ def test_a_case_that_ends_its_process_fails_and_the_others_are_checked(capsys, m
 
 
 def test_what_stock_operators_answer_by_design_is_no_failure_and_is_told_apart(capsys, monkeypatch):
-    monkeypatch.setattr(launch, "no_products", lambda weight: "the abacus has no matrix instructions")
+    monkeypatch.setattr(hardware, "no_products", lambda weight: "the abacus has no matrix instructions")
     assert main(["check", "--op", "linear", "--op", "layer_norm"]) == 0
     out = capsys.readouterr().out
     said = "the abacus has no matrix instructions; using the stock PyTorch operators"
@@ -298,22 +190,6 @@ def test_what_stock_operators_answer_by_design_is_no_failure_and_is_told_apart(c
     assert report["passed"]
     outcomes = {(line["op"], line["outcome"]) for line in report["lines"]}
     assert outcomes == {("linear", "stock"), ("layer_norm", "passed")}
-
-
-def test_an_amd_gpu_is_described_by_its_own_names(monkeypatch, stand_in_gpu):
-    monkeypatch.setattr(torch.version, "hip", "7.2")
-    found = check_environment.environment(stand_in_gpu)
-    assert "gfx942" in found["device"] and "ROCm 7.2" in found["torch"]
-    assert found["driver"] == "unknown" or found["driver"].startswith("amdgpu ")
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 30)])
-def test_a_driver_that_does_not_say_its_version_is_unknown(monkeypatch, stand_in_gpu, error):
-    def failing(*_, **__):
-        raise error
-
-    monkeypatch.setattr(check_environment.subprocess, "run", failing)
-    assert check_environment.environment(stand_in_gpu)["driver"] == "unknown"
 
 
 @pytest.mark.parametrize("code", [0, 1])
@@ -382,7 +258,7 @@ def test_a_gpu_and_the_interpreter_exclude_each_other(capsys, monkeypatch):
 def test_an_interpreter_that_cannot_run_with_this_numpy_is_no_kernels_fault(
     capsys, monkeypatch, triton_version, numpy_version, works
 ):
-    monkeypatch.setattr(check, "version", {"triton": triton_version, "numpy": numpy_version}.get)
+    monkeypatch.setattr(environment, "version", {"triton": triton_version, "numpy": numpy_version}.get)
     monkeypatch.setattr(check, "print_tables", lambda *_: 0)
     assert main(["check"]) == (0 if works else 2)
     assert ("Triton 3.6's interpreter needs numpy before 2.4" in capsys.readouterr().err) is not works

@@ -12,9 +12,8 @@ from torch import nn
 import deit_fast
 from deit_fast.cli import demo_training as demo
 from deit_fast.cli.main import main
-from deit_fast.cli.saved_bytes import saved_bytes
 from deit_fast.models import load_model
-from deit_fast.train import digits
+from deit_fast.train import digits, students
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -31,10 +30,10 @@ def splits() -> list[digits.Split]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch, splits):
     monkeypatch.setattr(digits, "load", lambda seed: splits)
-    monkeypatch.setattr(demo, "CONFIG", replace(demo.CONFIG, embed_dim=32, depth=1, num_heads=1))
-    monkeypatch.setattr(demo, "BATCH_SIZE", 16)
-    monkeypatch.setattr(demo, "TEACHER_STEPS", 3)
-    monkeypatch.setattr(demo, "STUDENT_STEPS", 6)
+    monkeypatch.setattr(students, "CONFIG", replace(students.CONFIG, embed_dim=32, depth=1, num_heads=1))
+    monkeypatch.setattr(students, "BATCH_SIZE", 16)
+    monkeypatch.setattr(students, "TEACHER_STEPS", 3)
+    monkeypatch.setattr(students, "STUDENT_STEPS", 6)
     monkeypatch.setattr(demo, "LEAST_ACCURACY", 0.0)
 
 
@@ -71,23 +70,13 @@ def test_predict_reads_the_checkpoint_and_the_digit(console, tmp_path, capsys, s
 
     test_split = splits[1]
     assert digit.name == f"digit-{test_split.labels[0]}.png"
-    student = demo.build_student()
+    student = students.build_student()
     student.load_state_dict(load_model(checkpoint).state_dict())
     with torch.inference_mode():
         expected = student.eval()(test_split.images[:1]).softmax(-1)[0]
     for index, probability in enumerate(expected.tolist()):
         assert predictions[index]["label"] == str(index)
         assert predictions[index]["probability"] == pytest.approx(probability, abs=1e-5)
-
-
-def test_both_students_start_alike():
-    weights = [demo.build_student().state_dict() for _ in range(2)]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-
-
-def test_the_configuration_describes_the_student():
-    described = deit_fast.models.VisionTransformer(demo.CONFIG)
-    described.load_state_dict(demo.build_student().state_dict(), strict=True)
 
 
 def test_losses_that_part_fail(console, tmp_path, monkeypatch):
@@ -117,17 +106,8 @@ def test_a_loss_that_is_not_finite_is_one_clear_message(console, tmp_path, monke
             return outputs[0].sum() * (torch.nan if self.calls == 4 else 1)
 
     monkeypatch.setattr(deit_fast, "DistillationLoss", Broken)
-    monkeypatch.setattr(demo, "SAVE_EVERY", 2)
+    monkeypatch.setattr(students, "SAVE_EVERY", 2)
     assert not demo.run(console, CPU, tmp_path)
     text = " ".join(console.export_text().split())
     assert "nan at step 4 of 6" in text and "stock.safetensors keeps the weights after step 1" in text
-    assert load_model(tmp_path / "stock.safetensors").config == demo.CONFIG
-
-
-def test_saved_bytes_are_distinct_activations_without_parameters():
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16, bias=False))
-    x = torch.randn(4, 8)
-    activations = 4 * 8 + 4 * 16 + 4 * 16  # x, the pre-activation, GELU's output
-    assert saved_bytes(model, lambda: model(x)) == 4 * activations
-    twice = saved_bytes(model, lambda: model(x).sum() + model(x).sum())
-    assert twice == 4 * (2 * activations - 4 * 8)
+    assert load_model(tmp_path / "stock.safetensors").config == students.CONFIG

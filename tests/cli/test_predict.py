@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import deit_fast
 from deit_fast.cli import predict
 from deit_fast.cli.main import main
+from deit_fast.data.evaluation import image_processor
 
 MODEL = "deit_tiny_patch16_224"
 LABELS = ["cat", "dog", "[bold]bird"]
@@ -70,7 +71,7 @@ def test_json_has_the_models_own_probabilities(capsys, images, model, checkpoint
     assert (result["model"], result["checkpoint"]) == (MODEL, checkpoint)
     assert [entry["image"] for entry in result["images"]] == images
 
-    pixels = predict.image_processor(None, 224)(images, return_tensors="pt").pixel_values
+    pixels = image_processor(None, 224)(images, return_tensors="pt").pixel_values
     with torch.inference_mode():
         expected = model(pixels).softmax(-1).topk(2)
     for entry, values, indices in zip(result["images"], expected.values, expected.indices, strict=True):
@@ -146,16 +147,6 @@ def test_more_images_than_a_batch(capsys, monkeypatch, images, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["cat\ndog\nbird\n", '["cat", "dog", "bird"]', '{"1": "dog", "0": "cat", "2": "bird"}'],
-    ids=["lines", "list", "dict"],
-)
-def test_label_files(tmp_path, text):
-    (tmp_path / "labels").write_text(text)
-    assert predict.read_labels(str(tmp_path / "labels")) == ["cat", "dog", "bird"]
-
-
-@pytest.mark.parametrize(
     "content",
     [b"", b"[1, 2]", b'["cat"', b'{"0": "cat", "2": "dog"}', b'{"cat": 0}', b"\xff\xfe\x00"],
 )
@@ -163,16 +154,6 @@ def test_a_wrong_label_file_is_named(capsys, no_model, tmp_path, images, content
     path = tmp_path / "names.json"
     path.write_bytes(content)
     assert str(path) in fails(capsys, images[0], "--labels", str(path))
-
-
-def test_imagenet_names_come_from_timm():
-    pytest.importorskip("timm")
-    labels = predict.default_labels(1000, trained=True)
-    assert len(labels) == 1000 and labels[0].startswith("tench")
-
-
-def test_random_weights_are_not_given_imagenet_names():
-    assert predict.default_labels(1000, trained=False) == [str(index) for index in range(1000)]
 
 
 @pytest.mark.parametrize("content", [b"no image", None], ids=["text", "absent"])
@@ -218,11 +199,3 @@ def test_a_checkpoint_of_another_model_is_refused(capsys, images, checkpoint):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("deit-fast: error: ") and "pos_embed" in err
     assert "Traceback" not in err
-
-
-def test_another_image_size_keeps_the_saved_statistics(tmp_path):
-    deit_fast.DeiTImageProcessor(image_mean=0.25, crop_size=224).save_pretrained(tmp_path)
-    assert predict.image_processor(str(tmp_path), 224).size == {"height": 256, "width": 256}
-    larger = predict.image_processor(str(tmp_path), 384)
-    assert larger.image_mean == 0.25 and larger.crop_size == {"height": 384, "width": 384}
-    assert larger.size == {"shortest_edge": 438}

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from deit_fast.benchmark import operator_cases, tasks, tune
-from deit_fast.benchmark.contenders import Case
+from deit_fast.benchmark.contenders import ModelCase
 from deit_fast.benchmark.tune import Tuned
 from deit_fast.cli.main import main
 from deit_fast.cli.tune import tune_case
-from deit_fast.kernels import launch, tuned
-from deit_fast.kernels.tuned import Choice
-from deit_fast.ops.registration import OPERATORS
+from deit_fast.kernels.launching import hardware, tuned
+from deit_fast.kernels.launching.tuned import Choice
+from deit_fast.ops.operator import OPERATORS
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_every_operator_is_written_as_soon_as_it_is_measured(tmp_path, monkeypat
     from rich.console import Console
 
     monkeypatch.setenv("DEIT_FAST_TUNED", str(tmp_path))
-    monkeypatch.setattr(launch, "device_name", lambda device: "GPU")
+    monkeypatch.setattr(hardware, "device_name", lambda device: "GPU")
     case, next_case = (
         operator_cases.OperatorCase(OPERATORS[name], "x=198x192bf16", 8, ()) for name in ("mlp", "layer_norm")
     )
@@ -49,7 +49,7 @@ def test_every_operator_is_written_as_soon_as_it_is_measured(tmp_path, monkeypat
     monkeypatch.setattr(operator_cases, "operator_cases", lambda *_: [case, next_case])
     monkeypatch.setattr(tune, "tune", measured)
     with pytest.raises(KeyboardInterrupt):
-        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(), anew=True)
+        tune_case(ModelCase("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(), anew=True)
     assert [file.name for file in tmp_path.iterdir()] == [tuned.file_name("mlp", "x=198x192bf16", "GPU")]
     tuned.forget()
 
@@ -58,11 +58,11 @@ def test_what_has_no_kernel_is_named_and_not_written(tmp_path, monkeypatch, caps
     from rich.console import Console
 
     monkeypatch.setenv("DEIT_FAST_TUNED", str(tmp_path))
-    monkeypatch.setattr(launch, "device_name", lambda device: "GPU")
+    monkeypatch.setattr(hardware, "device_name", lambda device: "GPU")
     case = operator_cases.OperatorCase(OPERATORS["mlp"], "x=198x192fp64", 8, ())
     monkeypatch.setattr(operator_cases, "operator_cases", lambda *_: [case])
     monkeypatch.setattr(tune, "tune", lambda *_: iter([Tuned(case, Choice(True, {}), {}, 0, "no kernel for float64")]))
-    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew=True)
+    tune_case(ModelCase("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew=True)
     assert "no kernel for float64" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -72,8 +72,8 @@ def test_what_was_tuned_before_is_tuned_again_only_where_it_is_asked_for(tmp_pat
     from rich.console import Console
 
     monkeypatch.setenv("DEIT_FAST_TUNED", str(tmp_path))
-    monkeypatch.setattr(launch, "device_name", lambda device: "GPU")
-    here, mlp = launch.driver_version(), OPERATORS["mlp"]
+    monkeypatch.setattr(hardware, "device_name", lambda device: "GPU")
+    here, mlp = hardware.driver_version(), OPERATORS["mlp"]
     known, other = (operator_cases.OperatorCase(mlp, f"x={tokens}x192bf16", 8, ()) for tokens in (198, 578))
     monkeypatch.setattr(operator_cases, "operator_cases", lambda case, device: [known, other])
     tuned_now = []
@@ -85,7 +85,7 @@ def test_what_was_tuned_before_is_tuned_again_only_where_it_is_asked_for(tmp_pat
 
     def tuned_with(anew: bool) -> list:
         tuned_now.clear()
-        tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew)
+        tune_case(ModelCase("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew)
         return list(tuned_now)
 
     tuned.forget()
@@ -111,5 +111,5 @@ def test_a_step_that_memory_does_not_suffice_for_is_named(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(operator_cases, "operator_cases", full)
-    tune_case(Case("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew=True)
+    tune_case(ModelCase("deit_tiny_patch16_224", 8, 224), torch.device("cuda"), Console(width=200), anew=True)
     assert "Not tuned: out of memory at batch 8" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """`make fuzz MINUTES=20`: cases of every operator, from fresh seeds, until the time is up.
 
 Prints how many cases each operator has had. A failure is shrunk and printed as a case to paste:
-`PROPERTIES["linear"][1](Case(…))`; its operator is then left out.
+`PROPERTIES["linear"][1](DrawnCase(…))`; its operator is then left out.
 """
 
 import argparse

@@ -5,7 +5,7 @@ What is not drawn, and why:
 - Parameters are finite and no larger than a model's: with others, stock overflows in what it rounds to 16 bits between
   two operators, where a fused kernel does not.
 - LayerNorm's input stays below 65504, since float32 cannot hold the squares of larger ones, and which sum overflows
-  first is no one's promise; attention's queries and keys have scores below some tens (README, "Limits"), and where
+  first is no one's promise; attention's queries and keys have scores below some tens (docs/limits.md), and where
   they hold NaN the stock operator is attention as a formula: the fused one answers some rows of NaN with 0.
 - Where the true gradient is 0 and what is left is rounding noise, it is not asked for: LayerNorm of one or two columns,
   queries and keys where there is one key.
@@ -28,13 +28,10 @@ from torch import Tensor
 import reference
 from deit_fast import ops
 from deit_fast.ops import backend
-from deit_fast.ops.attention import _stock_attention as stock_attention
-from deit_fast.ops.linear import _stock_layer_norm_linear as stock_layer_norm_linear
-from deit_fast.ops.linear import _stock_linear_residual as stock_linear_residual
-from deit_fast.ops.mlp import _stock as stock_mlp
+from deit_fast.ops.operator import OPERATORS
 from reference.loss import distillation_loss as exact_loss
 from reference.readout import readout_attention as exact_attention_of_rows
-from tests.fuzz.recipes import LARGE, NOT_FINITE, OF_WEIGHTS, Recipe, recipes
+from tests.fuzz.recipes import LARGE, NOT_FINITE, OF_WEIGHTS, TensorRecipe, recipes
 from tests.support.accuracy import searched
 from tests.support.compare import DTYPES, Ways, assert_gradients_are_right, assert_op_is_right
 from tests.support.guard import Guard
@@ -76,7 +73,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Case:
+class DrawnCase:
     """Arguments of an operator, tensors as recipes; wrt: which of them are differentiated, all tensors unless given."""
 
     arguments: tuple
@@ -85,17 +82,17 @@ class Case:
 
     def made(self) -> list:
         torch.manual_seed(0)
-        return [a.tensor() if isinstance(a, Recipe) else a for a in self.arguments]
+        return [a.tensor() if isinstance(a, TensorRecipe) else a for a in self.arguments]
 
 
-PROPERTIES: dict[str, tuple[st.SearchStrategy[Case], Callable[[Case], None]]] = {}
+PROPERTIES: dict[str, tuple[st.SearchStrategy[DrawnCase], Callable[[DrawnCase], None]]] = {}
 
 
 def operator(subject: str | Ways | Callable[[Kept], Ways]):
     """Registers a strategy for cases of `subject`, which may depend on the samples that are kept."""
 
     def register(cases):
-        def check(case: Case) -> None:
+        def check(case: DrawnCase) -> None:
             ways = subject if isinstance(subject, str | Ways) else subject(case.kept)
             arguments = case.made()
             # A kernel that fails warns, and the stock operator answers: not what is to be compared.
@@ -113,7 +110,7 @@ def operator(subject: str | Ways | Callable[[Kept], Ways]):
 
 def subnormal(arguments: tuple) -> int:
     """How many of the tensors are: where two are multiplied, rounding is all that is left of their gradients."""
-    tensors = [a for a in arguments if isinstance(a, Recipe) and a.dtype.is_floating_point]
+    tensors = [a for a in arguments if isinstance(a, TensorRecipe) and a.dtype.is_floating_point]
     return sum(tensor.scale <= torch.finfo(tensor.dtype).tiny for tensor in tensors)
 
 
@@ -130,7 +127,7 @@ def norm_parameters(draw, width: int, dtype: torch.dtype) -> tuple:
     return *(maybe(draw, recipes((width,), dtype, layouts=("dense", "strided"))) for _ in range(2)), draw(EPSILONS)
 
 
-def weight(draw, out_features: int, in_features: int, dtype: torch.dtype) -> Recipe:
+def weight(draw, out_features: int, in_features: int, dtype: torch.dtype) -> TensorRecipe:
     return draw(recipes((out_features, in_features), dtype, in_features**-0.5, SUBNORMAL, OF_WEIGHTS))
 
 
@@ -140,7 +137,7 @@ def vector(draw, width: int, dtype: torch.dtype):
 
 def differentiable(arguments: tuple, *data: int) -> tuple[int, ...]:
     """Positions of the tensors, but for those at `data`."""
-    return tuple(i for i, a in enumerate(arguments) if isinstance(a, Recipe) and i not in data)
+    return tuple(i for i, a in enumerate(arguments) if isinstance(a, TensorRecipe) and i not in data)
 
 
 # Rows -------------------------------------------------------------------------------------------------------------
@@ -148,46 +145,48 @@ def differentiable(arguments: tuple, *data: int) -> tuple[int, ...]:
 
 @operator("layer_norm")
 @st.composite
-def layer_norm(draw) -> Case:
+def layer_norm(draw) -> DrawnCase:
     width, dtype = draw(st.one_of(st.integers(1, 9), WIDTHS)), draw(DTYPE)
     x = draw(recipes((*leading(draw), width), dtype, extremes=ANY))
     arguments = (x, *norm_parameters(draw, width, dtype))
-    return Case(arguments, differentiable(arguments, *((0,) if width < 8 else ())))
+    return DrawnCase(arguments, differentiable(arguments, *((0,) if width < 8 else ())))
 
 
 @operator("add_layer_norm")
 @st.composite
-def add_layer_norm(draw) -> Case:
+def add_layer_norm(draw) -> DrawnCase:
     width, dtype = draw(WIDTHS), draw(DTYPE)
     shape = (*leading(draw), width)
     x, residual = (draw(recipes(shape, dtype, extremes=ANY)) for _ in range(2))
-    return Case((x, residual, *norm_parameters(draw, width, dtype)))
+    return DrawnCase((x, residual, *norm_parameters(draw, width, dtype)))
 
 
 @operator("linear")
 @st.composite
-def linear(draw) -> Case:
+def linear(draw) -> DrawnCase:
     into, out, dtype = draw(WIDTHS), draw(WIDTHS), draw(DTYPE)
     x = draw(recipes((*leading(draw), into), dtype, extremes=ANY))
-    return Case((x, weight(draw, out, into, dtype), vector(draw, out, dtype), draw(ACTIVATIONS), draw(ACTIVATIONS)))
+    return DrawnCase(
+        (x, weight(draw, out, into, dtype), vector(draw, out, dtype), draw(ACTIVATIONS), draw(ACTIVATIONS))
+    )
 
 
 @operator("layer_norm_linear")
 @st.composite
-def layer_norm_linear(draw) -> Case:
+def layer_norm_linear(draw) -> DrawnCase:
     into, out, dtype = draw(NORMALISED_WIDTHS), draw(WIDTHS), draw(DTYPE)
     x = draw(recipes((*leading(draw), into), dtype, extremes=ANY))
     norm = norm_parameters(draw, into, dtype)
-    return Case((x, *norm, weight(draw, out, into, dtype), vector(draw, out, dtype)))
+    return DrawnCase((x, *norm, weight(draw, out, into, dtype), vector(draw, out, dtype)))
 
 
 @operator("layer_norm_qkv")
 @st.composite
-def layer_norm_qkv(draw) -> Case:
+def layer_norm_qkv(draw) -> DrawnCase:
     into, out, dtype = draw(NORMALISED_WIDTHS), draw(WIDTHS), draw(DTYPE)
     x = draw(recipes((*leading(draw), into), dtype, extremes=ANY))
     projections = (each for _ in range(3) for each in (weight(draw, out, into, dtype), vector(draw, out, dtype)))
-    return Case((x, *norm_parameters(draw, into, dtype), *projections))
+    return DrawnCase((x, *norm_parameters(draw, into, dtype), *projections))
 
 
 def drop_path_scale(draw, batch: int, dtype: torch.dtype):
@@ -196,7 +195,7 @@ def drop_path_scale(draw, batch: int, dtype: torch.dtype):
 
 @operator("linear_residual")
 @st.composite
-def linear_residual(draw) -> Case:
+def linear_residual(draw) -> DrawnCase:
     into, out, dtype = draw(WIDTHS), draw(WIDTHS), draw(DTYPE)
     batch, tokens = leading(draw)
     arguments = (
@@ -205,7 +204,7 @@ def linear_residual(draw) -> Case:
         draw(recipes((batch, tokens, out), dtype, extremes=ANY)),
         *(vector(draw, out, dtype), drop_path_scale(draw, batch, dtype), draw(ACTIVATIONS)),
     )
-    return Case(arguments, of_scaled_branch(arguments, 5))
+    return DrawnCase(arguments, of_scaled_branch(arguments, 5))
 
 
 def mlp_arguments(draw, batch: int, tokens: int, dtype: torch.dtype) -> tuple:
@@ -221,14 +220,14 @@ def mlp_arguments(draw, batch: int, tokens: int, dtype: torch.dtype) -> tuple:
 
 @operator("mlp")
 @st.composite
-def mlp(draw) -> Case:
+def mlp(draw) -> DrawnCase:
     (batch, tokens), dtype = leading(draw), draw(DTYPE)
     arguments = (
         *mlp_arguments(draw, batch, tokens, dtype),
         drop_path_scale(draw, batch, dtype),
         draw(st.sampled_from(("gelu", "gelu_tanh"))),
     )
-    return Case(arguments, of_scaled_branch(arguments, 9))
+    return DrawnCase(arguments, of_scaled_branch(arguments, 9))
 
 
 def of_scaled_branch(arguments: tuple, drop_path_scale: int) -> tuple[int, ...]:
@@ -247,19 +246,19 @@ def enough_weights(weights: int, dtype: torch.dtype) -> bool:
 
 @operator("attention")
 @st.composite
-def attention(draw) -> Case:
+def attention(draw) -> DrawnCase:
     (batch, tokens), dtype = leading(draw, ATTENDED), draw(DTYPE)
     heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from((32, 64, 80, 96, 128)))
     # Few log-sum-exps are no sample: there the scores are exact.
     coarse = batch * heads * tokens < 64
     qkv = draw(recipes((batch, tokens, 3, heads, head_dim), dtype, coarse=coarse))
     sampled = tokens > 1 and enough_weights(batch * heads * tokens * tokens, dtype)
-    return Case((qkv, draw(st.sampled_from((0.125, head_dim**-0.5)))), (0,) if sampled else ())
+    return DrawnCase((qkv, draw(st.sampled_from((0.125, head_dim**-0.5)))), (0,) if sampled else ())
 
 
 @operator("attention_qkv")
 @st.composite
-def attention_qkv(draw) -> Case:
+def attention_qkv(draw) -> DrawnCase:
     (batch, queries), keys, dtype = leading(draw, ATTENDED), draw(ATTENDED), draw(DTYPE)
     heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from((32, 64, 80, 96, 128)))
     coarse = batch * heads * queries < 64
@@ -269,8 +268,8 @@ def attention_qkv(draw) -> Case:
     v = draw(recipes((batch, keys, heads, head_dim), dtype, extremes=(*NOT_FINITE, *SUBNORMAL)))
     scale = draw(st.sampled_from((0.125, head_dim**-0.5)))
     if not enough_weights(batch * heads * queries * keys, dtype):
-        return Case((q, k, v, scale), ())
-    return Case((q, k, v, scale), (0, 1, 2) if keys > 1 else (2,))
+        return DrawnCase((q, k, v, scale), ())
+    return DrawnCase((q, k, v, scale), (0, 1, 2) if keys > 1 else (2,))
 
 
 def attention_formula(qkv: Tensor, scale: float) -> Tensor:
@@ -281,7 +280,7 @@ def attention_formula(qkv: Tensor, scale: float) -> Tensor:
 # Not the log-sum-exp: of an infinite score it is infinity or NaN, as the formula is written.
 NOT_FINITE_ATTENTION = Ways(
     "attention",
-    lambda *given: ops.attention(*given)[0],
+    lambda qkv, scale: ops.attention([qkv], scale)[0],
     attention_formula,
     lambda *given: reference.attention(*given)[0],
 )
@@ -289,14 +288,14 @@ NOT_FINITE_ATTENTION = Ways(
 
 @operator(NOT_FINITE_ATTENTION)
 @st.composite
-def not_finite_attention(draw) -> Case:
+def not_finite_attention(draw) -> DrawnCase:
     (batch, tokens), dtype = leading(draw, ATTENDED), draw(DTYPE)
     heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from((32, 64)))
     qkv = draw(recipes((batch, tokens, 3, heads, head_dim), dtype, extremes=NOT_FINITE, coarse=True))
-    return Case((qkv, 0.125), ())
+    return DrawnCase((qkv, 0.125), ())
 
 
-def projected(draw, x: Recipe, heads: int, width: int, dtype: torch.dtype) -> tuple:
+def projected(draw, x: TensorRecipe, heads: int, width: int, dtype: torch.dtype) -> tuple:
     """Arguments from x on of an operator that projects to q, k and v itself, without the heads and the scale."""
     into = x.shape[-1]
     projections = [
@@ -324,12 +323,18 @@ def exact_readout(x, norm_weight, norm_bias, eps, q, q_bias, k, k_bias, v, v_bia
     return out, x[:, :rows]
 
 
-READOUT = Ways("readout_attention_qkv", ops.readout_attention_qkv, stock_readout, exact_readout)
+def readout(x, norm_weight, norm_bias, eps, *rest):
+    *projections, rows, heads, scale = rest
+    weights, biases = projections[::2], projections[1::2]
+    return ops.readout_attention(x, norm_weight, norm_bias, eps, weights, biases, rows, heads, scale)
+
+
+READOUT = Ways("readout_attention", readout, stock_readout, exact_readout)
 
 
 @operator(READOUT)
 @st.composite
-def readout_attention_qkv(draw) -> Case:
+def readout_attention_qkv(draw) -> DrawnCase:
     (batch, tokens), dtype = leading(draw, ATTENDED), draw(DTYPE)
     heads = draw(st.sampled_from((1, 2, 3)))
     width = heads * draw(st.sampled_from((32, 64)))
@@ -337,7 +342,7 @@ def readout_attention_qkv(draw) -> Case:
     x = draw(recipes((batch, tokens, width), dtype, extremes=NOT_FINITE))
     arguments = (*projected(draw, x, heads, width, dtype), rows, heads, (width // heads) ** -0.5)
     # The values' bias has the gradient of Σ p = 1, also where p is NaN.
-    return Case(arguments, differentiable(arguments, 7) if tokens > 1 and not x.extremes else ())
+    return DrawnCase(arguments, differentiable(arguments, 7) if tokens > 1 and not x.extremes else ())
 
 
 # Images -----------------------------------------------------------------------------------------------------------
@@ -345,7 +350,7 @@ def readout_attention_qkv(draw) -> Case:
 
 @operator("patch_embed")
 @st.composite
-def patch_embed(draw) -> Case:
+def patch_embed(draw) -> DrawnCase:
     batch, dtype, width = draw(BATCHES), draw(DTYPE), draw(WIDTHS)
     channels, patch = draw(st.integers(1, 4)), (draw(st.integers(1, 16)), draw(st.integers(1, 16)))
     grid = draw(st.integers(1, 5)), draw(st.integers(1, 5))
@@ -362,9 +367,13 @@ def patch_embed(draw) -> Case:
         *prefix,
         draw(recipes((1, 1, width), dtype)) if masked else None,
         draw(recipes((batch, patches), torch.bool)) if masked else None,
-        *((Recipe((channels,), torch.float32), Recipe((channels,), torch.float32, 1)) if pixels else (None, None)),
+        *(
+            (TensorRecipe((channels,), torch.float32), TensorRecipe((channels,), torch.float32, 1))
+            if pixels
+            else (None, None)
+        ),
     )
-    return Case(arguments, differentiable(arguments, *((0,) if pixels else ()), 7, 8, 9))
+    return DrawnCase(arguments, differentiable(arguments, *((0,) if pixels else ()), 7, 8, 9))
 
 
 # Samples that drop path keeps -------------------------------------------------------------------------------------
@@ -381,7 +390,7 @@ def kept_samples(draw) -> Kept:
     return Kept(pattern, draw(st.integers(sum(pattern), batch)))
 
 
-def dropped_is_nan(draw, kept: Kept, shape: tuple[int, ...], dtype: torch.dtype) -> Recipe:
+def dropped_is_nan(draw, kept: Kept, shape: tuple[int, ...], dtype: torch.dtype) -> TensorRecipe:
     """A whole batch whose dropped samples hold NaN."""
     size = prod(shape[1:])
     dropped = tuple((i * size, torch.nan) for i, keep in enumerate(kept.pattern) if not keep)
@@ -391,22 +400,28 @@ def dropped_is_nan(draw, kept: Kept, shape: tuple[int, ...], dtype: torch.dtype)
 
 def layer_norm_linear_of(kept: Kept) -> Ways:
     def ours(*arguments):
-        return ops.layer_norm_linear(*arguments, ops.keep_samples(kept.factors), kept.capacity)[: len(kept.samples)]
+        *rest, weight, bias = arguments
+        kept_samples = ops.keep_samples(kept.factors)
+        (found,) = ops.layer_norm_linear(*rest, [weight], [bias], kept_samples, kept.capacity)
+        return found[: len(kept.samples)]
 
     def alone(function):
         return lambda x, *rest: function(x[kept.samples], *rest)
 
-    stock = alone(lambda *arguments: stock_layer_norm_linear(*arguments, None, None))
-    return Ways("layer_norm_linear", ours, stock, alone(reference.layer_norm_linear))
+    def stock(*arguments):
+        *rest, weight, bias = arguments
+        return OPERATORS["layer_norm_linear"].stock(*rest, [weight], [bias], None, None)[0]
+
+    return Ways("layer_norm_linear", ours, alone(stock), alone(reference.layer_norm_linear))
 
 
 @operator(layer_norm_linear_of)
 @st.composite
-def kept_layer_norm_linear(draw) -> Case:
+def kept_layer_norm_linear(draw) -> DrawnCase:
     kept, into, out, dtype = draw(kept_samples()), draw(WIDTHS), draw(WIDTHS), draw(DTYPE)
     x = dropped_is_nan(draw, kept, (len(kept.pattern), draw(FEW_TOKENS), into), dtype)
     norm = norm_parameters(draw, into, dtype)
-    return Case((x, *norm, weight(draw, out, into, dtype), vector(draw, out, dtype)), kept=kept)
+    return DrawnCase((x, *norm, weight(draw, out, into, dtype), vector(draw, out, dtype)), kept=kept)
 
 
 def linear_residual_of(kept: Kept) -> Ways:
@@ -424,13 +439,13 @@ def linear_residual_of(kept: Kept) -> Ways:
 
         return branch
 
-    stock = alone(lambda *arguments: stock_linear_residual(*arguments, None))
+    stock = alone(lambda *arguments: OPERATORS["linear_residual"].stock(*arguments, None))
     return Ways("linear_residual", ours, stock, alone(reference.linear_residual))
 
 
 @operator(linear_residual_of)
 @st.composite
-def kept_linear_residual(draw) -> Case:
+def kept_linear_residual(draw) -> DrawnCase:
     kept, into, out, dtype = draw(kept_samples()), draw(WIDTHS), draw(WIDTHS), draw(DTYPE)
     tokens = draw(FEW_TOKENS)
     arguments = (
@@ -439,27 +454,30 @@ def kept_linear_residual(draw) -> Case:
         dropped_is_nan(draw, kept, (len(kept.pattern), tokens, out), dtype),
         *(vector(draw, out, dtype), draw(ACTIVATIONS)),
     )
-    return Case(arguments, kept=kept)
+    return DrawnCase(arguments, kept=kept)
 
 
 def attention_of(kept: Kept) -> Ways:
     def ours(qkv, scale):
-        found = ops.attention(kept.packed(qkv), scale, ops.keep_samples(kept.factors))
+        found = ops.attention([kept.packed(qkv)], scale, ops.keep_samples(kept.factors))
         return tuple(each[: len(kept.samples)] for each in found)
 
-    return Ways("attention", ours, lambda qkv, scale: stock_attention(qkv, scale, None), reference.attention)
+    def stock(qkv, scale):
+        return OPERATORS["attention"].stock([qkv], scale, None)
+
+    return Ways("attention", ours, stock, reference.attention)
 
 
 @operator(attention_of)
 @st.composite
-def kept_attention(draw) -> Case:
+def kept_attention(draw) -> DrawnCase:
     kept, tokens, dtype = draw(kept_samples()), 1 + draw(FEW_TOKENS), draw(DTYPE)
     heads, head_dim = draw(st.integers(1, 2)), draw(st.sampled_from((32, 64, 80)))
     samples = sum(kept.pattern)
     coarse = samples * heads * tokens < 64
     qkv = draw(recipes((samples, tokens, 3, heads, head_dim), dtype, coarse=coarse))
     sampled = enough_weights(samples * heads * tokens * tokens, dtype)
-    return Case((qkv, head_dim**-0.5), (0,) if sampled else (), kept)
+    return DrawnCase((qkv, head_dim**-0.5), (0,) if sampled else (), kept)
 
 
 def mlp_of(kept: Kept) -> Ways:
@@ -476,21 +494,22 @@ def mlp_of(kept: Kept) -> Ways:
 
         return branch
 
-    return Ways("mlp", ours, alone(lambda *arguments: stock_mlp(*arguments, None)), alone(reference.mlp))
+    stock = alone(lambda *arguments: OPERATORS["mlp"].stock(*arguments, None))
+    return Ways("mlp", ours, stock, alone(reference.mlp))
 
 
 @operator(mlp_of)
 @st.composite
-def kept_mlp(draw) -> Case:
+def kept_mlp(draw) -> DrawnCase:
     kept, dtype = draw(kept_samples()), draw(DTYPE)
     batch, tokens = len(kept.pattern), draw(FEW_TOKENS)
     _, *parameters = mlp_arguments(draw, 1, 1, dtype)
     x = dropped_is_nan(draw, kept, (batch, tokens, parameters[3].shape[1]), dtype)
-    return Case((x, *parameters, draw(st.sampled_from(("gelu", "gelu_tanh")))), kept=kept)
+    return DrawnCase((x, *parameters, draw(st.sampled_from(("gelu", "gelu_tanh")))), kept=kept)
 
 
 @st.composite
-def keep_samples(draw) -> Recipe:
+def keep_samples(draw) -> TensorRecipe:
     """Factors of which half are 0."""
     batch, dtype = draw(st.one_of(st.integers(0, 40), st.sampled_from((1023, 1024, 1025)))), draw(DTYPE)
     zeros = draw(st.lists(st.integers(0, 2**16), max_size=batch))
@@ -498,7 +517,7 @@ def keep_samples(draw) -> Recipe:
     return replace(factors, extremes=(*factors.extremes, *((place, 0.0) for place in zeros)))
 
 
-def keep_samples_is_right(factors: Recipe) -> None:
+def keep_samples_is_right(factors: TensorRecipe) -> None:
     given, guard = factors.tensor(), Guard()
     with backend.forced("triton"), guard.outputs():
         kept = ops.keep_samples(guard(given))
@@ -531,7 +550,7 @@ LOSS = Ways("distillation_loss", ops.distillation_loss, stock_loss, exact_loss)
 
 @operator(LOSS)
 @st.composite
-def distillation_loss(draw) -> Case:
+def distillation_loss(draw) -> DrawnCase:
     batch, dtype = draw(st.integers(1, 6)), draw(DTYPE)
     classes = draw(st.one_of(st.integers(10, 40), st.sampled_from((1000, 2048, 2049))))
     if dtype is torch.float16:
@@ -548,4 +567,4 @@ def distillation_loss(draw) -> Case:
     )
     # A float32 row's gradient has the rounding of its one log-sum-exp: few rows are no sample.
     sampled = batch >= 4 or dtype is not torch.float32
-    return Case((logits, dist_logits, labels, teacher, *options), (0, 1) if sampled else ())
+    return DrawnCase((logits, dist_logits, labels, teacher, *options), (0, 1) if sampled else ())

@@ -15,7 +15,7 @@ NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorRecipe:
     """Random values of standard deviation `scale` (of multiples of 1/4 with `coarse`), some of them replaced.
 
     Of int64, labels below `scale`; of uint8, pixels; of bool, either.
@@ -80,14 +80,14 @@ def recipes(
     extremes: tuple[float, ...] = (),
     layouts: tuple[str, ...] = LAYOUTS,
     coarse: bool = False,
-) -> Recipe:
+) -> TensorRecipe:
     """A tensor whose values are those asked for, or one in eight times of 1/100 of their size or mostly subnormal.
 
     extremes: what some of its elements may be, besides.
     """
     if dtype.is_floating_point:
         scale = scale * draw(st.sampled_from((1.0,) * 6 + (0.01, 0.0))) or torch.finfo(dtype).tiny
-    return Recipe(
+    return TensorRecipe(
         shape,
         dtype,
         seed=draw(st.integers(0, 2**16)),

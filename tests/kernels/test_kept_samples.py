@@ -3,15 +3,13 @@
 import pytest
 import torch
 
-from deit_fast.kernels import (
-    attention,
-    attention_backward,
-    drop_path,
-    launch,
-    layer_norm_backward,
-    linear,
-    linear_backward,
-    mlp,
+from deit_fast.kernels import attention, drop_path, linear, mlp
+from deit_fast.kernels.layer_norm.backward import layer_norm_input_gradient, row_statistics
+from deit_fast.kernels.linear import settings
+from deit_fast.kernels.linear.input_gradient import input_gradient
+from deit_fast.kernels.linear.parameter_gradients import (
+    layer_norm_linear_parameter_gradients,
+    linear_parameter_gradients,
 )
 from tests.support.compare import DTYPES, randn, strided
 from tests.support.guard import NAN_BYTE, Guard
@@ -111,10 +109,15 @@ def full_of(samples, *shape, dtype):
 # Forward ----------------------------------------------------------------------------------------------------------
 
 
+def layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias, **named):
+    (y,) = linear.layer_norm_linear(x, norm_weight, norm_bias, eps, [weight], [bias], **named)
+    return y
+
+
 def check_layer_norm_linear(samples, x, *parameters):
-    gathered = linear.layer_norm_linear(samples.gather(x), *parameters)
+    gathered = layer_norm_linear(samples.gather(x), *parameters)
     for capacity in samples.capacities:
-        y = in_guard_bands(linear.layer_norm_linear, x, *parameters, kept=samples.kept, capacity=capacity)
+        y = in_guard_bands(layer_norm_linear, x, *parameters, kept=samples.kept, capacity=capacity)
         samples.assert_packed(y, gathered, capacity)
 
 
@@ -147,8 +150,8 @@ def test_capacity_is_the_batch_unless_given():
     samples = Kept(3, [1])
     x = full_of(samples, 5, 32, dtype=torch.float32)
     parameters = None, None, EPS, torch.randn(16, 32), None
-    y = in_guard_bands(linear.layer_norm_linear, x, *parameters, kept=samples.kept)
-    samples.assert_packed(y, linear.layer_norm_linear(samples.gather(x), *parameters), 3)
+    y = in_guard_bands(layer_norm_linear, x, *parameters, kept=samples.kept)
+    samples.assert_packed(y, layer_norm_linear(samples.gather(x), *parameters), 3)
 
 
 def check_linear_residual(samples, x, weight, bias, residual, layer_scale, activation):
@@ -211,6 +214,10 @@ def test_an_infinite_layer_scale_leaves_dropped_samples_alone():
     )
 
 
+def attend(qkv, scale, **named):
+    return attention.attention([qkv], scale, **named)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @in_every_case
 def test_attention(case, dtype):
@@ -218,10 +225,10 @@ def test_attention(case, dtype):
     head_dim = 80
     samples = Kept(batch, kept)
     qkv = randn(samples.count, tokens, 3, 2, head_dim, dtype=dtype)
-    gathered = attention.attention(qkv, head_dim**-0.5)
+    gathered = attend(qkv, head_dim**-0.5)
     for capacity in samples.capacities:
         packed = samples.pack(qkv, capacity)
-        found = in_guard_bands(attention.attention, packed, head_dim**-0.5, kept=samples.kept)
+        found = in_guard_bands(attend, packed, head_dim**-0.5, kept=samples.kept)
         for mine, other in zip(found, gathered, strict=True):
             samples.assert_packed(mine, other, capacity)
 
@@ -256,7 +263,7 @@ def assert_same(found, expected):
 def check_linear_backward(samples, x, grad, weight, bias, layer_scale, activation):
     def gradients(grad, x, drop_path_scale, needs=(True, True, True), **named):
         scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale, "activation": activation}
-        return linear_backward.linear_parameter_gradients(grad, x, weight, bias, needs=needs, **scales, **named)
+        return linear_parameter_gradients(grad, x, weight, bias, needs=needs, **scales, **named)
 
     def of_input(grad, x, drop_path_scale, **named):
         if activation != "none":
@@ -264,7 +271,7 @@ def check_linear_backward(samples, x, grad, weight, bias, layer_scale, activatio
         elif "kept" in named:
             named["capacity"] = x.shape[0]
         scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale, "activation": activation}
-        return linear_backward.input_gradient(grad, weight, **scales, **named)
+        return input_gradient([grad], [weight], **scales, **named)
 
     drop_path_scale = samples.scale.to(grad.dtype)
     gathered = samples.gather(grad), x, samples.gather(drop_path_scale)
@@ -303,18 +310,16 @@ def check_layer_norm_linear_backward(samples, x, grad, residual_grad, norm_weigh
     def run(grad, x, residual_grad, needs=None, **named):
         if named:
             named["packed_grad"] = True
-        dnorm = linear_backward.input_gradient(grad, weight, **named)
+        dnorm = input_gradient([grad], [weight], **named)
         named.pop("packed_grad", None)
-        dx, mean, rstd = layer_norm_backward.layer_norm_backward(
-            dnorm, x, norm_weight, EPS, residual_grad=residual_grad, **named
-        )
-        parameters = linear_backward.layer_norm_linear_parameter_gradients(
+        dx, mean, rstd = layer_norm_input_gradient(dnorm, x, norm_weight, EPS, residual_grad=residual_grad, **named)
+        parameters = layer_norm_linear_parameter_gradients(
             [grad], x, mean, rstd, norm_weight, norm_bias, [weight], [bias], needs, **named
         )
         return dnorm, dx, mean.view(-1, x.shape[1]), rstd.view(-1, x.shape[1]), parameters
 
     def statistics(x, **named):
-        return [each.view(-1, x.shape[1]) for each in layer_norm_backward.row_statistics(x, EPS, **named)]
+        return [each.view(-1, x.shape[1]) for each in row_statistics(x, EPS, **named)]
 
     only_bias = False, False, False, True
     of_residual = None if residual_grad is None else samples.gather(residual_grad)
@@ -371,7 +376,7 @@ def test_gradients_of_layer_norm_linear_of_any_strides_and_width(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kept_rows_are_split_evenly(dtype, monkeypatch):
     """As many parts as for whole batches, each of as many rows as the kept samples have for it."""
-    monkeypatch.setattr(launch, "splits", lambda tiles, rows, multiprocessors: 4)
+    monkeypatch.setattr(settings, "splits", lambda tiles, rows, multiprocessors: 4)
     samples = Kept(5, [1, 4])
     weight, bias = weight_of(48, 64, dtype), randn(48, dtype=dtype)
     x, grad = randn(2, 65, 64, dtype=dtype), full_of(samples, 65, 48, dtype=dtype)
@@ -389,11 +394,10 @@ def test_gradients_of_attention(case, dtype):
     qkv = randn(samples.count, tokens, 3, 2, head_dim, dtype=dtype)
     grad = randn(samples.count, tokens, 2 * head_dim, dtype=dtype)
     scale = head_dim**-0.5
-    out, log_sum_exp = attention.attention(qkv, scale)
+    out, log_sum_exp = attend(qkv, scale)
 
-    def run(grad, qkv, out, log_sum_exp, **named):
-        dqkv = torch.empty(qkv.shape, dtype=dtype)
-        attention_backward.attention_backward(grad, *qkv.unbind(2), out, log_sum_exp, scale, *dqkv.unbind(2), **named)
+    def run(grad, qkv, out, log_sum_exp, kept=None):
+        (dqkv,) = attention.attention_backward(grad, [qkv], out, log_sum_exp, scale, kept)
         return dqkv
 
     gathered = run(grad, qkv, out, log_sum_exp)

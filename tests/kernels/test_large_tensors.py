@@ -15,23 +15,16 @@ import torch
 from torch import Tensor
 
 from deit_fast import kernels
-from deit_fast.kernels import (
-    attention,
-    attention_backward,
-    drop_path,
-    launch,
-    layer_norm,
-    layer_norm_backward,
-    linear,
-    linear_backward,
-    loss,
-    mlp,
-    patch_embed,
-    patch_embed_backward,
-    readout,
-    readout_backward,
-    vendor_gemm,
+from deit_fast.kernels import attention, drop_path, layer_norm, linear, loss, mlp, patch_embed, readout
+from deit_fast.kernels.launching.settings import Tile
+from deit_fast.kernels.layer_norm.backward import layer_norm_input_gradient, layer_norm_parameter_gradients
+from deit_fast.kernels.layer_norm.settings import COLUMN_SUMS
+from deit_fast.kernels.linear.input_gradient import input_gradient
+from deit_fast.kernels.linear.parameter_gradients import (
+    layer_norm_linear_parameter_gradients,
+    linear_parameter_gradients,
 )
+from deit_fast.kernels.linear.vendor_gemm import gemm_residual
 from tests.support import huge
 
 EPS = 1e-6
@@ -91,11 +84,9 @@ def test_layer_norm_backward(with_kept):
     samples = samples_of(TOKENS * 64)
     x, kept = filled(samples, last), whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
-        found = layer_norm_backward.layer_norm_backward(
-            filled(samples, grad), x, weight, EPS, residual_grad=x, kept=kept
-        )
+        found = layer_norm_input_gradient(filled(samples, grad), x, weight, EPS, residual_grad=x, kept=kept)
     assert names == ["layer_norm_backward_kernel"]
-    expected = layer_norm_backward.layer_norm_backward(grad, last, weight, EPS, residual_grad=last)
+    expected = layer_norm_input_gradient(grad, last, weight, EPS, residual_grad=last)
     assert_same(found[0][-1, -16:], expected[0][-1, -16:])
     for mine, other in zip(found[1:], expected[1:], strict=True):
         assert_same(mine[-16:], other[-16:])
@@ -103,17 +94,15 @@ def test_layer_norm_backward(with_kept):
 
 def test_sums_over_rows():
     """The last columns' sums over the last rows; over all others they are 0."""
-    width, rows = 1024, LIMIT // 1024 + launch.COLUMN_SUMS.depth
-    grad, last = tail((launch.COLUMN_SUMS.depth, width)), tail((launch.COLUMN_SUMS.depth, width))
+    width, rows = 1024, LIMIT // 1024 + COLUMN_SUMS.depth
+    grad, last = tail((COLUMN_SUMS.depth, width)), tail((COLUMN_SUMS.depth, width))
     mean, rstd = last.float().mean(1), last.float().var(1).rsqrt()
     with huge.last_programs(1) as names:
-        found = layer_norm_backward.layer_norm_parameter_gradients(
-            *(filled(rows, t) for t in (grad, last, mean, rstd)), DTYPE
-        )
+        found = layer_norm_parameter_gradients(*(filled(rows, t) for t in (grad, last, mean, rstd)), DTYPE)
     assert names == ["column_sums_kernel", "sum_splits_kernel"]
-    expected = layer_norm_backward.layer_norm_parameter_gradients(grad, last, mean, rstd, DTYPE)
+    expected = layer_norm_parameter_gradients(grad, last, mean, rstd, DTYPE)
     for mine, other in zip(found, expected, strict=True):
-        assert_same(mine[-launch.COLUMN_SUMS.columns :], other[-launch.COLUMN_SUMS.columns :])
+        assert_same(mine[-COLUMN_SUMS.columns :], other[-COLUMN_SUMS.columns :])
 
 
 # Products ---------------------------------------------------------------------------------------------------------
@@ -125,19 +114,19 @@ def test_layer_norm_linear(with_kept):
     samples = samples_of(TOKENS * 64)
     kept = whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
-        y = linear.layer_norm_linear(filled(samples, last), bias, bias, EPS, weight, bias, kept)
+        (y,) = linear.layer_norm_linear(filled(samples, last), bias, bias, EPS, [weight], [bias], kept)
     assert names == ["linear_kernel"]
-    assert_same(y[-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, weight, bias)[-1, -16:])
+    assert_same(y[-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, [weight], [bias])[0][-1, -16:])
 
 
 def test_layer_norm_qkv():
     last, weight, bias = tail((1, TOKENS, 64)), tail((64, 64), scale=0.125), tail((64,))
-    projections = (weight, bias) * 3
+    projections = [weight] * 3, [bias] * 3
     with huge.last_programs(3) as names:
-        found = linear.layer_norm_qkv(filled(samples_of(TOKENS * 64), last), bias, bias, EPS, *projections)
+        found = linear.layer_norm_linear(filled(samples_of(TOKENS * 64), last), bias, bias, EPS, *projections)
     assert names == ["linear_kernel"]
     # The last three programs are not all of the last row tile's; v's is among them.
-    assert_same(found[2][-1, -16:], linear.layer_norm_qkv(last, bias, bias, EPS, *projections)[2][-1, -16:])
+    assert_same(found[2][-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, *projections)[2][-1, -16:])
 
 
 @pytest.mark.parametrize("with_kept", [False, True])
@@ -165,7 +154,7 @@ def test_what_follows_the_vendors_gemm(monkeypatch):
         with huge.last_programs(1) as names:
             y = torch.empty((len(rows), 64), dtype=DTYPE)
             scales = bias, filled(samples, factors)
-            vendor_gemm.gemm_residual(rows, y, weight, bias, "none", rows, *scales, TOKENS)
+            gemm_residual(rows, y, weight, bias, "none", rows, *scales, TOKENS)
         return y, names
 
     y, names = finished(samples_of(TOKENS * 64))
@@ -195,45 +184,41 @@ def test_gradient_of_a_linear_layers_input(with_kept):
     samples = samples_of(TOKENS * 64)
     kept = whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
-        dx = linear_backward.input_gradient(
-            filled(samples, grad), weight, gelu_of=filled(samples, x), activation="gelu", kept=kept
-        )
+        dx = input_gradient([filled(samples, grad)], [weight], gelu_of=filled(samples, x), activation="gelu", kept=kept)
     assert names == ["input_gradient_kernel"]
-    expected = linear_backward.input_gradient(grad, weight, gelu_of=x, activation="gelu")
+    expected = input_gradient([grad], [weight], gelu_of=x, activation="gelu")
     assert_same(dx[-1, -16:], expected[-1, -16:])
     with huge.last_programs(1):
-        dx = linear_backward.input_gradient_qkv([filled(samples, grad)] * 3, [weight] * 3)
-    assert_same(dx[-1, -16:], linear_backward.input_gradient_qkv([grad] * 3, [weight] * 3)[-1, -16:])
+        dx = input_gradient([filled(samples, grad)] * 3, [weight] * 3)
+    assert_same(dx[-1, -16:], input_gradient([grad] * 3, [weight] * 3)[-1, -16:])
 
 
 def test_gradients_of_a_linear_layers_parameters(monkeypatch):
     """The last output features' over the last rows; over all others they are 0. Their partial sums are huge as well."""
-    monkeypatch.setattr(launch, "splits", lambda *_: 32)
+    monkeypatch.setattr(linear.settings, "splits", lambda *_: 32)
     features, rows = 8192, LIMIT // 8192 + 64
     grad, last = tail((64, features)), tail((64, features))
     weight, bias = huge.zeros((features, features), DTYPE), tail((features,))
     with huge.last_programs(2) as names:
-        found = linear_backward.linear_parameter_gradients(filled(rows, grad), filled(rows, last), weight, bias)
+        found = linear_parameter_gradients(filled(rows, grad), filled(rows, last), weight, bias)
     assert names == ["weight_gradient_kernel", "finish_linear_kernel"]
-    expected = linear_backward.linear_parameter_gradients(
-        grad[:, -128:], last[:, -128:], weight[:128, :128], bias[-128:]
-    )
+    expected = linear_parameter_gradients(grad[:, -128:], last[:, -128:], weight[:128, :128], bias[-128:])
     assert_same(found[0][-4:, -128:], expected[0][-4:])
     assert_same(found[1][-4:], expected[1][-4:])
 
 
 def test_gradients_of_the_parameters_of_a_layer_norm_and_a_linear_layer(monkeypatch):
-    monkeypatch.setattr(launch, "splits", lambda *_: 32)
+    monkeypatch.setattr(linear.settings, "splits", lambda *_: 32)
     features, rows = 8192, LIMIT // 8192 + 64
     grad, last = tail((64, features)), tail((64, features))
     mean, rstd = last.float().mean(1), last.float().var(1).rsqrt()
     weight, bias = huge.zeros((features, features), DTYPE), tail((features,))
     with huge.last_programs(2) as names:
-        found = linear_backward.layer_norm_linear_parameter_gradients(
+        found = layer_norm_linear_parameter_gradients(
             [filled(rows, grad)], *(filled(rows, t) for t in (last, mean, rstd)), bias, None, [weight], [bias]
         )
     assert names == ["weight_gradient_kernel", "finish_layer_norm_linear_kernel"]
-    expected = linear_backward.layer_norm_linear_parameter_gradients(
+    expected = layer_norm_linear_parameter_gradients(
         [grad[:, -128:]], last[:, -128:], mean, rstd, bias[-128:], None, [weight[:128, :128]], [bias[-128:]]
     )
     assert_same(found[2][-128:, -8:], expected[2][:, -8:])
@@ -248,9 +233,9 @@ def test_attention(with_kept):
     samples = samples_of(17 * 64)
     kept = whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
-        out, log_sum_exp = attention.attention(filled(samples, last), 0.125, kept)
+        out, log_sum_exp = attention.attention([filled(samples, last)], 0.125, kept)
     assert names == ["attention_kernel"]
-    expected = attention.attention(last, 0.125)
+    expected = attention.attention([last], 0.125)
     assert_same(out[-1:], expected[0])
     assert_same(log_sum_exp[-1:], expected[1])
 
@@ -259,18 +244,18 @@ def test_attention(with_kept):
 def test_gradients_of_attention(with_kept):
     last, grad = tail((1, 17, 3, 1, 64)), tail((1, 17, 64))
     samples = samples_of(17 * 64)
-    out, log_sum_exp = attention.attention(last, 0.125)
+    out, log_sum_exp = attention.attention([last], 0.125)
     kept = whole_kept(samples, 1) if with_kept else None
 
-    def run(grad, qkv, out, log_sum_exp, dqkv, kept=None):
-        attention_backward.attention_backward(grad, *qkv.unbind(2), out, log_sum_exp, 0.125, *dqkv.unbind(2), kept)
+    def run(grad, qkv, out, log_sum_exp, kept=None):
+        (dqkv,) = attention.attention_backward(grad, [qkv], out, log_sum_exp, 0.125, kept)
         return dqkv
 
     with huge.last_programs(1) as names:
         inputs = [filled(samples, t) for t in (grad, last, out, log_sum_exp)]
-        found = run(*inputs, huge.zeros((samples, *last.shape[1:]), DTYPE), kept)
+        found = run(*inputs, kept)
     assert names == ["query_gradient_kernel", "key_gradient_kernel"]
-    assert_same(found[-1:], run(grad, last, out, log_sum_exp, torch.empty_like(last)))
+    assert_same(found[-1:], run(grad, last, out, log_sum_exp))
 
 
 def test_readout():
@@ -285,16 +270,16 @@ def test_readout():
 
 def test_gradients_of_readout():
     """Of the last tokens of the last image, which has more than 2²⁴."""
-    tokens = launch.readout_backward(64, 16, 2, "sm_90").tokens
+    tokens = readout.settings.readout_backward(64, 16, 2, "sm_90").tokens
     last, absorbed, weight = tail((1, tokens, 64)), tail((3, 2, 3, 64), scale=0.1), tail((64,))
     summed, dsummed = tail((3, 2, 3, 64), torch.float32), tail((3, 2, 3, 64), torch.float32)
     log_sum_exp = torch.full((3, 2, 3), 2.0)
     x = huge.zeros((3, 2**24, 64), DTYPE)
     x[-1:, -tokens:] = last
     with huge.last_programs(1) as names:
-        dx, dabsorbed = readout_backward.readout_backward(x, absorbed, weight, EPS, summed, log_sum_exp, dsummed, DTYPE)
+        dx, dabsorbed = readout.readout_backward(x, absorbed, weight, EPS, summed, log_sum_exp, dsummed, DTYPE)
     assert names == ["readout_backward_kernel"]
-    expected = readout_backward.readout_backward(
+    expected = readout.readout_backward(
         last, absorbed[-1:], weight, EPS, summed[-1:], log_sum_exp[-1:], dsummed[-1:], DTYPE
     )
     assert_same(dx[-1, -tokens:], expected[0][0])
@@ -332,7 +317,7 @@ def test_patch_embed_of_images_in_the_last_dimension():
 @pytest.mark.parametrize("last_dimension", ["columns", "images"])
 def test_gradients_of_patches(last_dimension, monkeypatch):
     """Of the last features over the last images, and of the last image."""
-    monkeypatch.setattr(launch, "patch_embed_weight_gradient", lambda *_: (launch.Tile(64, 128, 32, 8, 2), 1024))
+    monkeypatch.setattr(patch_embed.settings, "patch_embed_weight_gradient", lambda *_: (Tile(64, 128, 32, 8, 2), 1024))
     width = depth = 3072
     last, grad, weight = tail((32, 3, 32, 32)), tail((32, 1, width)), tail((width, 3, 32, 32), scale=0.02)
     if last_dimension == "columns":
@@ -347,7 +332,7 @@ def test_gradients_of_patches(last_dimension, monkeypatch):
     def run(grad, images, weight):
         needs = [True, True, False, False, False, False, False]
         parameters = (weight, *[None] * 8)
-        return patch_embed_backward.patch_embed_backward(grad, images, *parameters, needs)
+        return patch_embed.patch_embed_backward(grad, images, *parameters, needs)
 
     with huge.last_programs(1) as names:
         of_images, of_weight = run(filled(samples, grad), images, weight)
@@ -360,7 +345,7 @@ def test_gradients_of_patches(last_dimension, monkeypatch):
 
 def test_gradients_of_tokens(monkeypatch):
     """Of the last of more than 2²¹ positions, 1024 wide; and what it adds to the bias's."""
-    monkeypatch.setattr(patch_embed_backward, "_sum_partials", lambda partials, total: total.copy_(partials[-1]))
+    monkeypatch.setattr(patch_embed.token_gradients, "sum_partials", lambda partials, total: total.copy_(partials[-1]))
     patches, width = 2**21 + 2, 1024
     grad = huge.zeros((1, patches + 1, width), DTYPE)
     grad[0, -1] = tail((width,))
@@ -368,7 +353,7 @@ def test_gradients_of_tokens(monkeypatch):
     pos_embed, token = huge.zeros((1, patches, width), DTYPE), tail((1, 1, width))
     needs = [False, False, True, True, False, False, False]
     with huge.last_programs(1) as names:
-        of_bias, of_pos_embed = patch_embed_backward.patch_embed_backward(
+        of_bias, of_pos_embed = patch_embed.patch_embed_backward(
             grad, pixels, weight, tail((width,)), pos_embed, token, *[None] * 5, needs
         )
     assert names == ["token_gradients_kernel"]
@@ -404,7 +389,7 @@ def test_more_samples_than_a_grid_axis_has_programs():
 
 
 def test_every_kernel_is_launched_here():
-    modules = [importlib.import_module(f"deit_fast.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "deit_fast.kernels.")]
     there = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     named = set(re.findall(r"\w+_kernel\b", Path(__file__).read_text())) | {"keep_samples_kernel"}
     assert there and there <= named
@@ -412,9 +397,9 @@ def test_every_kernel_is_launched_here():
 
 def test_launches_use_the_first_axis_of_the_grid_alone():
     """The others end at 65,535 programs."""
-    modules = [importlib.import_module(f"deit_fast.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "deit_fast.kernels.")]
     source = "".join(map(getsource, modules))
     assert set(re.findall(r"(?:program_id|num_programs)\((\w+)\)", source)) == {"0"}
     assert re.findall(r"\w+\[(\(.*\))\]\(\*args", source) == ["(programs,)"]
-    assert re.findall(r"\brun\((\w+, \w+, \w+), stream", source) == ["programs, 1, 1"]
+    assert re.findall(r"\bstart\((\w+, \w+, \w+), stream", source) == ["programs, 1, 1"]
     assert not re.search(r"_kernel\[", source)

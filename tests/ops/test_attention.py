@@ -74,7 +74,7 @@ def test_a_block_of_keys_that_scores_minus_infinity_is_ignored(block, dtype):
 def test_the_log_sum_exp_is_that_of_the_scaled_scores():
     qkv = torch.randn(2, 37, 3, 2, 64)
     with backend.forced("triton"):
-        _, log_sum_exp = ops.attention(qkv, 0.125)
+        _, log_sum_exp = ops.attention([qkv], 0.125)
     q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(log_sum_exp.double(), (q @ k.mT * 0.125).logsumexp(-1), atol=1e-5, rtol=1e-5)
 
@@ -82,16 +82,16 @@ def test_the_log_sum_exp_is_that_of_the_scaled_scores():
 def test_a_head_width_without_a_kernel_uses_the_stock_operator_and_says_so():
     qkv = torch.randn(1, 9, 3, 2, 24)
     with backend.forced("triton"), pytest.warns(UserWarning, match="attention: no kernel for heads of width 24"):
-        out, _ = ops.attention(qkv, 0.2)
+        out, _ = ops.attention([qkv], 0.2)
     with backend.forced("torch"):
-        assert torch.equal(out, ops.attention(qkv, 0.2)[0])
+        assert torch.equal(out, ops.attention([qkv], 0.2)[0])
 
 
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"\[batch, tokens, 3, heads, head_dim\], got \(2, 9, 2, 2, 64\)"):
-        ops.attention(torch.ones(2, 9, 2, 2, 64), 1.0)
+        ops.attention([torch.ones(2, 9, 2, 2, 64)], 1.0)
     q = torch.ones(2, 9, 2, 64)
     with pytest.raises(ValueError, match="k and v the same"):
-        ops.attention_qkv(q, q, q[:, :4], 1.0)
+        ops.attention([q, q, q[:, :4]], 1.0)
     with pytest.raises(TypeError, match="one dtype"):
-        ops.attention_qkv(q, q.half(), q, 1.0)
+        ops.attention([q, q.half(), q], 1.0)

@@ -18,16 +18,16 @@ everywhere = pytest.mark.parametrize("chosen", ["triton", "torch"])
 
 def branch(branching: bool, scale: Tensor | None, x, norm_weight, norm_bias, weight, bias, back) -> Tensor:
     kept = None if scale is None else ops.keep_samples(scale)
-    arguments = x, norm_weight, norm_bias, EPS, weight, bias, kept
-    hidden, residual = (
+    arguments = x, norm_weight, norm_bias, EPS, [weight], [bias], kept
+    (hidden,), residual = (
         ops.layer_norm_linear_branching(*arguments) if branching else (ops.layer_norm_linear(*arguments), x)
     )
     return ops.linear_residual(hidden, back, None, residual, None, scale, "gelu", kept)
 
 
 def branch_qkv(branching: bool, _, x, norm_weight, norm_bias, weight, bias, back) -> Tensor:
-    arguments = x, norm_weight, norm_bias, EPS, weight, bias, weight.flip(0), None, -weight, bias
-    *qkv, residual = ops.layer_norm_qkv_branching(*arguments) if branching else (*ops.layer_norm_qkv(*arguments), x)
+    arguments = x, norm_weight, norm_bias, EPS, [weight, weight.flip(0), -weight], [bias, None, bias]
+    qkv, residual = ops.layer_norm_linear_branching(*arguments) if branching else (ops.layer_norm_linear(*arguments), x)
     return ops.linear_residual(sum(qkv), back, None, residual)
 
 
@@ -109,7 +109,7 @@ def test_frozen_inputs_get_no_gradient(chosen):
 
 def test_on_a_cpu_it_is_the_stock_form_and_x_itself():
     inputs = leaves(torch.float32)
-    _, residual = ops.layer_norm_linear_branching(inputs[0], None, None, EPS, inputs[3])
+    _, residual = ops.layer_norm_linear_branching(inputs[0], None, None, EPS, [inputs[3]], [None])
     assert residual is inputs[0]
 
 

@@ -5,56 +5,52 @@ import warnings
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from deit_fast import ops
 from deit_fast.ops import backend
+from deit_fast.ops.examples import Inputs, Size
+from tests.support.examples import examples, packet, public, tensors
 
-EPS = 1e-6
+SIZE = Size(batch=2, tokens=5, width=32, heads=1, head_dim=32, hidden=64, grid=(2, 2), patch=4, classes=7)
+# Without a gradient, or with their own: what is asked of the others does not hold of them.
+APART = ("keep_samples", "distillation_loss")
 
 
 def samples(requires_grad: bool = False) -> dict[str, tuple]:
-    torch.manual_seed(0)
-    d, heads = 32, 1
+    """The operators' examples, and of some one without what it may do without."""
 
-    def tensor(*shape):
-        return torch.randn(*shape).requires_grad_(requires_grad)
+    class Leaves(Inputs):
+        def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+            return super().normal(*shape, scale=scale, mean=mean).requires_grad_(requires_grad)
 
-    x, w, v = tensor(2, 5, d), tensor(d, d), tensor(d)
-    return {
-        "layer_norm": (x, v, v, EPS),
-        "add_layer_norm": (x, tensor(2, 5, d), v, None, EPS),
-        "linear": (x, w, v, "none" if requires_grad else "gelu", "none"),
-        "layer_norm_linear": (x, v, v, EPS, w, v, None, None),
-        "layer_norm_qkv": (x, v, v, EPS, w, v, tensor(d, d), None, tensor(d, d), v),
-        "linear_residual": (x, w, v, tensor(2, 5, d), v, torch.randn(2), "gelu", None),
-        "mlp": (x, v, v, EPS, tensor(64, d), tensor(64), tensor(d, 64), v, v, None, "gelu", None),
-        "attention": (tensor(2, 5, 3, heads, 32), 0.2, None),
-        "attention_qkv": (tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), tensor(2, 5, heads, 32), 0.2),
-        "readout_attention": (x, v, v, EPS, tensor(3 * d, d), tensor(3 * d), 2, heads, 0.2),
-        "readout_attention_qkv": (x, v, v, EPS, w, v, tensor(d, d), v, tensor(d, d), v, 1, heads, 0.2),
-        "patch_embed": (tensor(2, 3, 8, 8), tensor(d, 3, 4, 4), v, tensor(1, 5, d), tensor(1, 1, d), *[None] * 5),
-    }
+    new = Leaves(SIZE, torch.float32, torch.device("cpu"))
+    found = examples(SIZE, new, inference=not requires_grad)
+    x, norm_weight, _, eps, weights, biases, *rest = found["layer_norm_linear, separate q, k, v"]
+    found["layer_norm_linear, no bias of k"] = (x, norm_weight, None, eps, weights, [biases[0], None, biases[2]], *rest)
+    x, residual, weight, _, eps = found["add_layer_norm"]
+    found["add_layer_norm, no bias"] = (x, residual, weight, None, eps)
+    return {name: a for name, a in found.items() if not name.startswith(APART) and tensors(a)[0].is_floating_point()}
 
 
-def packet(name: str):
-    return getattr(torch.ops.deit_fast, name).default
-
-
-@pytest.mark.parametrize("name", samples())
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("name", "requires_grad"), [(name, wanted) for wanted in (False, True) for name in samples(wanted)]
+)
 def test_opcheck(name, requires_grad):
     with backend.forced("torch"):
         torch.library.opcheck(packet(name), samples(requires_grad)[name])
 
 
-@pytest.mark.parametrize("name", samples())
+@pytest.mark.parametrize("name", samples(requires_grad=True))
 def test_second_derivatives_are_refused(name):
     """Also with the Triton backend forced, where a wrong answer would otherwise hide."""
     arguments = samples(requires_grad=True)[name]
-    inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    inputs = [t for t in tensors(arguments) if t.requires_grad]
     with backend.forced("triton"):
-        result = getattr(ops, name)(*arguments)
-        loss = (result if isinstance(result, torch.Tensor) else result[-1 if name == "add_layer_norm" else 0]).sum()
+        result = public(name)(*arguments)
+        loss = (
+            result if isinstance(result, torch.Tensor) else result[-1 if name.startswith("add_layer_norm") else 0]
+        ).sum()
         with pytest.raises(NotImplementedError, match="second derivatives need the stock model"):
             torch.autograd.grad(loss, inputs, create_graph=True)
 
@@ -64,16 +60,17 @@ def test_functional_transforms_go_through(name):
     arguments = samples()[name]
 
     def loss(x):
-        result = getattr(ops, name)(x, *arguments[1:])
+        first = [x, *arguments[0][1:]] if isinstance(arguments[0], list) else x
+        result = public(name)(first, *arguments[1:])
         return (result if isinstance(result, torch.Tensor) else result[0]).square().sum()
 
-    assert torch.isfinite(torch.func.grad(loss)(arguments[0])).all()
+    assert torch.isfinite(torch.func.grad(loss)(tensors(arguments)[0])).all()
 
 
 @pytest.mark.parametrize("name", samples())
 def test_compiles_without_a_graph_break(name):
     arguments = samples()[name]
-    function = getattr(ops, name)
+    function = public(name)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for ours, stock in zip(compiled(*arguments), function(*arguments), strict=True):
@@ -82,7 +79,7 @@ def test_compiles_without_a_graph_break(name):
 
 @pytest.mark.parametrize("name", samples())
 def test_inference_dispatches_one_operator(name):
-    """What the boundary counts of `bench/traffic.py` rest on."""
+    """What the boundary counts of `evidence/traffic.py` rest on."""
     calls = []
 
     class Log(TorchDispatchMode):
@@ -92,20 +89,22 @@ def test_inference_dispatches_one_operator(name):
 
     arguments = samples()[name]
     with torch.no_grad(), Log():
-        getattr(ops, name)(*arguments)
+        public(name)(*arguments)
     assert calls == [packet(name)]
 
 
 @pytest.mark.parametrize("name", samples())
 def test_float64_runs_on_the_stock_operators_and_says_so_once(name):
-    arguments = [a.double() if isinstance(a, torch.Tensor) else a for a in samples()[name]]
+    arguments = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, samples()[name])
     backend.said.clear()
     with backend.forced("triton"), torch.no_grad():
-        with pytest.warns(UserWarning, match=f"deit_fast.{name}: no kernel for torch.float64; using the stock"):
-            getattr(ops, name)(*arguments)
+        with pytest.warns(
+            UserWarning, match=f"deit_fast.{name.partition(',')[0]}: no kernel for torch.float64; using the stock"
+        ):
+            public(name)(*arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            getattr(ops, name)(*arguments)
+            public(name)(*arguments)
 
 
 def test_an_unknown_backend_is_refused():

@@ -31,14 +31,14 @@ CASES += [("triton", mixture, "some") for mixture in MIXTURES[1:]]
 
 def attention_half(x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias, gamma, *drop_path) -> Tensor:
     scale, kept, capacity = drop_path
-    packed, x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, qkv, qkv_bias, kept, capacity)
-    out, _ = ops.attention(packed.unflatten(-1, (3, HEADS, -1)), SCALE, kept)
+    (packed,), x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, [qkv], [qkv_bias], kept, capacity)
+    out, _ = ops.attention([packed.unflatten(-1, (3, HEADS, -1))], SCALE, kept)
     return ops.linear_residual(out, proj, proj_bias, x, gamma, scale, "none", kept)
 
 
 def mlp_half(x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, gamma, *drop_path) -> Tensor:
     scale, kept, capacity = drop_path
-    hidden, x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, fc1, fc1_bias, kept, capacity)
+    (hidden,), x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, [fc1], [fc1_bias], kept, capacity)
     return ops.linear_residual(hidden, fc2, fc2_bias, x, gamma, scale, "gelu", kept)
 
 
@@ -173,9 +173,9 @@ def test_the_operators_pass_opcheck_with_kept_samples() -> None:
     packed = torch.randn(1, 5, 32, requires_grad=True)
     library = torch.ops.deit_fast
     torch.library.opcheck(library.keep_samples.default, (scale,))
-    torch.library.opcheck(library.layer_norm_linear.default, (x, v, v, EPS, w, v, kept, 1))
+    torch.library.opcheck(library.layer_norm_linear.default, (x, v, v, EPS, [w], [v], kept, 1))
     torch.library.opcheck(library.linear_residual.default, (packed, w, v, x, v, scale, "gelu", kept))
-    torch.library.opcheck(library.attention.default, (torch.randn(1, 5, 3, 1, 32, requires_grad=True), 0.2, kept))
+    torch.library.opcheck(library.attention.default, ([torch.randn(1, 5, 3, 1, 32, requires_grad=True)], 0.2, kept))
     torch.library.opcheck(library.mlp.default, (x, v, v, EPS, w, v, w, v, v, scale, "gelu", kept))
 
 
@@ -183,9 +183,9 @@ def test_the_operators_pass_opcheck_with_kept_samples() -> None:
 
 X, W = torch.zeros(4, 5, 32), torch.zeros(32, 32)
 CALLS = {
-    "layer_norm_linear": lambda kept: ops.layer_norm_linear(X, None, None, EPS, W, None, kept, 4),
+    "layer_norm_linear": lambda kept: ops.layer_norm_linear(X, None, None, EPS, [W], [None], kept, 4),
     "linear_residual": lambda kept: ops.linear_residual(X, W, None, X, kept=kept),
-    "attention": lambda kept: ops.attention(X.view(4, 5, 1, 1, 32).expand(4, 5, 3, 1, 32), 1.0, kept),
+    "attention": lambda kept: ops.attention([X.view(4, 5, 1, 1, 32).expand(4, 5, 3, 1, 32)], 1.0, kept),
     "mlp": lambda kept: ops.mlp(X, None, None, EPS, W, None, W, None, kept=kept),
 }
 
@@ -214,14 +214,14 @@ def test_a_kept_on_another_device_is_one_clear_error(op) -> None:
 def test_a_capacity_beyond_the_batch_is_one_clear_error(capacity, name) -> None:
     kept = ops.keep_samples(torch.ones(4))
     with backend.forced(name), pytest.raises(ValueError, match=rf"capacity must be from 0 to .* 4, got {capacity}"):
-        ops.layer_norm_linear(X, None, None, EPS, W, None, kept, capacity)
+        ops.layer_norm_linear(X, None, None, EPS, [W], [None], kept, capacity)
 
 
 @backends
 def test_the_capacity_need_not_be_given(name) -> None:
     with backend.forced(name):
         kept = ops.keep_samples(torch.tensor([0.0, 1.0, 1.0, 0.0]))
-        assert ops.layer_norm_linear(X, None, None, EPS, W, None, kept).shape[0] in (2, 4)
+        assert ops.layer_norm_linear(X, None, None, EPS, [W], [None], kept)[0].shape[0] in (2, 4)
 
 
 @pytest.mark.parametrize(

@@ -75,4 +75,4 @@ def test_attention_backwards_kernels_compute_two_products_twice() -> None:
     product = 2 * TOKENS * TOKENS * 32
     for chosen, products in (("torch", 2 + 5), ("triton", 2 + 7)):
         with backend.forced(chosen):
-            assert count(lambda: ops.attention(qkv, 1.0)[0].sum().backward()) == products * product
+            assert count(lambda: ops.attention([qkv], 1.0)[0].sum().backward()) == products * product

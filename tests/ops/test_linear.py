@@ -3,7 +3,7 @@ import torch
 
 import reference
 from deit_fast import ops
-from deit_fast.kernels import launch
+from deit_fast.kernels.linear import settings
 from tests.support.accuracy import assert_as_accurate_as_stock
 from tests.support.compare import BATCHES, DTYPES, TOKENS, WIDTHS, assert_op_is_right, randn, strided
 
@@ -14,7 +14,7 @@ EPS = 1e-6
 def either_product(request, monkeypatch):
     """As shipped, and as `deit-fast tune` may choose."""
     if request.param != "kernels":
-        monkeypatch.setattr(launch, "gemm", lambda *_: None)
+        monkeypatch.setattr(settings, "gemm", lambda *_: None)
 
 
 def weight_of(out_features, in_features, dtype):
@@ -142,7 +142,7 @@ def test_autocast_keeps_a_float32_stream_and_multiplies_in_16_bits():
     x, vector = torch.randn(2, 9, 64), torch.randn(64)
     weight = torch.randn(64, 64) / 8
     with torch.autocast("cpu", torch.bfloat16):
-        qkv = ops.layer_norm_linear(x, vector, vector, EPS, weight, vector)
+        (qkv,) = ops.layer_norm_linear(x, vector, vector, EPS, [weight], [vector])
         stream = ops.linear_residual(qkv, weight, vector, x, vector)
         normalised = torch.nn.functional.layer_norm(x, (64,), vector, vector, EPS)
         stock_qkv = torch.nn.functional.linear(normalised, weight, vector)
@@ -175,7 +175,10 @@ def test_what_autocast_hands_over_runs_in_the_kernels(width, dtype):
         (lambda x, w: ops.linear(x, w[0]), r"weight must have shape \(out_features, 8\)"),
         (lambda x, w: ops.linear(x, w, torch.ones(3)), r"bias must have shape \(8,\), got \(3,\)"),
         (lambda x, w: ops.linear(x, w, None, "relu"), "one of none, gelu, gelu_tanh; got 'relu'"),
-        (lambda x, w: ops.layer_norm_linear(x, torch.ones(5), None, EPS, w), r"norm_weight must have shape \(8,\)"),
+        (
+            lambda x, w: ops.layer_norm_linear(x, torch.ones(5), None, EPS, [w], [None]),
+            r"norm_weight must have shape \(8,\)",
+        ),
         (lambda x, w: ops.linear_residual(x, w, None, x[:1]), r"residual must have the output's shape \(2, 3, 8\)"),
         (lambda x, w: ops.linear_residual(x, w, None, x, torch.ones(7)), r"layer_scale must have shape \(8,\)"),
         (
@@ -183,7 +186,7 @@ def test_what_autocast_hands_over_runs_in_the_kernels(width, dtype):
             r"drop_path_scale must have shape \(2,\)",
         ),
         (lambda x, w: ops.linear(x, w.to("meta")), "weight is on meta, the input on cpu"),
-        (lambda x, w: ops.layer_norm_qkv(x, None, None, EPS, w, None, w, None, w[:4], None), "must have one shape"),
+        (lambda x, w: ops.layer_norm_linear(x, None, None, EPS, [w, w, w[:4]], [None] * 3), "must have one shape"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(call, message):

@@ -47,13 +47,14 @@ def exact(heads: int, rows: int, x, norm_weight, norm_bias, q, q_bias, k, k_bias
 
 def separate(heads: int, rows: int, x, norm_weight, norm_bias, *projections) -> tuple[Tensor, Tensor]:
     scale = (x.shape[-1] // heads) ** -0.5
-    return ops.readout_attention_qkv(x, norm_weight, norm_bias, EPS, *projections, rows, heads, scale)
+    weights, biases = list(projections[::2]), list(projections[1::2])
+    return ops.readout_attention(x, norm_weight, norm_bias, EPS, weights, biases, rows, heads, scale)
 
 
 def packed(heads: int, rows: int, x, norm_weight, norm_bias, *projections) -> tuple[Tensor, Tensor]:
     scale = (x.shape[-1] // heads) ** -0.5
     weight, bias = torch.cat(projections[::2]), torch.cat(projections[1::2])
-    return ops.readout_attention(x, norm_weight, norm_bias, EPS, weight, bias, rows, heads, scale)
+    return ops.readout_attention(x, norm_weight, norm_bias, EPS, [weight], [bias], rows, heads, scale)
 
 
 def differentiate(function, heads: int, rows: int, inputs: list[Tensor], grads: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -164,4 +165,6 @@ def test_only_the_gradients_asked_for_are_computed_and_they_are_the_same(wanted,
 def test_bad_arguments_are_one_clear_error(change, message) -> None:
     given = {"x": torch.zeros(2, 5, 8), "weight": torch.zeros(24, 8), "rows": 2, "heads": 2} | change
     with pytest.raises(ValueError, match=message):
-        ops.readout_attention(given["x"], None, None, EPS, given["weight"], None, given["rows"], given["heads"], 1.0)
+        ops.readout_attention(
+            given["x"], None, None, EPS, [given["weight"]], [None], given["rows"], given["heads"], 1.0
+        )

@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
 
 import deit_fast
-from deit_fast.kernels import launch
+from deit_fast.kernels.launching import run
 from deit_fast.runtime.graph import GraphedModel
 from tests.swap.helpers import randomise
 
@@ -381,14 +381,14 @@ def test_the_example_is_captured_and_sets_dtype_and_device(model, graphs):
 def test_a_swapped_classifiers_graphs_hold_its_kernels_and_follow_its_weights(monkeypatch, triton_backend):
     stock, swapped = (randomise(VisionTransformerDistilled(**SIZES)).eval() for _ in range(2))
     deit_fast.swap(swapped)
-    graphs, captured, run = Graphs(swapped, monkeypatch), set(), launch._run
+    graphs, captured, launch = Graphs(swapped, monkeypatch), set(), run._run
 
     def noted(kernel, *rest) -> None:
         if graphs.capturing:
             captured.add(kernel.fn.__name__)
-        run(kernel, *rest)
+        launch(kernel, *rest)
 
-    monkeypatch.setattr(launch, "_run", noted)
+    monkeypatch.setattr(run, "_run", noted)
     graphed = GraphedModel(swapped, torch.float32, CPU)
     for batch in (1, 3, 1):
         images = torch.randn(batch, 3, 32, 32)

@@ -20,16 +20,16 @@ def distilled(**options) -> nn.Module:
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels."""
-    from deit_fast.kernels import launch
+    from deit_fast.kernels.launching import run
 
     names = set()
-    run = launch._run
+    stock = run._run
 
     def noted(kernel, *rest) -> None:
         names.add(kernel.fn.__name__)
-        run(kernel, *rest)
+        stock(kernel, *rest)
 
-    monkeypatch.setattr(launch, "_run", noted)
+    monkeypatch.setattr(run, "_run", noted)
     return names
 
 

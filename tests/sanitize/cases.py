@@ -1,5 +1,6 @@
 """The operators and the awkward shapes that they are run at."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from deit_fast import ops
-from deit_fast.kernels import launch
+from deit_fast.kernels.linear import settings
+from deit_fast.ops.examples import EPS, Example, Inputs, Size
+from deit_fast.ops.operator import OPERATORS, BackwardOperator, Operator
 from tests.sanitize.session import CAPABILITIES
 
-EPS = 1e-6
 PATCH = 4
 HIDDEN = 80
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -45,7 +47,7 @@ HEADS = {50: (1, 80), 64: (2, 32), 96: (1, 96), 192: (3, 64)}
 
 
 @dataclass(frozen=True)
-class Case:
+class SanitizerCase:
     op: Callable[["Arguments"], Tensor | tuple[Tensor, ...]]
     dtype: torch.dtype
     autocast: bool
@@ -63,25 +65,37 @@ class Case:
         return f"{self.op.__name__}-{shape}{kept}-{precision}-{self.layout}-sm_{self.capability}"
 
 
-class Arguments:
+class Arguments(Inputs):
     """Makes an operator's arguments, random but the same each time; in float64 and contiguous where `exact`."""
 
-    def __init__(self, case: Case, exact: bool = False):
+    def __init__(self, case: SanitizerCase, exact: bool = False):
         self.case, self.exact = case, exact
         self.batch, self.tokens, self.width = case.batch, case.tokens, case.width
         self.heads, self.head_dim = HEADS[case.width]
-        self.dtype = FLOAT32 if case.autocast else case.dtype
-        self.generator = torch.Generator().manual_seed(0)
+        # As many patches as tokens, in rows of several where their number allows it.
+        rows = 5 if case.tokens % 5 == 0 else 1
+        size = Size(
+            case.batch,
+            case.tokens,
+            case.width,
+            self.heads,
+            self.head_dim,
+            HIDDEN,
+            (rows, case.tokens // rows),
+            PATCH,
+            classes=case.width,
+            kept=tuple(range(case.batch)) if case.kept is None else case.kept,
+        )
+        super().__init__(size, FLOAT32 if case.autocast else case.dtype, torch.device("cpu"))
         self.leaves: list[Tensor] = []
 
-    def leaf(self, *shape: int, scale: float = 1.0) -> Tensor:
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
         """What is differentiated."""
-        values = torch.randn(shape, generator=self.generator) * scale
-        self.leaves.append(self.data(values.to(self.dtype)).requires_grad_())
+        self.leaves.append(super().normal(*shape, scale=scale, mean=mean).requires_grad_())
         return self.leaves[-1]
 
     def weight(self, *shape: int) -> Tensor:
-        return self.leaf(*shape, scale=shape[-1] ** -0.5)
+        return self.normal(*shape, scale=shape[-1] ** -0.5)
 
     def cotangents(self, outputs: list[Tensor]) -> list[Tensor]:
         return [self.data(torch.randn(o.shape, generator=self.generator).to(o.dtype)) for o in outputs]
@@ -90,13 +104,6 @@ class Arguments:
         if self.exact:
             return values.double() if values.is_floating_point() else values
         return laid_out(values, self.case.layout)
-
-    def factors(self) -> Tensor:
-        """Drop path's, a sample each; none is 0 where the case keeps no account of samples."""
-        kept = range(self.batch) if self.case.kept is None else self.case.kept
-        scale = torch.zeros(self.batch, dtype=self.dtype)
-        scale[list(kept)] = 1.25
-        return self.data(scale)
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -117,114 +124,100 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 # Operators ----------------------------------------------------------------------------------------------------------
 
 
-def layer_norm(t: Arguments):
-    x = t.leaf(t.batch, t.tokens, t.width)
-    return ops.layer_norm(x, t.leaf(t.width), t.leaf(t.width), EPS)
+def _example(op: str, title: str = "") -> Callable:
+    """The operator's own example."""
+    operator, function = OPERATORS[op], getattr(ops, op)
+
+    def call(t: Arguments):
+        for example in operator.examples(t.size, t):
+            if example.title == title:
+                arguments = [example.arguments[name] for name in inspect.signature(function).parameters]
+                t.leaves = [leaf for leaf in t.leaves if not any(leaf is data for data in _data(operator, example))]
+                with torch.set_grad_enabled(not example.inference):
+                    return function(*arguments)
+            t.leaves.clear()
+        raise ValueError(f"{op} has no example {title!r}")
+
+    call.__name__ = "_".join((op, *title.replace(",", "").split()))
+    return call
 
 
-def add_layer_norm(t: Arguments):
-    x, residual = t.leaf(t.batch, t.tokens, t.width), t.leaf(t.batch, t.tokens, t.width)
-    return ops.add_layer_norm(x, residual, t.leaf(t.width), t.leaf(t.width), EPS)
+def _data(operator: Operator, example: Example) -> list[Tensor]:
+    return [example.arguments[name] for name in operator.data]
+
+
+layer_norm_linear = _example("layer_norm_linear", "QKV")
+layer_norm_qkv = _example("layer_norm_linear", "separate q, k, v")
+layer_norm = _example("layer_norm")
+mlp = _example("mlp")
+attention = _example("attention")
+patch_embed = _example("patch_embed", "masked")
+readout_attention = _example("readout_attention")
+soft_distillation = _example("distillation_loss", "soft")
 
 
 def linear(t: Arguments):
-    x = t.leaf(t.batch, t.tokens, t.width)
-    return ops.linear(x, t.weight(HIDDEN, t.width), t.leaf(HIDDEN), "none", "gelu")
+    return ops.linear(t.normal(t.batch, t.tokens, t.width), t.weight(HIDDEN, t.width), t.normal(HIDDEN), "none", "gelu")
 
 
 def linear_activated(t: Arguments):
     """The activation in the epilogue, which only inference takes."""
-    x = t.leaf(t.batch, t.tokens, t.width)
     with torch.no_grad():
-        return ops.linear(x, t.weight(HIDDEN, t.width), t.leaf(HIDDEN), "gelu_tanh")
-
-
-def layer_norm_linear(t: Arguments):
-    x = t.leaf(t.batch, t.tokens, t.width)
-    norm = t.leaf(t.width), t.leaf(t.width)
-    return ops.layer_norm_linear(x, *norm, EPS, t.weight(HIDDEN, t.width), t.leaf(HIDDEN))
-
-
-def layer_norm_qkv(t: Arguments):
-    x = t.leaf(t.batch, t.tokens, t.width)
-    norm = t.leaf(t.width), t.leaf(t.width)
-    projections = [make(*shape) for make, shape in 3 * ((t.weight, (HIDDEN, t.width)), (t.leaf, (HIDDEN,)))]
-    return ops.layer_norm_qkv(x, *norm, EPS, *projections)
+        return ops.linear(
+            t.normal(t.batch, t.tokens, t.width), t.weight(HIDDEN, t.width), t.normal(HIDDEN), "gelu_tanh"
+        )
 
 
 def linear_residual(t: Arguments):
-    x, residual = t.leaf(t.batch, t.tokens, HIDDEN), t.leaf(t.batch, t.tokens, t.width)
-    parameters = t.weight(t.width, HIDDEN), t.leaf(t.width)
-    return ops.linear_residual(x, *parameters, residual, t.leaf(t.width), t.factors(), "gelu_tanh")
+    x, residual = t.normal(t.batch, t.tokens, HIDDEN), t.normal(t.batch, t.tokens, t.width)
+    parameters = t.weight(t.width, HIDDEN), t.normal(t.width)
+    return ops.linear_residual(x, *parameters, residual, t.normal(t.width), t.drop_path_scale(), "gelu_tanh")
 
 
-def mlp(t: Arguments):
-    x = t.leaf(t.batch, t.tokens, t.width)
-    norm = t.leaf(t.width), t.leaf(t.width)
-    fc1 = t.weight(HIDDEN, t.width), t.leaf(HIDDEN)
-    fc2 = t.weight(t.width, HIDDEN), t.leaf(t.width)
-    factors = t.factors()
-    kept = None if t.case.kept is None else ops.keep_samples(factors)
-    return ops.mlp(x, *norm, EPS, *fc1, *fc2, t.leaf(t.width), factors, "gelu", kept)
+def mlp_of_kept(t: Arguments):
+    (example,) = OPERATORS["mlp"].examples(t.size, t)
+    kept = ops.keep_samples(example.arguments["drop_path_scale"])
+    return ops.mlp(**{**example.arguments, "kept": kept})
 
 
-def attention(t: Arguments):
-    qkv = t.leaf(t.batch, t.tokens, 3, t.heads, t.head_dim)
-    return ops.attention(qkv, t.head_dim**-0.5)
-
-
-def attention_qkv(t: Arguments):
-    q = t.leaf(t.batch, t.tokens, t.heads, t.head_dim)
-    k, v = (t.leaf(t.batch, t.tokens + 16, t.heads, t.head_dim) for _ in range(2))
-    return ops.attention_qkv(q, k, v, t.head_dim**-0.5)
-
-
-def patch_embed(t: Arguments):
-    rows = 5 if t.tokens % 5 == 0 else 1
-    images = t.leaf(t.batch, 3, rows * PATCH, t.tokens // rows * PATCH)
-    projection = t.weight(t.width, 3, PATCH, PATCH), t.leaf(t.width)
-    positions = t.leaf(1, 2 + t.tokens, t.width)
-    tokens = [t.leaf(1, 1, t.width) for _ in range(3)]
-    mask = torch.arange(t.batch * t.tokens).view(t.batch, t.tokens) % 3 == 0
-    return ops.patch_embed(images, *projection, positions, *tokens, t.data(mask))
+def attention_to_more(t: Arguments):
+    """Keys and values of more tokens than queries."""
+    q = t.normal(t.batch, t.tokens, t.heads, t.head_dim)
+    k, v = (t.normal(t.batch, t.tokens + 16, t.heads, t.head_dim) for _ in range(2))
+    return ops.attention([q, k, v], t.head_dim**-0.5)
 
 
 def patch_embed_bytes(t: Arguments):
     """Images of bytes, and positions of the patches alone."""
-    images = torch.randint(256, (t.batch, 3, PATCH, t.tokens * PATCH), dtype=torch.uint8, generator=t.generator)
-    projection = t.weight(t.width, 3, PATCH, PATCH), t.leaf(t.width)
-    positions, cls_token = t.leaf(1, t.tokens, t.width), t.leaf(1, 1, t.width)
+    images = t.integers(t.batch, 3, PATCH, t.tokens * PATCH, below=256, dtype=torch.uint8)
+    projection = t.normal(t.width, 3, PATCH, PATCH, scale=(3 * PATCH**2) ** -0.5), t.normal(t.width)
+    positions, cls_token = t.normal(1, t.tokens, t.width), t.normal(1, 1, t.width)
     mean, std = t.data(torch.tensor([0.5, 0.4, 0.3])), t.data(torch.tensor([0.2, 0.3, 0.4]))
-    return ops.patch_embed(t.data(images), *projection, positions, cls_token, None, None, None, mean, std)
+    return ops.patch_embed(images, *projection, positions, cls_token, None, None, None, mean, std)
 
 
-def readout_attention(t: Arguments):
-    x, inner = t.leaf(t.batch, t.tokens, t.width), t.heads * t.head_dim
-    norm = t.leaf(t.width), t.leaf(t.width)
-    projection = t.weight(3 * inner, t.width), t.leaf(3 * inner)
-    return ops.readout_attention(x, *norm, EPS, *projection, min(2, t.tokens), t.heads, t.head_dim**-0.5)
-
-
-def readout_attention_qkv(t: Arguments):
-    x, inner = t.leaf(t.batch, t.tokens, t.width), t.heads * t.head_dim
-    norm = t.leaf(t.width), t.leaf(t.width)
-    projections = [make(*shape) for make, shape in 3 * ((t.weight, (inner, t.width)), (t.leaf, (inner,)))]
-    return ops.readout_attention_qkv(x, *norm, EPS, *projections, 1, t.heads, t.head_dim**-0.5)
+def readout_of_a_row(t: Arguments):
+    x, inner = t.normal(t.batch, t.tokens, t.width), t.heads * t.head_dim
+    norm = t.normal(t.width), t.normal(t.width)
+    weights, biases = [t.weight(inner, t.width) for _ in range(3)], [t.normal(inner) for _ in range(3)]
+    return ops.readout_attention(x, *norm, EPS, weights, biases, 1, t.heads, t.head_dim**-0.5)
 
 
 def hard_distillation(t: Arguments):
     rows = t.batch * t.tokens
-    heads = t.leaf(rows, t.width), t.leaf(rows, t.width)
+    heads = t.normal(rows, t.width), t.normal(rows, t.width)
     labels = torch.arange(rows) % t.width
-    teacher = t.data(torch.randn(rows, t.width, generator=t.generator))
+    teacher = t.normal(rows, t.width).detach()
+    t.leaves.pop()
     return ops.distillation_loss(*heads, t.data(labels), teacher, "hard", 0.5, 1.0, 0.1, ignore_index=3)
 
 
-def soft_distillation(t: Arguments):
+def soft_targets(t: Arguments):
     rows = t.batch * t.tokens
-    heads = t.leaf(rows, t.width), t.leaf(rows, t.width)
-    targets = t.data(torch.rand(rows, t.width, generator=t.generator))
-    teacher = t.data(torch.randn(rows, t.width, generator=t.generator))
+    heads = t.normal(rows, t.width), t.normal(rows, t.width)
+    targets = t.data(torch.rand(rows, t.width, generator=t.generator).to(t.dtype))
+    teacher = t.normal(rows, t.width).detach()
+    t.leaves.pop()
     return ops.distillation_loss(*heads, targets, teacher, "soft", 0.5, 3.0)
 
 
@@ -235,33 +228,35 @@ def keep_samples(t: Arguments):
 
 def attention_branch(t: Arguments):
     """A block's first half for the kept samples alone: what lies between is packed."""
-    x, inner = t.leaf(t.batch, t.tokens, t.width), t.heads * t.head_dim
-    norm = t.leaf(t.width), t.leaf(t.width)
-    factors = t.factors()
+    x, inner = t.normal(t.batch, t.tokens, t.width), t.heads * t.head_dim
+    norm = t.normal(t.width), t.normal(t.width)
+    factors = t.drop_path_scale()
     kept = ops.keep_samples(factors)
-    qkv, x = ops.layer_norm_linear_branching(x, *norm, EPS, t.weight(3 * inner, t.width), t.leaf(3 * inner), kept)
+    weight, bias = t.weight(3 * inner, t.width), t.normal(3 * inner)
+    (qkv,), x = ops.layer_norm_linear_branching(x, *norm, EPS, [weight], [bias], kept)
     qkv = qkv.view(-1, t.tokens, 3, t.heads, t.head_dim)
-    out, _ = ops.attention(qkv, t.head_dim**-0.5, kept)
-    projection = t.weight(t.width, inner), t.leaf(t.width)
-    return ops.linear_residual(out, *projection, x, t.leaf(t.width), factors, "none", kept)
+    out, _ = ops.attention([qkv], t.head_dim**-0.5, kept)
+    projection = t.weight(t.width, inner), t.normal(t.width)
+    return ops.linear_residual(out, *projection, x, t.normal(t.width), factors, "none", kept)
 
 
 def mlp_branch(t: Arguments):
     """A block's second half for the kept samples alone, as two operators."""
-    x = t.leaf(t.batch, t.tokens, t.width)
-    norm = t.leaf(t.width), t.leaf(t.width)
-    factors = t.factors()
+    x = t.normal(t.batch, t.tokens, t.width)
+    norm = t.normal(t.width), t.normal(t.width)
+    factors = t.drop_path_scale()
     kept = ops.keep_samples(factors)
-    hidden, x = ops.layer_norm_linear_branching(x, *norm, EPS, t.weight(HIDDEN, t.width), t.leaf(HIDDEN), kept)
-    fc2 = t.weight(t.width, HIDDEN), t.leaf(t.width)
-    return ops.linear_residual(hidden, *fc2, x, t.leaf(t.width), factors, "gelu", kept)
+    weight, bias = t.weight(HIDDEN, t.width), t.normal(HIDDEN)
+    (hidden,), x = ops.layer_norm_linear_branching(x, *norm, EPS, [weight], [bias], kept)
+    fc2 = t.weight(t.width, HIDDEN), t.normal(t.width)
+    return ops.linear_residual(hidden, *fc2, x, t.normal(t.width), factors, "gelu", kept)
 
 
 def _where_none(op: Callable, suffix: str, *functions: str) -> Callable:
-    """`op` by the kernels that compute it where these functions of launch.py answer None."""
+    """`op` by the kernels that compute it where these settings of linear/settings.py are None."""
 
     def call(t: Arguments):
-        with mock.patch.multiple(launch, **dict.fromkeys(functions, lambda *_: None)):
+        with mock.patch.multiple(settings, **dict.fromkeys(functions, lambda *_: None)):
             return op(t)
 
     call.__name__ = f"{op.__name__}_{suffix}"
@@ -272,37 +267,36 @@ def _where_none(op: Callable, suffix: str, *functions: str) -> Callable:
 linear_residual_by_vendor, layer_norm_linear_by_vendor = (
     _where_none(op, "by_vendor", "gemm") for op in (linear_residual, layer_norm_linear)
 )
-OPERATORS = (
-    layer_norm,
-    add_layer_norm,
+_ANY = Size.of_model(32, 1, 8, 4, 8, 1)
+CALLED = (
+    *(
+        _example(name, example.title)
+        for name, operator in OPERATORS.items()
+        if not isinstance(operator, BackwardOperator) and name != "keep_samples"
+        for example in operator.examples(_ANY, Inputs(_ANY, FLOAT32, torch.device("cpu")))
+    ),
     linear,
     linear_activated,
-    layer_norm_linear,
-    layer_norm_qkv,
     linear_residual,
-    mlp,
-    attention,
-    attention_qkv,
-    patch_embed,
+    attention_to_more,
     patch_embed_bytes,
-    readout_attention,
-    readout_attention_qkv,
+    readout_of_a_row,
     hard_distillation,
-    soft_distillation,
+    soft_targets,
     keep_samples,
     linear_residual_by_vendor,
     layer_norm_linear_by_vendor,
 )
-KEEPING = (attention_branch, mlp_branch, mlp)
+KEEPING = (attention_branch, mlp_branch, mlp_of_kept)
 
 
-def _table(operators: tuple, shapes: list[tuple]) -> list[Case]:
+def _table(operators: tuple, shapes: list[tuple]) -> list[SanitizerCase]:
     """Every operator, shape and precision; layout and target by turns, so that each pair of them comes up."""
     rows = product(enumerate(operators), enumerate(shapes), enumerate(PRECISIONS))
     return [
-        Case(op, *precision, LAYOUTS[(i + j + k) % 3], *shape, CAPABILITIES[(i + j + k) % 4])
+        SanitizerCase(op, *precision, LAYOUTS[(i + j + k) % 3], *shape, CAPABILITIES[(i + j + k) % 4])
         for (i, op), (j, shape), (k, precision) in rows
     ]
 
 
-CASES = _table(OPERATORS, [(*shape, None) for shape in SHAPES]) + _table(KEEPING, list(KEPT_SHAPES))
+CASES = _table(CALLED, [(*shape, None) for shape in SHAPES]) + _table(KEEPING, list(KEPT_SHAPES))

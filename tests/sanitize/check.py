@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.ops import backend
-from tests.sanitize.cases import Arguments, Case
+from tests.sanitize.cases import Arguments, SanitizerCase
 from tests.sanitize.session import sanitized
 
 # Of the largest element of all results: some gradients are zero but for rounding. Loose, since other tests ask how
@@ -12,7 +12,7 @@ from tests.sanitize.session import sanitized
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def check(case: Case) -> None:
+def check(case: SanitizerCase) -> None:
     """Raises `KernelFault` or `AssertionError` where a launch of the case is at fault."""
     autocast = torch.autocast("cpu", case.dtype, enabled=case.autocast)
     with sanitized(case.capability) as session, autocast:

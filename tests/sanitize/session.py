@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from ttsem import harness, mlir, sanitize
 
-from deit_fast.kernels import launch, replay
+from deit_fast.kernels.launching import hardware, replay
 from deit_fast.ops import backend
 
 # The launches' settings, their tiles among them, differ between these.
@@ -46,7 +46,7 @@ def _only_triton() -> Iterator[None]:
         patch.object(backend, "give_up", give_up),
         patch.object(backend, "warn_fallback", refuse),
         # Heads too wide for float32 in NVIDIA's registers run in the same kernels on AMD.
-        patch.object(launch, "splits_float32", lambda tensor: False),
+        patch.object(hardware, "splits_float32", lambda tensor: False),
     ):
         yield
 

@@ -12,61 +12,52 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-from triton.runtime.jit import JITFunction
 from ttsem import harness, minimize, mlir, validate
 
 from deit_fast import kernels
 from tests.sanitize import cases
-from tests.sanitize.cases import BFLOAT16, Arguments, Case
+from tests.sanitize.cases import BFLOAT16, Arguments, SanitizerCase
 from tests.sanitize.check import outputs_and_gradients
 from tests.sanitize.session import CAPABILITIES, sanitized
 
 # An operator that launches it, forward or backward.
 LAUNCHED_BY = {
-    "attention.attention_kernel": cases.attention,
-    "attention_backward.key_gradient_kernel": cases.attention,
-    "attention_backward.query_gradient_kernel": cases.attention,
-    "drop_path.keep_samples_kernel": cases.keep_samples,
-    "layer_norm.layer_norm_kernel": cases.layer_norm,
-    "layer_norm_backward.column_sums_kernel": cases.layer_norm,
-    "layer_norm_backward.layer_norm_backward_kernel": cases.layer_norm,
-    "layer_norm_backward.sum_splits_kernel": cases.layer_norm,
-    "linear.linear_kernel": cases.layer_norm_linear,
-    "linear_backward.finish_layer_norm_linear_kernel": cases.layer_norm_linear,
-    "linear_backward.finish_linear_kernel": cases.linear_residual,
-    "linear_backward.input_gradient_kernel": cases.linear_residual,
-    "linear_backward.weight_gradient_kernel": cases.linear_residual,
-    "loss.distillation_loss_kernel": cases.soft_distillation,
-    "mlp.mlp_kernel": cases.mlp,
-    "patch_embed.patch_embed_kernel": cases.patch_embed,
-    "patch_embed_backward.image_gradient_kernel": cases.patch_embed,
-    "patch_embed_backward.patch_weight_gradient_kernel": cases.patch_embed,
-    "patch_embed_backward.sum_partials_kernel": cases.patch_embed,
-    "patch_embed_backward.token_gradients_kernel": cases.patch_embed,
-    "readout.readout_kernel": cases.readout_attention,
-    "readout_backward.readout_backward_kernel": cases.readout_attention,
-    "vendor_gemm.residual_kernel": cases.linear_residual_by_vendor,
+    "attention_kernel": cases.attention,
+    "key_gradient_kernel": cases.attention,
+    "query_gradient_kernel": cases.attention,
+    "keep_samples_kernel": cases.keep_samples,
+    "layer_norm_kernel": cases.layer_norm,
+    "column_sums_kernel": cases.layer_norm,
+    "layer_norm_backward_kernel": cases.layer_norm,
+    "sum_splits_kernel": cases.layer_norm,
+    "linear_kernel": cases.layer_norm_linear,
+    "finish_layer_norm_linear_kernel": cases.layer_norm_linear,
+    "finish_linear_kernel": cases.linear_residual,
+    "input_gradient_kernel": cases.linear_residual,
+    "weight_gradient_kernel": cases.linear_residual,
+    "distillation_loss_kernel": cases.soft_distillation,
+    "mlp_kernel": cases.mlp,
+    "patch_embed_kernel": cases.patch_embed,
+    "image_gradient_kernel": cases.patch_embed,
+    "patch_weight_gradient_kernel": cases.patch_embed,
+    "sum_partials_kernel": cases.patch_embed,
+    "token_gradients_kernel": cases.patch_embed,
+    "readout_kernel": cases.readout_attention,
+    "readout_backward_kernel": cases.readout_attention,
+    "residual_kernel": cases.linear_residual_by_vendor,
 }
 
 
 def kernel_names() -> list[str]:
-    """Every kernel of the package, by module."""
-    names = []
-    for module in pkgutil.iter_modules(kernels.__path__):
-        for name, value in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel") and _name(value) == f"{module.name}.{name}":
-                names.append(f"{module.name}.{name}")
-    return names
-
-
-def _name(kernel: JITFunction) -> str:
-    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    """Every kernel of the package."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "deit_fast.kernels.")]
+    return sorted({name for module in modules for name in vars(module) if name.endswith("_kernel")})
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", kernel_names())
 def test_no_pass_changes_the_kernel(name, capability):
-    case = Case(LAUNCHED_BY[name], BFLOAT16, False, "contiguous", 1, 17, 64, None, capability)
+    case = SanitizerCase(LAUNCHED_BY[name], BFLOAT16, False, "contiguous", 1, 17, 64, None, capability)
     with sanitized(capability), _first_launch_of(name) as records:
         outputs_and_gradients(Arguments(case))
     stages = _stages(records[0], capability)
@@ -85,7 +76,7 @@ def _first_launch_of(name: str) -> Iterator[list[harness.LaunchRecord]]:
 
     def executing(record: harness.LaunchRecord, *args, **named) -> harness.Execution:
         execution = execute(record, *args, **named)
-        if _name(record.fn) == name and not records:
+        if record.fn.fn.__name__ == name and not records:
             record.post = {buffer: execution.buffer(record, buffer) for buffer in record.pre}
             records.append(record)
         return execution

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from ttsem.sanitize import KernelFault
 
-from tests.sanitize.cases import FLOAT32, Arguments, Case
+from tests.sanitize.cases import FLOAT32, Arguments, SanitizerCase
 from tests.sanitize.check import check
 
 ROWS = 16
@@ -50,7 +50,7 @@ def run(fault: str, layout: str = "contiguous") -> None:
         partial_sums_kernel[(4,)](x, partial, len(x), t.width, x.stride(0), ROWS=ROWS, BLOCK=64, FAULT=fault)
         return partial.sum(0)
 
-    check(Case(column_sums, FLOAT32, False, layout, 1, 1, 50, None, 90))
+    check(SanitizerCase(column_sums, FLOAT32, False, layout, 1, 1, 50, None, 90))
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "misaligned", "strided"))

@@ -1,4 +1,4 @@
-"""The rule every kernel's result is held to (`deit_fast/cli/accuracy.py` has it and its numbers), as an assertion."""
+"""The rule every kernel's result is held to (`deit_fast/check/accuracy.py` has it and its numbers), as an assertion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from deit_fast.cli.accuracy import allowed_errors, errors, same_specials, unit_in_last_place, within
+from deit_fast.check.accuracy import allowed_errors, errors, same_specials, unit_in_last_place, within
 
 __all__ = ["assert_as_accurate_as_stock", "errors", "searched", "unit_in_last_place"]
 

@@ -1,15 +1,15 @@
 """One operator, three ways: its Triton kernels in the interpreter, stock PyTorch, and `reference/` in float64."""
 
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import reference
 from deit_fast import ops
 from deit_fast.ops import backend
+from deit_fast.ops.operator import OPERATORS
 from tests.support.accuracy import assert_as_accurate_as_stock
 from tests.support.guard import Guard
 
@@ -19,40 +19,6 @@ TOKENS = (1, 2, 17, 64, 65, 196, 197, 198, 199, 256, 257, 577, 578)
 # Every DeiT width, powers of two, and two that are no multiple of 16.
 WIDTHS = (64, 128, 192, 256, 384, 768, 1024, 50, 200)
 BATCHES = (0, 1, 3)
-
-_ROOMS = {
-    "layer_norm": "layer_norm",
-    "add_layer_norm": "layer_norm",
-    "linear": "linear",
-    "layer_norm_linear": "linear",
-    "layer_norm_qkv": "linear",
-    "linear_residual": "linear",
-    "mlp": "mlp",
-    "attention": "attention",
-    "attention_qkv": "attention",
-    "patch_embed": "patch_embed",
-}
-
-_STOCK = {
-    "layer_norm": "stock_layer_norm",
-    "add_layer_norm": "_stock_add",
-    "linear": "_stock",
-    "layer_norm_linear": "_stock_layer_norm_linear",
-    "layer_norm_qkv": "stock_layer_norm_qkv",
-    "linear_residual": "_stock_linear_residual",
-    "mlp": "_stock",
-    "attention": "_stock_attention",
-    "attention_qkv": "stock_attention_qkv",
-    "patch_embed": "_stock",
-}
-
-
-def _stock(op: str):
-    """The operator in stock PyTorch, whose gradients are PyTorch's own."""
-    room = importlib.import_module(f"deit_fast.ops.{_ROOMS[op]}")
-    function = getattr(room, _STOCK[op])
-    arguments = len(inspect.signature(function).parameters)
-    return lambda *given: function(*given, *[None] * (arguments - len(given)))
 
 
 class Ways(NamedTuple):
@@ -67,14 +33,49 @@ class Ways(NamedTuple):
         return self.name
 
 
-def _named(op: str) -> Ways:
-    reference = getattr(importlib.import_module(f"reference.{_ROOMS[op]}"), op)
-    return Ways(op, getattr(ops, op), _stock(op), reference)
+def _one_projection(function: Callable) -> Callable:
+    """Of tensors, as the tests give them, what takes lists of projections."""
+
+    def call(x, norm_weight, norm_bias, eps, weight, bias=None, *rest):
+        return function(x, norm_weight, norm_bias, eps, [weight], [bias], *rest)
+
+    return call
+
+
+def _three_projections(function: Callable) -> Callable:
+    """Weight and bias of q, of k and of v follow each other."""
+
+    def call(x, norm_weight, norm_bias, eps, *projections):
+        return function(x, norm_weight, norm_bias, eps, list(projections[0:6:2]), list(projections[1:6:2]))
+
+    return call
+
+
+# By the test's name, the operator's, and how its function is called. Where q, k and v come apart is another way in.
+_CALLED: dict[str, tuple[str, Callable]] = {
+    "layer_norm_linear": ("layer_norm_linear", _one_projection),
+    "layer_norm_qkv": ("layer_norm_linear", _three_projections),
+    "attention": ("attention", lambda function: lambda qkv, *rest: function([qkv], *rest)),
+    "attention_qkv": ("attention", lambda function: lambda q, k, v, *rest: function([q, k, v], *rest)),
+}
+
+
+def ways_of(name: str) -> Ways:
+    op, called = _CALLED.get(name, (name, lambda function: function))
+    return Ways(name, called(getattr(ops, op)), called(_stock(op)), getattr(reference, name))
+
+
+def _stock(op: str) -> Callable:
+    """The operator in stock PyTorch, whose gradients are PyTorch's own."""
+    operator = OPERATORS[op]
+    return lambda *given: operator.stock(*given, *[None] * (len(operator.arguments) - len(given)))
 
 
 def assert_op_is_right(op: str | Ways, *arguments) -> tuple[Tensor, ...]:
     """Runs `op` on `arguments` all three ways, the kernels in guard bands; returns the kernels' outputs."""
-    _, function, stock_function, reference = op if isinstance(op, Ways) else _named(op)._replace(stock=getattr(ops, op))
+    ways = op if isinstance(op, Ways) else ways_of(op)
+    # An operator's stock form is also what it is itself, forced to that.
+    _, function, stock_function, reference = ways if isinstance(op, Ways) else ways._replace(stock=ways.ours)
     guard = Guard()
     banded = [guard(a, name=f"argument {i}") if isinstance(a, Tensor) else a for i, a in enumerate(arguments)]
     with backend.forced("triton"), guard.outputs():
@@ -96,7 +97,7 @@ def assert_gradients_are_right(
 
     Also: the same bits a second time, and guard bands untouched.
     """
-    _, function, stock_function, reference = op if isinstance(op, Ways) else _named(op)
+    _, function, stock_function, reference = op if isinstance(op, Ways) else ways_of(op)
     if wrt is None:
         wrt = tuple(i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.is_floating_point())
     cotangents: list[Tensor] = []

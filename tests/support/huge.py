@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from deit_fast.kernels import launch
+from deit_fast.kernels.launching import run
 
 # Elements that an offset can be off by when it wraps around in 32 bits.
 _WRAPPED = 2**31
@@ -35,7 +35,7 @@ def last_programs(count: int) -> Iterator[list[str]]:
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     set_dim, set_idx, empty = builder.set_grid_dim, builder.set_grid_idx, torch.empty
 
-    def run(kernel, programs: int, device: torch.device, *args, **options) -> None:
+    def run_last(kernel, programs: int, device: torch.device, *args, **options) -> None:
         names.append(kernel.__name__)
         assert programs < 2**31, "more programs than a grid's first axis has room for"
         first = max(0, programs - count)
@@ -60,7 +60,7 @@ def last_programs(count: int) -> Iterator[list[str]]:
         return dense.permute([order.index(i) for i in range(x.ndim)])
 
     with (
-        mock.patch.object(launch, "run", run),
+        mock.patch.object(run, "run", run_last),
         mock.patch.object(torch, "empty", large_empty),
         mock.patch.object(torch, "empty_like", large_empty_like),
     ):

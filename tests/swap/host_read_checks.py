@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime import jit
 
-from deit_fast.benchmark.standin_driver import recording
-from deit_fast.benchmark.targets import TARGETS
+from deit_fast.check.standin_driver import recording
+from deit_fast.check.targets import TARGETS
 from deit_fast.ops import backend
 from deit_fast.swap import swap
 

@@ -80,7 +80,7 @@ def test_a_transformers_classifier_is_one_graph(class_name, training) -> None:
     model = hugging_face(class_name).train(training)
     expected = [step(model, model, x_of(seed), seed) for seed in range(3)]
     swap(model)
-    assert operator_calls(lambda: model(images()))["readout_attention_qkv"] == 1
+    assert operator_calls(lambda: model(images()))["readout_attention"] == 1
     assert_compiled_steps_follow(model, expected)
     # The flag is gone also where a graph set it.
     assert model.deit(images()).last_hidden_state.shape[1] == 6

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit_fast.ops.registration import OPERATORS
+from deit_fast.ops.operator import OPERATORS
 from deit_fast.swap import swap
 from tests.support.compiled import printed_by
 from tests.swap.test_drop_path import MODELS, build
@@ -81,13 +81,13 @@ def test_stock_operators_in_the_kernels_place_read_nothing() -> None:
         )
         kept, back = torch.empty(5, dtype=torch.int32, device="cuda"), weight[:64]
         norm = vector, vector, 1e-6
-        qkv = stock("layer_norm_linear")(x, *norm, weight, None, kept, 4)
+        (qkv,) = stock("layer_norm_linear")(x, *norm, [weight], [None], kept, 4)
         by_head = qkv.view(4, 5, 3, 1, 64)
-        out, log_sum_exp = stock("attention")(by_head, 0.125, kept)
+        out, log_sum_exp = stock("attention")([by_head], 0.125, kept)
         y = stock("linear_residual")(out, back, vector, x, vector, factors, "none", kept)
         stock("mlp")(y, *norm, weight, None, weight.T, None, vector, factors, "gelu", kept)
         found = stock("linear_backward")(y, out, back, vector, vector, factors, "none", kept, [True] * 4)
-        of_qkv = stock("attention_backward")(found[0], by_head, out, log_sum_exp, 0.125, kept)
+        (of_qkv,) = stock("attention_backward")(found[0], [by_head], out, log_sum_exp, 0.125, kept)
         needs = [True] * 4 + [False]
         stock("layer_norm_linear_backward")(x, *norm, [of_qkv.flatten(2)], [weight], [None], kept, y, needs)
 

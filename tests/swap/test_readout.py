@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deit_fast.nn import functional
+from deit_fast.nn.readout import reading
 from deit_fast.swap import restore, swap, swapped
 from tests.swap.helpers import (
     LoraLinear,
@@ -63,7 +63,7 @@ def assert_follows_stock(model: nn.Module, stock: nn.Module, call=lambda model, 
     assert_close(result, expected)
     assert_same_gradients(gradients(model, result.square().sum()), gradients(stock, expected.square().sum()))
     calls = operator_calls(lambda: call(model, x))
-    assert calls["readout_attention"] + calls["readout_attention_qkv"] == readout
+    assert calls["readout_attention"] == readout
 
 
 def pair(model: nn.Module, **options) -> tuple[nn.Module, nn.Module]:
@@ -357,7 +357,7 @@ def test_a_model_that_checkpoints_its_blocks_computes_them_whole(use_reentrant) 
 def test_a_call_from_another_thread_gets_every_row(build) -> None:
     model, _ = pair(build())
     last = model.deit.layers[-1] if hasattr(model, "deit") else model.blocks[-1]
-    with functional.reading(last, 1), ThreadPoolExecutor(1) as pool:
+    with reading(last, 1), ThreadPoolExecutor(1) as pool:
         assert last(torch.randn(2, 17, 64)).shape == (2, 1, 64)
         assert pool.submit(last, torch.randn(2, 17, 64)).result().shape == (2, 17, 64)
     assert last(torch.randn(2, 17, 64)).shape == (2, 17, 64)

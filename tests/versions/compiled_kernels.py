@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from deit_fast.benchmark.standin_driver import recording
-from deit_fast.benchmark.targets import TARGETS
-from deit_fast.cli.check import evaluate
-from deit_fast.cli.check_cases import DEIT_SIZES, OPS, cases
+from deit_fast.check.cases import DEIT_SIZES, OPS, cases
+from deit_fast.check.operators import evaluate
+from deit_fast.check.standin_driver import recording
+from deit_fast.check.targets import TARGETS
 
 SIZE = replace(DEIT_SIZES[0], batch=2)
 DTYPE = torch.bfloat16
@@ -23,7 +23,7 @@ DTYPE = torch.bfloat16
 
 def main() -> None:
     warnings.filterwarnings("error", message="deit_fast")
-    # What this release is known not to compile (`launch.no_separate_projections`) stock PyTorch computes.
+    # What this release is known not to compile (`hardware.no_separate_projections`) stock PyTorch computes.
     warnings.filterwarnings("ignore", message="deit_fast.*; Triton 3.7 does")
     with recording(TARGETS[sys.argv[1]]) as launches:
         for op in OPS:

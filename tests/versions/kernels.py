@@ -12,8 +12,8 @@ import pytest
 import torch
 import triton
 
-from deit_fast.cli import check
-from deit_fast.cli.check_cases import OPS
+from deit_fast.check import operators
+from deit_fast.check.cases import OPS
 from tests.support.compiled import printed_by
 
 
@@ -23,8 +23,8 @@ def test_the_release_is_the_one_asked_for():
 
 @pytest.mark.parametrize("op", OPS)
 def test_in_the_interpreter_every_result_is_as_accurate_as_stocks(op, monkeypatch):
-    monkeypatch.setattr(check, "INTERPRETER_DTYPES", check.DTYPES)  # `tests.support` makes bfloat16 right
-    lines = [line for _, group in check.check(torch.device("cpu"), (op,)) for line in group]
+    monkeypatch.setattr(operators, "INTERPRETER_DTYPES", operators.DTYPES)  # `tests.support` makes bfloat16 right
+    lines = [line for _, group in operators.check(torch.device("cpu"), (op,)) for line in group]
     assert {line.dtype for line in lines} == {"float32", "float16", "bfloat16"}
     failed = [line.traceback or str(line) for line in lines if line.failure]
     assert not failed, "\n".join(failed)
@@ -42,11 +42,11 @@ def test_every_kernel_compiles(target):
 
 
 def test_plans_make_their_launches_again():
-    seen = printed_by("-m", "tests.kernels.replay_checks")
+    seen = printed_by("-m", "tests.kernels.launching.replay_checks")
     assert seen["runs"] and all(seen["apart"].values())
     assert all(case["same"] for case in seen["seen"] if not case["anew"])
 
 
 def test_compiled_kernels_are_named_by_what_is_fused():
-    for symbols in printed_by("-m", "tests.kernels.metadata_checks")["symbols"].values():
+    for symbols in printed_by("-m", "tests.kernels.launching.metadata_checks")["symbols"].values():
         assert all(symbol.startswith("linear_kernel_layer_norm_bias_") for symbol in symbols[:2])

@@ -1,11 +1,14 @@
 """The end of step 3: a block under what users put around it, on the device itself. Every function says what differs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from deit_fast.benchmark.clock import captured
-from deit_fast.benchmark.gpu.blocks import Shape, relative_error, steps
-from deit_fast.kernels import replay
+from deit_fast.benchmark.gpu.blocks import Shape, steps
+from deit_fast.check.accuracy import STOCK_FACTOR, relative_error
+from deit_fast.kernels.launching import replay
 
 # Of the plain block's float32 result: float16 has 11 bits, and a block's gradients sum many roundings.
 _CLOSE = 2e-2
@@ -64,13 +67,13 @@ def scaled_autocast(device: torch.device, shape: Shape) -> dict[str, object]:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
-        found = [parameter.grad for parameter in step.block.parameters()]
+        found: list[Any] = [parameter.grad for parameter in step.block.parameters()]
         # The key's bias has no gradient but rounding, and lies in qkv's.
         errors[name] = max(map(relative_error, found, expected[2:]))
         step.x.grad = None
     return {
         "relative error": errors,
-        "different": [] if errors["ours"] <= max(_CLOSE, 2 * errors["stock"]) else ["ours"],
+        "different": [] if errors["ours"] <= max(_CLOSE, STOCK_FACTOR * errors["stock"]) else ["ours"],
     }
 
 
@@ -78,7 +81,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def _same(expected: list[Tensor], found: list[Tensor]) -> dict[str, object]:
+def _same(expected: list[Tensor], found: list[Tensor]) -> dict[str, Any]:
     names = ["output", "d x", *(f"d parameter {i}" for i in range(len(expected) - 2))]
     return {
         "different": [

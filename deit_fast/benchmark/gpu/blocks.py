@@ -28,7 +28,7 @@ class Shape:
 
 
 @dataclass
-class Step:
+class BlockStep:
     """Calling it runs the block once, forward and in training backward; it returns the output and all gradients."""
 
     block: nn.Module
@@ -43,7 +43,7 @@ class Step:
         return [y, *torch.autograd.grad(y, [self.x, *self.block.parameters()], self.gradient)]
 
 
-def steps(shape: Shape, device: torch.device) -> tuple[Step, Step]:
+def steps(shape: Shape, device: torch.device) -> tuple[BlockStep, BlockStep]:
     """Plain PyTorch's and ours, with the same weights and input."""
     heads = shape.width // HEAD_DIM
     torch.manual_seed(0)
@@ -53,7 +53,10 @@ def steps(shape: Shape, device: torch.device) -> tuple[Step, Step]:
     size = (shape.batch, shape.tokens, shape.width)
     x, gradient = (torch.randn(size, device=device, dtype=shape.dtype) for _ in range(2))
     x.requires_grad_(shape.training)
-    return tuple(Step(each.to(device, shape.dtype).train(shape.training), x, gradient) for each in (stock, block))
+    of_stock, of_ours = (
+        BlockStep(each.to(device, shape.dtype).train(shape.training), x, gradient) for each in (stock, block)
+    )
+    return of_stock, of_ours
 
 
 def launch_block(device: torch.device, shape: Shape, amp: torch.dtype | None = None) -> None:
@@ -61,8 +64,3 @@ def launch_block(device: torch.device, shape: Shape, amp: torch.dtype | None = N
     _, step = steps(shape, device)
     with torch.autocast(device.type, amp, enabled=amp is not None):
         step()
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """L2, of float64."""
-    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()

@@ -1,6 +1,6 @@
 """How far what was timed is from the least that its FLOPs and bytes can take at the peaks measured in step 1."""
 
-from deit_fast.benchmark.gpu.record import Record
+from deit_fast.benchmark.gpu.record import Record, RecordEntry
 from deit_fast.benchmark.peaks import Peaks
 
 
@@ -13,7 +13,7 @@ def bound(record: Record, flops: float, moved: float) -> float | None:
 def furthest_from_bound(record: Record) -> list[str]:
     """Timed operators, by how many seconds of a step they take beyond their bound."""
 
-    def beyond(entry) -> float:
+    def beyond(entry: RecordEntry) -> float:
         found = entry.result
         least = bound(record, found["flops"], found["bytes"]) or 0.0
         return found["times"] * (found["seconds"]["deit_fast"] - least)

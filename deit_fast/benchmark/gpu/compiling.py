@@ -19,8 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from deit_fast.benchmark.standin_driver import compile_launch, recording
-from deit_fast.benchmark.targets import TARGETS, Target
+from deit_fast.check.standin_driver import compile_launch, recording
+from deit_fast.check.targets import TARGETS, Target
 from deit_fast.ops import backend
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ _SPAWN = get_context("spawn")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LaunchRecipe:
     """`function(CPU, *arguments)` makes the launches of a task."""
 
     function: Callable[..., object]
@@ -58,7 +58,9 @@ def target_of(device: torch.device) -> Target:
     return Target(name, gpu, shared, 255, properties.multi_processor_count, shared, 48, 16)
 
 
-def compile_all(device: torch.device, recipes: tuple[Recipe, ...], seconds: float = _SECONDS) -> dict[str, object]:
+def compile_all(
+    device: torch.device, recipes: tuple[LaunchRecipe, ...], seconds: float = _SECONDS
+) -> dict[str, object]:
     """How many kernels were compiled, by how many processes; what failed → why; how many are left for want of time."""
     ends = time.monotonic() + seconds
     target = target_of(device)
@@ -69,7 +71,8 @@ def compile_all(device: torch.device, recipes: tuple[Recipe, ...], seconds: floa
         ThreadPoolExecutor(cores) as threads,
     ):
         compilers = [threads.submit(_compile_those, target, waiting, ends) for _ in range(cores)]
-        found, failed = set(), {}
+        found: set[Kernel] = set()
+        failed: dict[str, str] = {}
         for recorded in as_completed([recorders.submit(_record, target, recipe) for recipe in recipes]):
             kernels, reasons = _outcome(recorded)
             failed |= reasons
@@ -92,7 +95,7 @@ def _outcome(recorded: Future) -> tuple[set[Kernel], dict[str, str]]:
         return set(), {"a recorder": backend.in_a_line(error)}
 
 
-def _record(target: Target, recipe: Recipe) -> tuple[set[Kernel], dict[str, str]]:
+def _record(target: Target, recipe: LaunchRecipe) -> tuple[set[Kernel], dict[str, str]]:
     """What a recipe's launches are compiled by; why it came to no end. Runs in a process of a pool."""
     torch.set_num_threads(1)
     failed: dict[str, str] = {}

@@ -7,10 +7,10 @@ import torch
 
 from deit_fast import ops
 from deit_fast.benchmark import clock, peaks
-from deit_fast.cli.check import Task, check_task, evaluate
-from deit_fast.cli.check_cases import Size, cases
-from deit_fast.cli.check_environment import environment as described
-from deit_fast.kernels import launch, replay
+from deit_fast.check.cases import Size, cases
+from deit_fast.check.environment import environment as described
+from deit_fast.check.operators import CheckTask, check_task, evaluate
+from deit_fast.kernels.launching import replay, run
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -35,7 +35,7 @@ def one_operator(device: torch.device, size: Size) -> dict[str, object]:
 
 def checked(device: torch.device, op: str, size: Size, dtype: torch.dtype) -> dict[str, object]:
     """`deit-fast check` of one operator: how many results, those that fail, and fallbacks to stock operators."""
-    lines = check_task(Task(op, size, dtype, device), lambda title: None)
+    lines = check_task(CheckTask(op, size, dtype, device), lambda title: None)
     return {
         "results": len(lines),
         "failed": [{**asdict(line), "said": str(line)} for line in lines if line.failure],
@@ -56,7 +56,7 @@ def plans(device: torch.device, size: Size) -> dict[str, object]:
     through_triton = []
     with torch.no_grad():
         for _ in range(3):
-            with launch.recorded() as launches:
+            with run.recorded() as launches:
                 ops.linear(x, weight)
             through_triton.append(len(launches))
     return {"launches through Triton": through_triton, "runner is known": replay.RUNNER_IS_KNOWN}

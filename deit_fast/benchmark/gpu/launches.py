@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from deit_fast.benchmark import clock
 from deit_fast.benchmark.flops import flop_counter
 from deit_fast.benchmark.gpu.blocks import Shape, steps
 from deit_fast.benchmark.operator_cases import OperatorCase, calls_of
-from deit_fast.kernels import launch, replay, tuned
+from deit_fast.kernels.launching import replay, run, tuned
 from deit_fast.ops import backend
 
 # The vendor's whole attention, which computes what ours does.
@@ -44,7 +45,7 @@ def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, 
     not_timed: dict[str, str] = {}
     with torch.no_grad(), tuned.enabled(False):
         with backend.fallbacks() as fallbacks:
-            seconds["deit_fast"] = clock.graph_seconds(lambda: case.operator.call(*case.arguments))
+            seconds["deit_fast"] = clock.graph_seconds(lambda: case.operator.op(*case.arguments))
         launched, failed = _launches(case)
         not_timed |= failed
         for name, call in (("stock", lambda: case.operator.stock(*case.arguments)), *_peers(case)):
@@ -53,7 +54,7 @@ def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, 
             except Exception as error:  # ours is timed all the same
                 not_timed[name] = backend.in_a_line(error)
         with flop_counter() as counter:
-            case.operator.call(*case.arguments)
+            case.operator.op(*case.arguments)
         tensors = (*_tensors(case.arguments), *_tensors(case.operator.stock(*case.arguments)))
     return {
         "operator": case.operator.name,
@@ -71,8 +72,8 @@ def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, 
 
 def _launches(case: OperatorCase) -> tuple[list[dict[str, object]], dict[str, str]]:
     """Each launch with its time and its work; those that can't be timed → why."""
-    with replay.enabled(False), launch.recorded() as launches:
-        case.operator.call(*case.arguments)
+    with replay.enabled(False), run.recorded() as launches:
+        case.operator.op(*case.arguments)
     timed, failed = [], {}
     for compiled, programs, arguments, _ in launches:
         function = compiled.src.fn
@@ -102,10 +103,11 @@ def _launches(case: OperatorCase) -> tuple[list[dict[str, object]], dict[str, st
 
 def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
     """The vendor's bare product for each weight matrix, forward or backward; flash attention for attention."""
-    named = dict(zip(case.operator.parameters, case.arguments, strict=True))
+    arguments: Any = case.operator.Arguments(*case.arguments)
+    named = arguments._asdict()
     backward = case.operator.name.endswith("_backward")
     if case.operator.name == "attention":
-        q, k, v = (t.transpose(1, 2) for t in named["qkv"].unbind(2))
+        q, k, v = _by_head(named["qkv"])
 
         def flash() -> Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -124,10 +126,8 @@ def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
     if not weights or rows is None:
         return
     count = rows.shape[0] * rows.shape[1]
-    options = {"device": rows.device, "dtype": weights[0].dtype}
-    operands = [
-        (torch.randn(count, w.shape[1], **options), torch.randn(count, w.shape[0], **options), w) for w in weights
-    ]
+    new = partial(torch.randn, device=rows.device, dtype=weights[0].dtype)
+    operands = [(new(count, w.shape[1]), new(count, w.shape[0]), w) for w in weights]
 
     def products() -> None:
         for x, grad, weight in operands:
@@ -140,8 +140,13 @@ def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "vendor's GEMM alone", products
 
 
-def _flash_backward(named: dict[str, object]) -> Callable[[], object]:
-    q, k, v = (t.transpose(1, 2) for t in named["qkv"].unbind(2))
+def _by_head(qkv: list[Tensor]) -> list[Tensor]:
+    """q, k and v as PyTorch's attention takes them, from one packed tensor or three."""
+    return [t.transpose(1, 2) for t in (qkv[0].unbind(2) if len(qkv) == 1 else qkv)]
+
+
+def _flash_backward(named: dict[str, Any]) -> Callable[[], object]:
+    q, k, v = _by_head(named["qkv"])
     grad = named["grad"].unflatten(2, (q.shape[1], -1)).transpose(1, 2)
     kept: list = []
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit_fast.benchmark import clock, plain
-from deit_fast.benchmark.gpu.blocks import Shape, relative_error, steps
-from deit_fast.kernels import tuned
+from deit_fast.benchmark.gpu.blocks import Shape, steps
+from deit_fast.check.accuracy import relative_error
+from deit_fast.kernels.launching import tuned
 from deit_fast.models import VisionTransformer
 from deit_fast.models.config import DeiTConfig
 from deit_fast.ops import backend
@@ -54,7 +56,8 @@ class ModelStep:
             return
         outputs = self.model(self.images)
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        sum(F.cross_entropy(logits.float(), self.labels) for logits in heads).backward()
+        loss: Any = sum(F.cross_entropy(logits.float(), self.labels) for logits in heads)
+        loss.backward()
         self.model.zero_grad()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from deit_fast.benchmark.gpu import steps
-from deit_fast.benchmark.gpu.record import Entry, Record
+from deit_fast.benchmark.gpu.record import Record, RecordEntry
 from deit_fast.benchmark.gpu.steps import Scope, Step, Task, perform
-from deit_fast.benchmark.workers import Done, run_tasks
+from deit_fast.check.workers import Done, run_tasks
 
 
 def run(
@@ -66,8 +66,8 @@ def _missed(step: Step, what: Scope, device: torch.device, record: Record) -> li
     return [task.name for task in _to_do(step, what, device, record)]
 
 
-def _entry(done: Done) -> Entry:
+def _entry(done: Done) -> RecordEntry:
     task: Task = done.task
     if done.failure is None:
-        return Entry(task.step, task.name, done.seconds, done.result)
-    return Entry(task.step, task.name, done.seconds, None, done.failure, done.result.printed)
+        return RecordEntry(task.step, task.name, done.seconds, done.result)
+    return RecordEntry(task.step, task.name, done.seconds, None, done.failure, done.result.printed)

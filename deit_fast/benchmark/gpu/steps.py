@@ -9,10 +9,10 @@ import torch
 from deit_fast.benchmark.gpu import behaviour, compiling, contact, launches, models, tuning
 from deit_fast.benchmark.gpu.blocks import Shape, launch_block
 from deit_fast.benchmark.gpu.bounds import furthest_from_bound, worst_launches
-from deit_fast.benchmark.gpu.compiling import Recipe
+from deit_fast.benchmark.gpu.compiling import LaunchRecipe
 from deit_fast.benchmark.gpu.record import Record
-from deit_fast.benchmark.workers import Tell, make_current
-from deit_fast.cli.check_cases import DEIT_SIZES, OPS, Size, of_size
+from deit_fast.check.cases import DEIT_SIZES, OPS, Size, of_size
+from deit_fast.check.workers import Tell, make_current
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.registry import get_config
 
@@ -88,11 +88,11 @@ def _contact(what: Scope, device: torch.device, record: Record) -> list[Task]:
 def _compile(what: Scope, device: torch.device, record: Record) -> list[Task]:
     small, scaled = _small(what)
     recipes = [
-        *(Recipe(contact.launch_cases, case) for case in (*_in_bfloat16(what), *_in_other_dtypes(what))),
-        *(Recipe(launch_block, (shape,)) for shape in (*_shapes(what), small, scaled)),
-        Recipe(launch_block, (scaled, torch.float16)),
+        *(LaunchRecipe(contact.launch_cases, case) for case in (*_in_bfloat16(what), *_in_other_dtypes(what))),
+        *(LaunchRecipe(launch_block, (shape,)) for shape in (*_shapes(what), small, scaled)),
+        LaunchRecipe(launch_block, (scaled, torch.float16)),
         *(
-            Recipe(models.launch_model, (config, batch, training))
+            LaunchRecipe(models.launch_model, (config, batch, training))
             for config in what.models.values()
             for batch, training in ((what.batch, False), (what.batch, True), (models.FEW, False))
         ),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from deit_fast.benchmark.gpu.bounds import bound
 from deit_fast.benchmark.gpu.launches import FLASH
 from deit_fast.benchmark.gpu.models import COMPILED, EAGER
-from deit_fast.benchmark.gpu.record import Entry, Record
+from deit_fast.benchmark.gpu.record import Record, RecordEntry
 from deit_fast.benchmark.tables import figures, table
 
 _MOST = 12  # rows of a table: one page
@@ -79,7 +79,7 @@ def _operators(record: Record) -> str:
     return "" if not rows else table(("operator", *figures(("µs", "others", "times faster", "of bound"))), rows)
 
 
-def _ratio(entry: Entry) -> float:
+def _ratio(entry: RecordEntry) -> float:
     """Of the fastest that computes the same, to ours."""
     seconds = entry.result["seconds"]
     return min(seconds[name] for name in ("stock", FLASH) if name in seconds) / seconds["deit_fast"]

@@ -14,7 +14,7 @@ from deit_fast.benchmark.gpu.blocks import Shape
 from deit_fast.benchmark.gpu.launches import operators
 from deit_fast.benchmark.gpu.models import model_step
 from deit_fast.benchmark.tune import tune
-from deit_fast.kernels import launch, tuned
+from deit_fast.kernels.launching import hardware, tuned
 from deit_fast.models.config import DeiTConfig
 
 _ROUNDS = 5
@@ -31,7 +31,7 @@ def tune_operator(device: torch.device, shape: Shape, place: int) -> dict[str, o
     found = {"operator": case.operator.name, "shape": case.shape, "batch": case.batch, "failure": result.failure}
     if result.failure is not None:
         return found
-    name, driver = launch.device_name(device), launch.driver_version()
+    name, driver = hardware.device_name(device), hardware.driver_version()
     file = tuned.write(case.operator.name, case.shape, name, driver, case.batch, result.choice)
     stock = {"runs": "stock"} if result.choice.stock else {"settings": result.choice.settings}
     return {**found, **stock, "seconds": result.seconds, "tried": result.tried, "file": file.name}

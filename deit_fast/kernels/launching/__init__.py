@@ -1,0 +1,1 @@
+"""How kernels are launched: settings, hardware facts, the launcher, its replay, and what was measured."""

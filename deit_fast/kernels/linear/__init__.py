@@ -1,0 +1,6 @@
+"""The GEMM family: a linear layer with what surrounds it in a transformer block fused into it."""
+
+from deit_fast.kernels.linear.backward import layer_norm_linear_backward, linear_backward
+from deit_fast.kernels.linear.forward import layer_norm_linear, linear, linear_residual
+
+__all__ = ["layer_norm_linear", "layer_norm_linear_backward", "linear", "linear_backward", "linear_residual"]

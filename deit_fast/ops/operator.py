@@ -1,0 +1,388 @@
+"""One declaration an operator, and what PyTorch's dispatcher needs made of it.
+
+A subclass of `Operator` declares all there is to know of one operator: its stock form, whose types are its schema, the
+launcher of its kernels, what autocast casts, what backward needs, its FLOPs and examples of its arguments. Its one
+instance is what `deit_fast.ops` calls, and what `deit-fast check`, `bench` and `tune` and the tests go through.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import compress
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from deit_fast.kernels.launching.replay import Replayed
+from deit_fast.ops import backend
+from deit_fast.ops.arguments import declared, schema
+from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.route import route
+
+_LIBRARY = torch.library.Library("deit_fast", "DEF")
+_AUTOCAST_KEYS = {
+    "cpu": torch._C.DispatchKey.AutocastCPU,
+    "cuda": torch._C.DispatchKey.AutocastCUDA,
+}
+
+OPERATORS: "dict[str, Operator]" = {}
+
+
+class Operator:
+    """`torch.ops.deit_fast.<name>`; calling the instance is calling the operator, by the shortest way.
+
+    Methods get an operator's arguments as a namedtuple with the names of `stock`'s parameters, here `a`.
+    """
+
+    name: str
+    # The operator in stock PyTorch, differentiable: the CPU path. Its annotated types are the schema.
+    stock: Callable[..., Any]
+    # Of the kernels; the same arguments.
+    launcher: Callable[..., Any]
+    # The arguments that autocast casts, and to what if not its own dtype.
+    casts: tuple[str, ...] = ()
+    casts_to: torch.dtype | None = None
+    # The arguments that backward reads (it has all numbers besides), and the outputs that it reads.
+    saves: tuple[str, ...] = ()
+    saves_outputs: tuple[int, ...] = ()
+    # What is data, and has no gradient: arguments, and outputs.
+    data: tuple[str, ...] = ()
+    data_outputs: tuple[int, ...] = ()
+    # Whether autograd, of `stock`, would not do as well: keep more, or find no gradient where it is 0.
+    own_backward = False
+
+    def check(self, a: Any) -> None:
+        """Raises on arguments that do not fit together, before any work."""
+
+    def unsupported(self, a: Any) -> str | None:
+        """Why the kernels can't take these arguments, or None."""
+        raise NotImplementedError
+
+    def fake(self, a: Any) -> Any:
+        """Empty outputs: their shapes, dtypes and strides."""
+        raise NotImplementedError
+
+    def backward(
+        self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """A gradient or None for each of `needs`, which says what is asked for; autograd casts them.
+
+        needs: a flag for each tensor that is no data, in the order of the arguments. a: the arguments that were saved,
+        and the numbers. outputs: those that were saved. grads: of all outputs, and after them of what `branching`
+        returned last.
+        """
+        raise NotImplementedError
+
+    def flops(self, a: Any) -> int:
+        """Two for each multiply-add of a matrix product, as torch counts; what drop path drops is not computed."""
+        return 0
+
+    def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
+        """Arguments at the sizes of a model; `new` makes their tensors."""
+        raise NotImplementedError
+
+    # What follows is made from the declaration.
+
+    def __init__(self) -> None:
+        if missing := [part for part in ("name", "stock", "launcher") if not hasattr(type(self), part)]:
+            raise TypeError(f"{type(self).__name__} declares no {' and no '.join(missing)}")
+        self.arguments = declared(self.name, type(self).stock)
+        names = [argument.name for argument in self.arguments]
+        if unknown := {*self.casts, *self.saves, *self.data}.difference(names):
+            raise TypeError(f"deit_fast.{self.name} has no arguments {sorted(unknown)}, which its declaration names")
+        self.Arguments = _arguments(f"{type(self).__name__}Arguments", names)
+        self.lists = tuple(i for i, argument in enumerate(self.arguments) if argument.tensors)
+        self._casts = tuple(names.index(name) for name in self.casts)
+        # As `Arguments._make`, without the way through Python.
+        self._named = partial(tuple.__new__, self.Arguments)
+        self._layouts: dict[tuple[int, ...], _Layout] = {}
+        self._kept = names.index("kept") if "kept" in names else None
+        self.replayed = Replayed(self.name, type(self).launcher)
+        _LIBRARY.define(self.name + schema(type(self).stock))
+        self.op = getattr(torch.ops.deit_fast, self.name).default
+        self._implement()
+        if type(self).flops is not Operator.flops:
+            count = lambda *args, out_val=None: self.flops(self.Arguments(*args))  # noqa: E731
+            register_flop_formula(getattr(torch.ops.deit_fast, self.name), get_raw=True)(count)
+        OPERATORS[self.name] = self
+
+    def _implement(self) -> None:
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(self.name, lambda *args: route(self, *self.flatten(args), dispatched=True), key)
+        _LIBRARY.impl(self.name, lambda *args: self(*args, dispatched=True), "Autograd")
+        torch.library.register_fake(f"deit_fast::{self.name}", self._checked_fake, lib=_LIBRARY)
+        for device_type in _AUTOCAST_KEYS:
+            _LIBRARY.impl(self.name, self._autocast(device_type), _AUTOCAST_KEYS[device_type].name)
+        self._apply, self._apply_branching = _functions(self)
+
+    def __call__(self, *args: Any, dispatched: bool = False) -> Any:
+        """The operator, with a node in the graph where a gradient is wanted.
+
+        dispatched: whether the dispatcher has chosen this, at its Autograd key.
+        """
+        if not dispatched:
+            # torch.func transforms do not see through Python-registered operators.
+            if torch._C._are_functorch_transforms_active():
+                return self.stock(*args)
+            if torch._C._is_any_autocast_enabled():
+                return self.op(*args)
+            if torch.compiler.is_dynamo_compiling() and not self.transparent(args):
+                return self.op(*args)
+        # Where the dispatcher would go next, without its way through Python.
+        if self.transparent(args):
+            self.check(self.Arguments(*args))
+            return self.stock(*args)
+        lengths, flat = self.flatten(args)
+        if torch.is_grad_enabled():
+            for argument in flat:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    return self._apply(lengths, *flat)
+        return route(self, lengths, flat)
+
+    def branching(self, *args: Any) -> tuple[Any, Tensor]:
+        """For where a residual goes past the operator: what it returns, and its first argument.
+
+        `backward` then gets that one's gradient after the others, to add it where it writes its own.
+        """
+        x = args[0]
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_dynamo_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or self.transparent(args)
+        ):
+            return self(*args), x
+        if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+            lengths, flat = self.flatten(args)
+            *outputs, x = self._apply_branching(lengths, *flat)
+        else:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[x.device.type])):
+                lengths, flat = self.flatten(self.cast(args, torch.get_autocast_dtype(x.device.type)))
+                *outputs, x = self._apply_branching(lengths, *flat)
+        return outputs, x
+
+    def transparent(self, args: tuple) -> bool:
+        """Whether this call is nothing but its stock form, for autograd, Dynamo and subclasses too."""
+        if not backend.transparent(_first(args[0])) or (self.own_backward and torch.is_grad_enabled()):
+            return False
+        if torch.compiler.is_dynamo_compiling():
+            # How many samples are kept must not become a shape of the graph.
+            return self._kept is None or args[self._kept] is None
+        # A dispatch mode sees our operators on every device.
+        return not torch._C._len_torch_dispatch_stack()
+
+    def cast(self, args: tuple, dtype: torch.dtype) -> tuple:
+        """The arguments as autocast to `dtype` wants them."""
+        cast = list(args)
+        for i in self._casts:
+            cast[i] = _cast(cast[i], self.casts_to or dtype)
+        return tuple(cast)
+
+    def flatten(self, args: tuple) -> tuple[tuple[int, ...], Sequence]:
+        """The lengths of the lists of tensors, and the arguments with those lists' tensors in their places.
+
+        PyTorch's autograd sees tensors, not lists of them.
+        """
+        if not self.lists:
+            return (), args
+        flat = [*args]
+        for i in reversed(self.lists):
+            flat[i : i + 1] = args[i]
+        return tuple([len(args[i]) for i in self.lists]), flat
+
+    def unflatten(self, lengths: tuple[int, ...], flat: Sequence) -> tuple:
+        """And back."""
+        args = [*flat]
+        if lengths:
+            for start, stop in self._layout(lengths).lists:
+                args[start:stop] = [args[start:stop]]
+        return tuple(args)
+
+    def save(self, ctx: Any, lengths: tuple[int, ...], flat: Sequence, outputs: tuple) -> None:
+        """What `gradients` reads."""
+        layout = self._layouts.get(lengths) or self._layout(lengths)
+        saved = compress(flat, layout.saved)
+        if self.saves_outputs:
+            ctx.save_for_backward(*saved, *[outputs[i] for i in self.saves_outputs])
+        else:
+            ctx.save_for_backward(*saved)
+        if self.data_outputs:
+            ctx.mark_non_differentiable(*[outputs[i] for i in self.data_outputs])
+        ctx.lengths, ctx.numbers = lengths, [*compress(flat, layout.numbers)]
+
+    def gradients(self, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """What autograd wants of `backward`: a gradient or None for each argument, the lengths first."""
+        lengths = ctx.lengths
+        layout = self._layouts[lengths]
+        # Each asked for once: the flags are found anew, and a checkpoint gives its tensors no second time.
+        kept, needed = ctx.saved_tensors, ctx.needs_input_grad
+        count = layout.saved_tensors
+        flat = layout.arrange((*kept[:count], *ctx.numbers, None))
+        if lengths:
+            flat = self.unflatten(lengths, flat)
+        # Outputs not on ctx: each holds its node, and the two would wait for the garbage collector.
+        found = self.backward(self._named(flat), kept[count:], grads, [*compress(needed, layout.differentiable)])
+        if len(found) != layout.gradients:
+            raise TypeError(f"deit_fast.{self.name}: backward gave {len(found)} gradients, not {layout.gradients}")
+        return None, *layout.arrange_gradients((*found, None))
+
+    def _layout(self, lengths: tuple[int, ...]) -> "_Layout":
+        if lengths not in self._layouts:
+            of_lists = dict(zip(self.lists, lengths, strict=True))
+            lists: list[tuple[int, int]] = []
+            saved: list[bool] = []
+            numbers: list[bool] = []
+            differentiable: list[bool] = []
+            for i, argument in enumerate(self.arguments):
+                count, start = of_lists.get(i, 1), len(saved)
+                if argument.tensors:
+                    lists.append((start, start + count))
+                saved += [argument.name in self.saves] * count
+                numbers += [not argument.tensor] * count
+                differentiable += [argument.tensor and argument.name not in self.data] * count
+            self._layouts[lengths] = _Layout(
+                # The last list first: gathering it moves none before it.
+                lists[::-1],
+                saved,
+                sum(saved),
+                numbers,
+                # The lengths come before all of them.
+                [False, *differentiable],
+                sum(differentiable),
+                _arranging(saved, numbers),
+                _arranging(differentiable),
+            )
+        return self._layouts[lengths]
+
+    def _checked_fake(self, *args: Any) -> Any:
+        a = self.Arguments(*args)
+        self.check(a)
+        return self.fake(a)
+
+    def _autocast(self, device_type: str) -> Callable:
+        keys = torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])
+
+        def at_the_autocast_key(*args: Any) -> Any:
+            args = self.cast(args, torch.get_autocast_dtype(device_type))
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.op(*args)
+
+        return at_the_autocast_key
+
+
+class _Layout(NamedTuple):
+    """Of flat arguments, whose lists have certain lengths.
+
+    lists: where each list's tensors begin and end, the last list first. saved, numbers, differentiable: for each
+    argument, whether it is saved for backward, is a number, may have a gradient; the last for the lengths too, before
+    them. saved_tensors, gradients: how many are saved, may have one. arrange: from (*saved, *numbers, None), flat
+    arguments, None for all others. arrange_gradients: from (*gradients, None), one for each argument.
+    """
+
+    lists: list[tuple[int, int]]
+    saved: list[bool]
+    saved_tensors: int
+    numbers: list[bool]
+    differentiable: list[bool]
+    gradients: int
+    arrange: Callable[[tuple], tuple]
+    arrange_gradients: Callable[[tuple], tuple]
+
+
+def _arranging(*groups: list[bool]) -> Callable[[tuple], tuple]:
+    """From what the groups have, one group after the other, and a None: each at its place, None at all others."""
+    places = [place for group in groups for place, has in enumerate(group) if has]
+    order = {place: i for i, place in enumerate(places)}
+    # One more, which is dropped: an itemgetter of one place gives no tuple.
+    getter = itemgetter(*[order.get(place, -1) for place in range(len(groups[0]))], -1)
+    return lambda pool: getter(pool)[:-1]
+
+
+class BackwardOperator(Operator):
+    """Gradients as an operator: without gradients of its own, which it refuses loudly.
+
+    Its last argument is `needs`, a flag for each gradient that it knows: it returns those asked for, in that order, so
+    that a frozen weight costs nothing. Forward has checked its arguments and autocast has cast them.
+    """
+
+    def __call__(self, *args: Any, dispatched: bool = False) -> Any:
+        # Inside an autocast block the CPU path's own products would be cast again.
+        if not dispatched and (torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled()):
+            return self.op(*args)
+        lengths, flat = self.flatten(args)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+            raise NotImplementedError(
+                f"deit_fast.{self.name} has no derivative: second derivatives need the stock model "
+                f"(deit_fast.restore) or a torch.func transform"
+            )
+        return route(self, lengths, flat)
+
+
+def _functions(operator: Operator) -> tuple[Callable, Callable]:
+    """`apply` of the operator's autograd function, and of the one that returns the first argument as well."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, lengths: tuple[int, ...], *flat: Any) -> Any:
+            outputs = route(operator, lengths, flat)
+            ctx.set_materialize_grads(False)
+            if isinstance(outputs, Tensor):
+                operator.save(ctx, lengths, flat, (outputs,))
+                return outputs
+            outputs = tuple(outputs)
+            operator.save(ctx, lengths, flat, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return operator.gradients(ctx, grads)
+
+    class Branching(Function):
+        @staticmethod
+        def forward(ctx: Any, lengths: tuple[int, ...], *flat: Any) -> Any:
+            return *_as_tuple(Function.forward(ctx, lengths, *flat)), flat[0]
+
+    # Past what Function does for torch.func alone, whose transforms never come here.
+    return super(torch.autograd.Function, Function).apply, super(torch.autograd.Function, Branching).apply
+
+
+def _as_tuple(outputs: Any) -> tuple:
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+def _first(argument: Tensor | list[Tensor]) -> Tensor:
+    return argument[0] if isinstance(argument, list) else argument
+
+
+def _cast(argument: Any, dtype: torch.dtype) -> Any:
+    """What autocast does to an eligible argument: floating, and not float64."""
+    if isinstance(argument, list):
+        return [_cast(each, dtype) for each in argument]
+    if argument is None or not argument.is_floating_point() or argument.dtype is torch.float64:
+        return argument
+    return argument.to(dtype)
+
+
+def _arguments(name: str, fields: list[str]) -> Any:
+    """A namedtuple's type: none that a type checker could know."""
+    return namedtuple(name, fields)
+
+
+def distribute(gradients: list[Tensor], needs: Sequence[bool]) -> list[Any]:
+    """The gradients asked for, at their places among all; None at the others'."""
+    if len(gradients) == len(needs):
+        return gradients
+    found = iter(gradients)
+    return [next(found) if need else None for need in needs]
+
+
+def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """As backward operators return them: contiguous, of the inputs' shapes and dtypes."""
+    return [
+        torch.empty(each.shape, dtype=each.dtype, device=each.device)
+        for each, need in zip(inputs, needs, strict=True)
+        if need and each is not None
+    ]
