@@ -14,6 +14,7 @@ from deit_fast.benchmark.flops import flop_counter
 from deit_fast.benchmark.measure import DeviceLostError, failures, whole_rounds
 from deit_fast.benchmark.operator_cases import OperatorCase, operator_cases
 from deit_fast.check.accuracy import refuse_wrong, relative_error
+from deit_fast.kernels.attention import separate
 from deit_fast.kernels.launching import tuned
 
 
@@ -67,7 +68,7 @@ def _xformers_attention(qkv: list[Tensor], scale: float, kept: Tensor | None) ->
 
     if kept is not None:
         return None
-    q, k, v = qkv[0].unbind(2) if len(qkv) == 1 else qkv
+    q, k, v = separate(qkv)
     return lambda: memory_efficient_attention(q, k, v, scale=scale).flatten(2)
 
 

@@ -19,11 +19,6 @@ from deit_fast.ops.operator import BackwardOperator, Operator
 from deit_fast.ops.product_dtype import as_dtype, product_dtype
 
 
-def _separate(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
-    """q, k and v, each [B, N, H, d]."""
-    return qkv[0].unbind(2) if len(qkv) == 1 else qkv
-
-
 def log_sum_exp_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
 
@@ -84,7 +79,7 @@ def _unsupported(qkv: Sequence[Tensor], scale: float, *others: Tensor) -> str | 
 
 def _flops(qkv: Sequence[Tensor], kept: Tensor | None, products: int) -> int:
     """Of so many products of the tokens with the tokens."""
-    q, k, *_ = _separate(qkv)
+    q, k, *_ = kernels.separate(qkv)
     return 2 * products * samples_computed(q, kept) * q[:1].numel() * k.shape[1] if q.numel() else 0
 
 
@@ -105,7 +100,7 @@ class _AttentionBackward(BackwardOperator):
     ) -> list[Tensor]:
         capacity = qkv[0].shape[0]
         grad, out, log_sum_exp = (drop_path.filled(t, kept) for t in (grad, out, log_sum_exp))
-        q, k, v = _separate([drop_path.filled(t, kept) for t in qkv])
+        q, k, v = kernels.separate([drop_path.filled(t, kept) for t in qkv])
         found = _gradients(grad, q, k, v, out, log_sum_exp, scale)
         if len(qkv) == 1:
             found = [torch.stack(found, dim=2)]
@@ -137,7 +132,7 @@ class _Attention(Operator):
 
     @staticmethod
     def stock(qkv: list[PerSample], scale: float, kept: Shared | None) -> tuple[Tensor, Tensor]:
-        q, k, v = _separate([drop_path.filled(t, kept) for t in qkv])
+        q, k, v = kernels.separate([drop_path.filled(t, kept) for t in qkv])
         out, log_sum_exp = _attend(q, k, v, scale)
         return drop_path.with_room(out, qkv[0].shape[0]), drop_path.with_room(log_sum_exp, qkv[0].shape[0])
 

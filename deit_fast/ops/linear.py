@@ -1,4 +1,4 @@
-"""The GEMM family: a linear layer with what surrounds it in a transformer block fused into it.
+"""Linear layers, with the operations before and after them fused in.
 
 Arithmetic runs in the weight's dtype. The input, the residual and the biases may be wider: that is what autocast
 hands over (float32 stream, 16-bit weights).

@@ -41,7 +41,7 @@ def route(operator: "Operator", lengths: tuple[int, ...], flat: Sequence[Any], d
         # Subclasses of Tensor have kernels of their own, and so have tensors without memory.
         if not dispatched and not all(map(_is_plain, flat)):
             return operator.op(*args)
-        return _launch(operator, key, args) if launches else _stock(operator, args)
+        return _launch(operator, key, args, flat[0].device) if launches else _stock(operator, args)
 
 
 def _stock(operator: "Operator", args: tuple) -> Any:
@@ -49,9 +49,9 @@ def _stock(operator: "Operator", args: tuple) -> Any:
     return operator.stock(*args)
 
 
-def _launch(operator: "Operator", key: tuple | None, args: tuple) -> Any:
+def _launch(operator: "Operator", key: tuple | None, args: tuple, device: torch.device) -> Any:
     """A call that has no plan: its kernels, or the stock form where they failed, lost, or don't claim to do it."""
-    replayed, device = operator.replayed, _first_tensor(args).device
+    replayed = operator.replayed
     if backend.failed and backend.has_failed(operator.name, key or _asked(operator, args)):
         return operator.stock(*args)
     choice = replayed.choices.get(key, _UNKNOWN)
@@ -96,11 +96,6 @@ def _measured(operator: "Operator", args: tuple, device: torch.device) -> tuned.
 def _asked(operator: "Operator", args: tuple) -> str:
     shape, batch = tuned.described(operator.arguments, args)
     return f"batch {batch}, {shape.replace(',', ' ')}"
-
-
-def _first_tensor(args: tuple) -> Tensor:
-    first = args[0]
-    return first[0] if isinstance(first, list) else first
 
 
 def _is_plain(argument: object) -> bool:

@@ -13,6 +13,7 @@ from deit_fast.benchmark import clock
 from deit_fast.benchmark.flops import flop_counter
 from deit_fast.benchmark.gpu.blocks import Shape, steps
 from deit_fast.benchmark.operator_cases import OperatorCase, calls_of
+from deit_fast.kernels.attention import separate
 from deit_fast.kernels.launching import replay, run, tuned
 from deit_fast.ops import backend
 
@@ -142,7 +143,7 @@ def _peers(case: OperatorCase) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _by_head(qkv: list[Tensor]) -> list[Tensor]:
     """q, k and v as PyTorch's attention takes them, from one packed tensor or three."""
-    return [t.transpose(1, 2) for t in (qkv[0].unbind(2) if len(qkv) == 1 else qkv)]
+    return [t.transpose(1, 2) for t in separate(qkv)]
 
 
 def _flash_backward(named: dict[str, Any]) -> Callable[[], object]:

@@ -1,6 +1,6 @@
 """Attention over all tokens."""
 
 from deit_fast.kernels.attention.backward import attention_backward
-from deit_fast.kernels.attention.forward import attention, unsupported
+from deit_fast.kernels.attention.forward import attention, separate, unsupported
 
-__all__ = ["attention", "attention_backward", "unsupported"]
+__all__ = ["attention", "attention_backward", "separate", "unsupported"]

@@ -1,4 +1,4 @@
-"""The GEMM family: a linear layer with what surrounds it in a transformer block fused into it."""
+"""Linear layers, with the operations before and after them fused in."""
 
 from deit_fast.kernels.linear.backward import layer_norm_linear_backward, linear_backward
 from deit_fast.kernels.linear.forward import layer_norm_linear, linear, linear_residual

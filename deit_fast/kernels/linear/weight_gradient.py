@@ -97,9 +97,10 @@ def weight_gradient_kernel(
     else:
         k = tile_k * IN_BLOCK + tl.arange(0, IN_BLOCK)
         k_mask = k < in_features
-        # What is done to x is done once where x is turned. But a turned float32 x would be copied an element at a time.
-        TURN_X: tl.constexpr = x_ptr.dtype.element_ty == DTYPE or x_ptr.dtype.element_ty != tl.float32
-        if TURN_X:
+        # Transposing x does its element-wise work once. A float32 x would then be copied one element at a time: there
+        # grad is transposed.
+        TRANSPOSE_X: tl.constexpr = x_ptr.dtype.element_ty == DTYPE or x_ptr.dtype.element_ty != tl.float32
+        if TRANSPOSE_X:
             product = tl.zeros([IN_BLOCK, OUT_BLOCK], dtype=tl.float32)
         else:
             product = tl.zeros([OUT_BLOCK, IN_BLOCK], dtype=tl.float32)
@@ -126,11 +127,11 @@ def weight_gradient_kernel(
             if drop_path_scale_ptr is not None:
                 scale = tl.load(drop_path_scale_ptr + grad_row // tokens, mask=row_mask, other=0.0)
                 x = x.to(tl.float32) * scale.to(tl.float32)[:, None]
-            if TURN_X:
+            if TRANSPOSE_X:
                 product = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), product, input_precision=PRECISION)
             else:
                 product = tl.dot(tl.trans(grad.to(DTYPE)), x.to(DTYPE), product, input_precision=PRECISION)
-        if TURN_X:
+        if TRANSPOSE_X:
             products = product_ptr + (part + n)[None, :] * in_features + k[:, None]
             tl.store(products, product, mask=k_mask[:, None] & n_mask[None, :])
         else:
