@@ -180,7 +180,8 @@ def _prepared(
     operator, arguments = case.operator, case.arguments
     replayed = Replayed(operator.name, operator.launcher)
     try:
-        called = operator.flatten(arguments)
+        layout, flat = operator.flatten(*arguments)
+        called = layout.lengths, flat
         key = replayed.plan(*called)[1]
         with launched_with(settings) as questions, run.recorded() as launches:
             found = replayed(key, arguments)
@@ -195,7 +196,7 @@ def _prepared(
         asked.update(questions)
     plan = replayed.plans.get(key)
     if plan is not None:
-        return lambda: plan.run(replayed.plan(*called)[2])
+        return lambda: plan.run(*replayed.plan(*called)[2])
 
     def call() -> object:
         with launched_with(settings):

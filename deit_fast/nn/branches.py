@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deit_fast import ops
 from deit_fast.nn.drop_path import DropPathDraw
-from deit_fast.nn.parts import Part
+from deit_fast.nn.parts import Part, weight_and_bias
 
 
 def attention_residual(
@@ -28,13 +28,13 @@ def attention_residual(
     attention (`ops.readout_attention`); for all samples, whichever `drop_path` keeps.
     """
     scale, kept, capacity = drop_path
-    parameters = (norm.weight, norm.bias, norm.eps, *weights_and_biases(projections))
+    parameters = (*weight_and_bias(norm), norm.eps, *weights_and_biases(projections))
     if readout_rows:
         out, x = ops.readout_attention(x, *parameters, readout_rows, heads, softmax_scale)
     else:
         projected, x = ops.layer_norm_linear_branching(x, *parameters, kept, capacity)
         out = attend(projected, heads, softmax_scale, kept)
-    return ops.linear_residual(out, out_proj.weight, out_proj.bias, x, layer_scale, scale, "none", kept)
+    return ops.linear_residual(out, *weight_and_bias(out_proj), x, layer_scale, scale, "none", kept)
 
 
 def attend(projected: Sequence[Tensor], heads: int, softmax_scale: float, kept: Tensor | None = None) -> Tensor:
@@ -52,7 +52,8 @@ def attend(projected: Sequence[Tensor], heads: int, softmax_scale: float, kept: 
 
 def weights_and_biases(projections: Sequence[Part]) -> tuple[list[Tensor], list[Tensor | None]]:
     """[N, K] and [N] or None, as the operators take them."""
-    return [each.weight for each in projections], [each.bias for each in projections]
+    weights, biases = zip(*map(weight_and_bias, projections), strict=True)
+    return list(weights), list(biases)
 
 
 def mlp_residual(
@@ -75,19 +76,16 @@ def mlp_residual(
     if whole:
         return ops.mlp(
             x,
-            norm.weight,
-            norm.bias,
+            *weight_and_bias(norm),
             norm.eps,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
+            *weight_and_bias(fc1),
+            *weight_and_bias(fc2),
             layer_scale,
             scale,
             activation,
             kept,
         )
     (hidden,), x = ops.layer_norm_linear_branching(
-        x, norm.weight, norm.bias, norm.eps, [fc1.weight], [fc1.bias], kept, capacity
+        x, *weight_and_bias(norm), norm.eps, *weights_and_biases((fc1,)), kept, capacity
     )
-    return ops.linear_residual(hidden, fc2.weight, fc2.bias, x, layer_scale, scale, activation, kept)
+    return ops.linear_residual(hidden, *weight_and_bias(fc2), x, layer_scale, scale, activation, kept)

@@ -61,7 +61,7 @@ def drop_path_of(
     branch: int,
     drop_path: Part | None,
     x: Tensor,
-    weight: Tensor,
+    projection: Part,
     layer_scale: Tensor | None,
     gather: bool,
 ) -> DropPathDraw:
@@ -71,21 +71,23 @@ def drop_path_of(
     """
     ahead = block.__dict__.get("_deit_fast_drawn")
     if ahead is None:
-        return draw_drop_path(drop_path, x, weight, layer_scale, gather)
+        return draw_drop_path(drop_path, x, projection, layer_scale, gather)
     return ahead[branch] if gather else DropPathDraw(ahead[branch].scale)
 
 
 def draw_drop_path(
-    drop_path: Part | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None, gather: bool = True
+    drop_path: Part | None, x: Tensor, projection: Part, layer_scale: Tensor | None, gather: bool = True
 ) -> DropPathDraw:
     """Which samples of x [B, ...] have their branch computed, and by what it is scaled.
 
-    weight: of the branch's last projection, layer_scale: its factors [D]; both tell the branch's dtype.
+    projection: the branch's last, layer_scale: its factors [D]; both tell the branch's dtype.
     gather: False computes the branch for all samples.
     """
-    scale = _draw_scale(drop_path, x, weight, layer_scale)
+    scale = _draw_scale(drop_path, x, projection, layer_scale)
     # torch.func's transforms can't have shapes that hang on values.
-    if scale is None or not gather or torch._C._are_functorch_transforms_active():
+    if scale is None:
+        return NO_DROP_PATH
+    if not gather or torch._C._are_functorch_transforms_active():
         return DropPathDraw(scale)
     kept = ops.keep_samples(scale)
     count = ops.known_count(kept)
@@ -94,7 +96,7 @@ def draw_drop_path(
     return DropPathDraw(scale, kept, x.shape[0] if count is None else count)
 
 
-def _draw_scale(drop_path: Part | None, x: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor | None:
+def _draw_scale(drop_path: Part | None, x: Tensor, projection: Part, layer_scale: Tensor | None) -> Tensor | None:
     """Drawn as the stock module draws it, so that the same seed keeps the same samples.
 
     The stock mask has the dtype of the branch it multiplies, and 1 / keep_prob is rounded to that dtype.
@@ -103,7 +105,7 @@ def _draw_scale(drop_path: Part | None, x: Tensor, weight: Tensor, layer_scale: 
         return None
     if not drop_path.training or drop_path.drop_prob == 0.0:
         return None
-    dtype = weight.dtype
+    dtype = projection.weight.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     if layer_scale is not None:
@@ -127,8 +129,8 @@ def drawn_ahead(blocks: Sequence[Part], x: Tensor) -> Iterator[None]:
     draws = []
     for block in blocks:
         modules = block._modules
-        for i, weight in ((1, modules["attn"]._modules["proj"].weight), (2, modules["mlp"]._modules["fc2"].weight)):
-            draws.append(draw_drop_path(modules.get(f"drop_path{i}"), x, weight, gamma_of(modules.get(f"ls{i}"))))
+        for i, projection in ((1, modules["attn"]._modules["proj"]), (2, modules["mlp"]._modules["fc2"])):
+            draws.append(draw_drop_path(modules.get(f"drop_path{i}"), x, projection, gamma_of(modules.get(f"ls{i}"))))
     counted = [(i, draw.kept) for i, draw in enumerate(draws) if draw.kept is not None]
     if counted:
         counts = torch.stack([kept[0] for _, kept in counted]).tolist()

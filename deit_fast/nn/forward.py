@@ -75,10 +75,10 @@ def both_branches(
     # A few rows are not worth gathering.
     gather = not readout_rows
 
-    draw = drop_path_of(block, 0, drop_paths[0], x, proj.weight, gammas[0], gather)
+    draw = drop_path_of(block, 0, drop_paths[0], x, proj, gammas[0], gather)
     x = attention_residual(x, modules["norm1"], (qkv,), proj, attn.num_heads, attn.scale, gammas[0], draw, readout_rows)
 
-    draw = drop_path_of(block, 1, drop_paths[1], x, fc2.weight, gammas[1], gather)
+    draw = drop_path_of(block, 1, drop_paths[1], x, fc2, gammas[1], gather)
     activation: Any = parts.gelu_name(mlp["act"])  # a name: the guard has asked
     return mlp_residual(x, modules["norm2"], fc1, fc2, gammas[1], draw, activation, memory_of(block))
 

@@ -16,6 +16,7 @@ from deit_fast.kernels.device import approximation
 from deit_fast.ops import activations, checks, drop_path
 from deit_fast.ops.arguments import PerSample, Shared
 from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.flat import Layout
 from deit_fast.ops.flops import product_flops, rows_computed
 from deit_fast.ops.operator import BackwardOperator, Operator, distribute, empty_gradients
 from deit_fast.ops.product_dtype import as_dtype, product_dtype
@@ -170,11 +171,11 @@ class _Linear(Operator):
     def fake(self, a: Any) -> Tensor:
         return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=a.weight.dtype)
 
-    def save(self, ctx: Any, lengths: tuple[int, ...], flat: Sequence, outputs: tuple) -> None:
+    def save(self, ctx: Any, layout: Layout, flat: tuple, outputs: tuple) -> None:
         *_, activation, _ = flat
         if activation != "none":
             raise NotImplementedError("deit_fast.linear: backward wants what goes into the activation: call ops.linear")
-        super().save(ctx, lengths, flat, outputs)
+        super().save(ctx, layout, flat, outputs)
 
     def backward(
         self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]

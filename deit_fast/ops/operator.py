@@ -8,9 +8,7 @@ instance is what `deit_fast.ops` calls, and what `deit-fast check`, `bench` and 
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import compress
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from deit_fast.kernels.launching.replay import Replayed
 from deit_fast.ops import backend
 from deit_fast.ops.arguments import declared, schema
 from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.flat import Layout, flattening, layout
 from deit_fast.ops.route import route
 
 _LIBRARY = torch.library.Library("deit_fast", "DEF")
@@ -94,11 +93,9 @@ class Operator:
         if unknown := {*self.casts, *self.saves, *self.data}.difference(names):
             raise TypeError(f"deit_fast.{self.name} has no arguments {sorted(unknown)}, which its declaration names")
         self.Arguments = _arguments(f"{type(self).__name__}Arguments", names)
-        self.lists = tuple(i for i, argument in enumerate(self.arguments) if argument.tensors)
         self._casts = tuple(names.index(name) for name in self.casts)
-        # As `Arguments._make`, without the way through Python.
-        self._named = partial(tuple.__new__, self.Arguments)
-        self._layouts: dict[tuple[int, ...], _Layout] = {}
+        self._flattened = flattening(self.arguments)
+        self._layouts: dict[tuple[int, ...], Layout] = {}
         self._kept = names.index("kept") if "kept" in names else None
         self.replayed = Replayed(self.name, type(self).launcher)
         _LIBRARY.define(self.name + schema(type(self).stock))
@@ -111,7 +108,7 @@ class Operator:
 
     def _implement(self) -> None:
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(self.name, lambda *args: route(self, *self.flatten(args), dispatched=True), key)
+            _LIBRARY.impl(self.name, lambda *args: route(self, *self.flatten(*args), dispatched=True), key)
         _LIBRARY.impl(self.name, lambda *args: self(*args, dispatched=True), "Autograd")
         torch.library.register_fake(f"deit_fast::{self.name}", self._checked_fake, lib=_LIBRARY)
         for device_type in _AUTOCAST_KEYS:
@@ -135,12 +132,12 @@ class Operator:
         if self.transparent(args):
             self.check(self.Arguments(*args))
             return self.stock(*args)
-        lengths, flat = self.flatten(args)
+        layout, flat = self.flatten(*args)
         if torch.is_grad_enabled():
             for argument in flat:
                 if isinstance(argument, Tensor) and argument.requires_grad:
-                    return self._apply(lengths, *flat)
-        return route(self, lengths, flat)
+                    return self._apply(layout, *flat)
+        return route(self, layout, flat)
 
     def branching(self, *args: Any) -> tuple[Any, Tensor]:
         """For where a residual goes past the operator: what it returns, and its first argument.
@@ -156,12 +153,12 @@ class Operator:
         ):
             return self(*args), x
         if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
-            lengths, flat = self.flatten(args)
-            *outputs, x = self._apply_branching(lengths, *flat)
+            layout, flat = self.flatten(*args)
+            *outputs, x = self._apply_branching(layout, *flat)
         else:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[x.device.type])):
-                lengths, flat = self.flatten(self.cast(args, torch.get_autocast_dtype(x.device.type)))
-                *outputs, x = self._apply_branching(lengths, *flat)
+                layout, flat = self.flatten(*self.cast(args, torch.get_autocast_dtype(x.device.type)))
+                *outputs, x = self._apply_branching(layout, *flat)
         return outputs, x
 
     def transparent(self, args: tuple) -> bool:
@@ -181,81 +178,40 @@ class Operator:
             cast[i] = _cast(cast[i], self.casts_to or dtype)
         return tuple(cast)
 
-    def flatten(self, args: tuple) -> tuple[tuple[int, ...], Sequence]:
-        """The lengths of the lists of tensors, and the arguments with those lists' tensors in their places.
+    def flatten(self, *args: Any) -> tuple[Layout, tuple]:
+        """The arguments with the tensors of lists in their places, and how those lie (`flat`)."""
+        lengths, flat = self._flattened(*args)
+        return self._layouts.get(lengths) or self._laid_out(lengths), flat
 
-        PyTorch's autograd sees tensors, not lists of them.
-        """
-        if not self.lists:
-            return (), args
-        flat = [*args]
-        for i in reversed(self.lists):
-            flat[i : i + 1] = args[i]
-        return tuple([len(args[i]) for i in self.lists]), flat
+    def _laid_out(self, lengths: tuple[int, ...]) -> Layout:
+        # As `Arguments._make`, without the way through Python.
+        make = partial(tuple.__new__, self.Arguments)
+        found = self._layouts[lengths] = layout(self.arguments, lengths, self.saves, self.data, make)
+        return found
 
-    def unflatten(self, lengths: tuple[int, ...], flat: Sequence) -> tuple:
-        """And back."""
-        args = [*flat]
-        if lengths:
-            for start, stop in self._layout(lengths).lists:
-                args[start:stop] = [args[start:stop]]
-        return tuple(args)
-
-    def save(self, ctx: Any, lengths: tuple[int, ...], flat: Sequence, outputs: tuple) -> None:
+    def save(self, ctx: Any, layout: Layout, flat: tuple, outputs: tuple) -> None:
         """What `gradients` reads."""
-        layout = self._layouts.get(lengths) or self._layout(lengths)
-        saved = compress(flat, layout.saved)
         if self.saves_outputs:
-            ctx.save_for_backward(*saved, *[outputs[i] for i in self.saves_outputs])
+            ctx.save_for_backward(*layout.saved(*flat), *[outputs[i] for i in self.saves_outputs])
         else:
-            ctx.save_for_backward(*saved)
+            ctx.save_for_backward(*layout.saved(*flat))
         if self.data_outputs:
             ctx.mark_non_differentiable(*[outputs[i] for i in self.data_outputs])
-        ctx.lengths, ctx.numbers = lengths, [*compress(flat, layout.numbers)]
+        ctx.layout, ctx.numbers = layout, layout.numbers(*flat)
 
     def gradients(self, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """What autograd wants of `backward`: a gradient or None for each argument, the lengths first."""
-        lengths = ctx.lengths
-        layout = self._layouts[lengths]
+        """What autograd wants of `backward`: a gradient or None for each argument, the layout first."""
         # Each asked for once: the flags are found anew, and a checkpoint gives its tensors no second time.
-        kept, needed = ctx.saved_tensors, ctx.needs_input_grad
-        count = layout.saved_tensors
-        flat = layout.arrange((*kept[:count], *ctx.numbers, None))
-        if lengths:
-            flat = self.unflatten(lengths, flat)
+        layout, kept, needed = ctx.layout, ctx.saved_tensors, ctx.needs_input_grad
+        count = layout.saved_count
+        a = layout.restored(*kept[:count], *ctx.numbers)
         # Outputs not on ctx: each holds its node, and the two would wait for the garbage collector.
-        found = self.backward(self._named(flat), kept[count:], grads, [*compress(needed, layout.differentiable)])
-        if len(found) != layout.gradients:
-            raise TypeError(f"deit_fast.{self.name}: backward gave {len(found)} gradients, not {layout.gradients}")
-        return None, *layout.arrange_gradients((*found, None))
-
-    def _layout(self, lengths: tuple[int, ...]) -> "_Layout":
-        if lengths not in self._layouts:
-            of_lists = dict(zip(self.lists, lengths, strict=True))
-            lists: list[tuple[int, int]] = []
-            saved: list[bool] = []
-            numbers: list[bool] = []
-            differentiable: list[bool] = []
-            for i, argument in enumerate(self.arguments):
-                count, start = of_lists.get(i, 1), len(saved)
-                if argument.tensors:
-                    lists.append((start, start + count))
-                saved += [argument.name in self.saves] * count
-                numbers += [not argument.tensor] * count
-                differentiable += [argument.tensor and argument.name not in self.data] * count
-            self._layouts[lengths] = _Layout(
-                # The last list first: gathering it moves none before it.
-                lists[::-1],
-                saved,
-                sum(saved),
-                numbers,
-                # The lengths come before all of them.
-                [False, *differentiable],
-                sum(differentiable),
-                _arranging(saved, numbers),
-                _arranging(differentiable),
+        found = self.backward(a, kept[count:], grads, layout.needs(*needed))
+        if len(found) != layout.gradients_count:
+            raise TypeError(
+                f"deit_fast.{self.name}: backward gave {len(found)} gradients, not {layout.gradients_count}"
             )
-        return self._layouts[lengths]
+        return layout.gradients(*found)
 
     def _checked_fake(self, *args: Any) -> Any:
         a = self.Arguments(*args)
@@ -273,34 +229,6 @@ class Operator:
         return at_the_autocast_key
 
 
-class _Layout(NamedTuple):
-    """Of flat arguments, whose lists have certain lengths.
-
-    lists: where each list's tensors begin and end, the last list first. saved, numbers, differentiable: for each
-    argument, whether it is saved for backward, is a number, may have a gradient; the last for the lengths too, before
-    them. saved_tensors, gradients: how many are saved, may have one. arrange: from (*saved, *numbers, None), flat
-    arguments, None for all others. arrange_gradients: from (*gradients, None), one for each argument.
-    """
-
-    lists: list[tuple[int, int]]
-    saved: list[bool]
-    saved_tensors: int
-    numbers: list[bool]
-    differentiable: list[bool]
-    gradients: int
-    arrange: Callable[[tuple], tuple]
-    arrange_gradients: Callable[[tuple], tuple]
-
-
-def _arranging(*groups: list[bool]) -> Callable[[tuple], tuple]:
-    """From what the groups have, one group after the other, and a None: each at its place, None at all others."""
-    places = [place for group in groups for place, has in enumerate(group) if has]
-    order = {place: i for i, place in enumerate(places)}
-    # One more, which is dropped: an itemgetter of one place gives no tuple.
-    getter = itemgetter(*[order.get(place, -1) for place in range(len(groups[0]))], -1)
-    return lambda pool: getter(pool)[:-1]
-
-
 class BackwardOperator(Operator):
     """Gradients as an operator: without gradients of its own, which it refuses loudly.
 
@@ -312,13 +240,13 @@ class BackwardOperator(Operator):
         # Inside an autocast block the CPU path's own products would be cast again.
         if not dispatched and (torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled()):
             return self.op(*args)
-        lengths, flat = self.flatten(args)
+        layout, flat = self.flatten(*args)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
             raise NotImplementedError(
                 f"deit_fast.{self.name} has no derivative: second derivatives need the stock model "
                 f"(deit_fast.restore) or a torch.func transform"
             )
-        return route(self, lengths, flat)
+        return route(self, layout, flat)
 
 
 def _functions(operator: Operator) -> tuple[Callable, Callable]:
@@ -326,14 +254,14 @@ def _functions(operator: Operator) -> tuple[Callable, Callable]:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, lengths: tuple[int, ...], *flat: Any) -> Any:
-            outputs = route(operator, lengths, flat)
+        def forward(ctx: Any, layout: Layout, *flat: Any) -> Any:
+            outputs = route(operator, layout, flat)
             ctx.set_materialize_grads(False)
             if isinstance(outputs, Tensor):
-                operator.save(ctx, lengths, flat, (outputs,))
+                operator.save(ctx, layout, flat, (outputs,))
                 return outputs
             outputs = tuple(outputs)
-            operator.save(ctx, lengths, flat, outputs)
+            operator.save(ctx, layout, flat, outputs)
             return outputs
 
         @staticmethod
@@ -342,8 +270,8 @@ def _functions(operator: Operator) -> tuple[Callable, Callable]:
 
     class Branching(Function):
         @staticmethod
-        def forward(ctx: Any, lengths: tuple[int, ...], *flat: Any) -> Any:
-            return *_as_tuple(Function.forward(ctx, lengths, *flat)), flat[0]
+        def forward(ctx: Any, layout: Layout, *flat: Any) -> Any:
+            return *_as_tuple(Function.forward(ctx, layout, *flat)), flat[0]
 
     # Past what Function does for torch.func alone, whose transforms never come here.
     return super(torch.autograd.Function, Function).apply, super(torch.autograd.Function, Branching).apply

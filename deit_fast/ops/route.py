@@ -1,6 +1,5 @@
 """The one way from an operator's call to its kernels."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn import Parameter
 from deit_fast.kernels.launching import hardware, tuned
 from deit_fast.kernels.launching.settings import settings
 from deit_fast.ops import backend
+from deit_fast.ops.flat import Layout
 
 if TYPE_CHECKING:
     from deit_fast.ops.operator import Operator
@@ -19,24 +19,24 @@ _PLAIN = frozenset({Tensor, Parameter})
 _UNKNOWN = tuned.Choice(False, {})
 
 
-def route(operator: "Operator", lengths: tuple[int, ...], flat: Sequence[Any], dispatched: bool = False) -> Any:
+def route(operator: "Operator", layout: Layout, flat: tuple, dispatched: bool = False) -> Any:
     """A call without gradients: by its plan where it has one, and past the dispatcher where nobody looks at that.
 
-    lengths, flat: the arguments as `Operator.flatten` gives them. dispatched: whether the dispatcher has chosen this.
+    layout, flat: the arguments as `Operator.flatten` gives them. dispatched: whether the dispatcher has chosen this.
     """
     if not dispatched and (torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()):
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.op(*operator.unflatten(lengths, flat))
+            return operator.op(*layout.gather(*flat))
     launches, key = backend.use_triton(flat[0]), None
     if launches:
-        plan, key, pointers = operator.replayed.plan(lengths, flat)
+        plan, key, pointers = operator.replayed.plan(layout.lengths, flat)
         if plan is not None:
             try:
-                return plan.run(pointers)
+                return plan.run(*pointers)
             except Exception as error:
                 backend.raise_if_not_the_kernels(error, flat[0].device)
                 operator.replayed.drop(key, error)
-    args = operator.unflatten(lengths, flat)
+    args = layout.gather(*flat)
     with torch._C._AutoDispatchBelowAutograd():
         # Subclasses of Tensor have kernels of their own, and so have tensors without memory.
         if not dispatched and not all(map(_is_plain, flat)):

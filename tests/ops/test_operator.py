@@ -63,16 +63,3 @@ def test_its_examples_are_all_its_arguments_and_their_outputs_are_as_described(n
         pairs = [(found, described)] if isinstance(found, Tensor) else zip(found, described, strict=True)
         for mine, empty in pairs:
             assert (mine.shape, mine.dtype) == (empty.shape, empty.dtype)
-
-
-@pytest.mark.parametrize("name", FORWARD)
-def test_flat_arguments_are_unflattened_to_what_they_were(name):
-    operator = OPERATORS[name]
-    for example in operator.examples(SIZE, Inputs(SIZE, torch.float32, torch.device("cpu"))):
-        args = tuple(operator.Arguments(**example.arguments))
-        lengths, flat = operator.flatten(args)
-        again = operator.unflatten(lengths, flat)
-        assert not any(isinstance(each, list) and each and isinstance(each[0], Tensor) for each in flat)
-        assert len(again) == len(args)
-        for mine, given in zip(again, args, strict=True):
-            assert mine is given or (list(map(id, mine)) == list(map(id, given)))

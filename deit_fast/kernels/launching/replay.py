@@ -10,20 +10,19 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.runtime import driver
 
 from deit_fast.kernels.launching import hardware, run, tuned
-from deit_fast.kernels.launching.tf32 import matmul_precision
+from deit_fast.kernels.launching.expressions import function, tuple_of
+from deit_fast.kernels.launching.keys import key_and_pointers
 
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 # As CUDA's allocator aligns.
@@ -39,73 +38,12 @@ _enabled = True
 _runtime = knobs.runtime
 
 
-class Empty(NamedTuple):
-    """Arguments of a plan's `allocate`."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class PlannedLaunch(NamedTuple):
-    """One kernel. `arguments` picks them out of the plan's values; `compiled` holds what `start` starts."""
-
-    compiled: Any  # Triton's CompiledKernel
-    start: Callable[..., None]
-    function: object
-    metadata: object
-    programs: int
-    arguments: Callable[[list], tuple]
-
-
-class Output(NamedTuple):
-    """An allocated tensor by its number, or a view of one where `view` has its size, stride and offset."""
-
-    allocated: int
-    view: tuple | None
-
-
 class Plan(NamedTuple):
-    """A plan's values are addresses, then `constants`: of the tensors given, in their order, of those allocated for the
-    result, of all other memory, in one piece, and of what lies `inside` these, each (which of them, bytes past it).
-    """
+    """run: makes the result, from the addresses of the tensors given, in their order. compiled: what it starts."""
 
     device: int
-    allocate: Callable[..., Tensor]
-    empties: tuple[Empty, ...]
-    scratch: int  # bytes that no result is in
-    inside: tuple[tuple[int, int], ...]
-    constants: tuple
-    launches: tuple[PlannedLaunch, ...]
-    outputs: tuple[Output | None, ...]
-    returns: Callable[[list], object]
-    as_allocated: bool  # whether `outputs` are the tensors allocated, in their order
-
-    def run(self, pointers: list[int]) -> object:
-        allocate, allocated = self.allocate, []
-        for size, stride, dtype in self.empties:
-            tensor = allocate(size, stride, dtype)
-            allocated.append(tensor)
-            pointers.append(tensor.data_ptr())
-        if self.scratch:
-            scratch = allocate((self.scratch,), (1,), torch.uint8)
-            pointers.append(scratch.data_ptr())
-        stream = driver.active.get_current_stream(self.device)
-        values = [*pointers, *[pointers[slot] + offset for slot, offset in self.inside], *self.constants]
-        for _, start, function, metadata, programs, arguments in self.launches:
-            start(programs, 1, 1, stream, function, metadata, None, None, None, *arguments(values))
-        if self.as_allocated:
-            return self.returns(allocated)
-        return self.returns(
-            [
-                None
-                if output is None
-                else allocated[output.allocated]
-                if output.view is None
-                else allocated[output.allocated].as_strided(*output.view)
-                for output in self.outputs
-            ]
-        )
+    run: Callable[..., object]
+    compiled: tuple  # of Triton's CompiledKernel
 
 
 class Replayed:
@@ -119,12 +57,12 @@ class Replayed:
         self.choices: dict[tuple | None, tuned.Choice | None] = {}
         _all.add(self)
 
-    def plan(self, lengths: tuple, flat: Sequence) -> tuple[Plan | None, tuple | None, list[int]]:
+    def plan(self, lengths: tuple[int, ...], flat: tuple) -> tuple[Plan | None, tuple | None, list[int]]:
         """The plan, or None; what it is remembered by, or None where it can't be; the tensors' addresses.
 
         flat: the arguments, with the tensors of lists, of these `lengths`, in their place.
         """
-        key, pointers = _key(lengths, flat)
+        key, pointers = key_and_pointers(lengths, flat)
         plan = self.plans.get(key)
         if plan is not None and (_hooked() or plan.device != driver.active.get_current_device()):
             plan = None
@@ -203,35 +141,6 @@ def _hooked() -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
-def _key(lengths: tuple, flat: Sequence) -> tuple[tuple | None, list[int]]:
-    """What launchers decide by, None where a subclass of Tensor may decide otherwise; the tensors' addresses.
-
-    Asked at every call, so it is written to be quick.
-    """
-    key: list = [matmul_precision(), tuned.is_enabled(), lengths]
-    pointers: list[int] = []
-    for argument in flat:
-        kind = type(argument)
-        if kind is Parameter or kind is Tensor:
-            pointer = argument.data_ptr()
-            pointers.append(pointer)
-            # Triton compiles for addresses that divide by 16 or don't.
-            if argument.is_contiguous() and not pointer & 15:
-                key += (argument.shape, argument.dtype, argument.get_device())
-            else:
-                key += (argument.shape, argument.dtype, argument.get_device(), argument.stride(), not pointer & 15)
-        elif kind is list:
-            key.append(tuple(argument))
-        elif isinstance(argument, Tensor):
-            return None, pointers
-        else:
-            key.append(argument)
-    # A tensor given twice is another call than two of the same shape.
-    if len(set(pointers)) < len(pointers):
-        key.append(tuple(map(pointers.index, pointers)))
-    return tuple(key), pointers
-
-
 class _Recorder(TorchDispatchMode):
     """What is allocated, in order; `opaque` once an operator other than an allocation or a view has run."""
 
@@ -253,72 +162,55 @@ class _Recorder(TorchDispatchMode):
 
 
 def _planned(arguments: tuple, allocated: list[Tensor], launches: list[run.Recorded], result: object) -> Plan | None:
-    """None where a tensor is not one of those given or allocated, or lies in several of them."""
+    """None where a tensor is not one of those given or allocated, or lies in several of them.
+
+    A plan is one expression (`expressions`): it allocates what the result is made of, then all other memory in one
+    piece, starts the kernels, and puts the result together.
+    """
     given = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
     tensors: list[Any] = list(result) if isinstance(result, (list, tuple)) else [result]
     storages = {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
     results = [tensor for tensor in allocated if tensor.untyped_storage()._cdata in storages]
     rest = [tensor for tensor in allocated if tensor.untyped_storage()._cdata not in storages]
-    slots, bases = [*given, *results, *rest], [0]
-    for tensor in rest:
-        bases.append(bases[-1] + -(-_extent(tensor) // _ALIGNMENT) * _ALIGNMENT)
-    first_of_rest = len(given) + len(results)
-    scratch = max(bases[-1], 1) if rest else 0
-
-    inside: dict[tuple[int, int], int] = {}
-    constants: list = []
-    picked: list[list[tuple[str, int]]] = []
-    for _, _, arguments_, _ in launches:
-        places = []
-        for argument in arguments_:
-            if not isinstance(argument, Tensor):
-                places.append(("constant", len(constants)))
-                constants.append(argument)
-                continue
-            place = _place(argument, slots)
-            if place is None:
-                return None
-            slot, offset = place
-            if slot >= first_of_rest:
-                slot, offset = first_of_rest, offset + bases[slot - first_of_rest]
-            if offset == 0:
-                places.append(("slot", slot))
-            else:
-                places.append(("inside", inside.setdefault((slot, offset), len(inside))))
-        picked.append(places)
-    first = {"slot": 0, "inside": first_of_rest + bool(scratch)}
-    first["constant"] = first["inside"] + len(inside)
-    found = [
-        PlannedLaunch(
-            compiled,
-            compiled.run,
-            compiled.function,
-            compiled.packed_metadata,
-            programs,
-            itemgetter(*(first[kind] + index for kind, index in places)),
-        )
-        for (compiled, programs, _, _), places in zip(launches, picked, strict=True)
-    ]
-
-    outputs = [None if tensor is None else _output(tensor, results) for tensor in tensors]
-    if not found or any(output is None for output, tensor in zip(outputs, tensors, strict=True) if tensor is not None):
+    outputs = ["None" if tensor is None else _output(tensor, results) for tensor in tensors]
+    if not launches or None in outputs:
         return None
-    collected: dict[type, Callable[[list], object]] = {list: list, tuple: tuple}
-    returns = collected.get(type(result), _only)
-    empties = tuple(Empty(tuple(t.shape), t.stride(), t.dtype) for t in results)
-    as_allocated = outputs == [Output(i, None) for i in range(len(empties))]
-    return Plan(
-        launches[0].device,
-        _allocator(given[0].device),
-        empties,
-        scratch,
-        tuple(inside),
-        tuple(constants),
-        tuple(found),
-        tuple(outputs),
-        returns,
-        as_allocated,
-    )
+
+    device = launches[0].device
+    names: dict[str, Any] = {"driver": driver, "allocate": _allocator(given[0].device)}
+    parameters = [f"given_{i}" for i in range(len(given))]
+    addresses, steps = list(parameters), []
+    for i, tensor in enumerate(results):
+        names[f"empty_{i}"] = (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        steps += [f"result_{i} := allocate(*empty_{i})", f"address_{i} := result_{i}.data_ptr()"]
+        addresses.append(f"address_{i}")
+    size = 0
+    for tensor in rest:
+        addresses.append(f"scratch_address + {size}")
+        size += -(-_extent(tensor) // _ALIGNMENT) * _ALIGNMENT
+    if rest:
+        names["scratch_empty"] = ((max(size, 1),), (1,), torch.uint8)
+        steps += ["scratch := allocate(*scratch_empty)", "scratch_address := scratch.data_ptr()"]
+    steps.append(f"stream := driver.active.get_current_stream({device})")
+    for i, (compiled, programs, values, _) in enumerate(launches):
+        passed = []
+        for j, value in enumerate(values):
+            if isinstance(value, Tensor):
+                place = _place(value, [*given, *results, *rest])
+                if place is None:
+                    return None
+                slot, offset = place
+                passed.append(f"{addresses[slot]} + {offset}" if offset else addresses[slot])
+            else:
+                names[f"value_{i}_{j}"] = value
+                passed.append(f"value_{i}_{j}")
+        names[f"start_{i}"] = compiled.run
+        names[f"kernel_{i}"] = compiled.function, compiled.packed_metadata, None, None, None
+        steps.append(f"start_{i}({programs}, 1, 1, stream, *kernel_{i}, {', '.join(passed)})")
+    together: dict[type, str] = {list: "[{}]", tuple: "({},)"}
+    steps.append(together.get(type(result), "{}").format(", ".join(map(str, outputs))))
+    plan = function(parameters, f"{tuple_of(steps)}[-1]", **names)
+    return Plan(device, plan, tuple(each.compiled for each in launches))
 
 
 def _allocator(device: torch.device) -> Callable[..., Tensor]:
@@ -329,12 +221,8 @@ def _allocator(device: torch.device) -> Callable[..., Tensor]:
     return quick or (lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device))
 
 
-def _only(tensors: list) -> object:
-    return tensors[0]
-
-
 def _place(tensor: Tensor, slots: list[Tensor]) -> tuple[int, int] | None:
-    """Slot and bytes past its pointer."""
+    """Which of `slots` the tensor lies in, and bytes past its pointer; None where that is no slot or several."""
     pointer = tensor.data_ptr()
     for slot, candidate in enumerate(slots):
         if candidate.data_ptr() == pointer:
@@ -355,10 +243,12 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _output(tensor: Tensor, allocated: list[Tensor]) -> Output | None:
-    for index, candidate in enumerate(allocated):
+def _output(tensor: Tensor, results: list[Tensor]) -> str | None:
+    """`tensor` as an expression of the plan's results."""
+    for i, candidate in enumerate(results):
         if candidate.untyped_storage()._cdata == tensor.untyped_storage()._cdata and candidate.dtype == tensor.dtype:
             same = candidate.shape == tensor.shape and candidate.stride() == tensor.stride()
-            view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-            return Output(index, None if same and tensor.storage_offset() == 0 else view)
+            if same and tensor.storage_offset() == 0:
+                return f"result_{i}"
+            return f"result_{i}.as_strided({tuple(tensor.shape)}, {tensor.stride()}, {tensor.storage_offset()})"
     return None
