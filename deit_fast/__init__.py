@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from deit_fast import nn, ops
 from deit_fast.data import DeiTImageProcessor
 from deit_fast.models import create_model, list_models
-from deit_fast.runtime import graph, warmup
+from deit_fast.runtime import graph, tune, warmup
 from deit_fast.swap import SwapReport, restore, swap, swapped
 from deit_fast.train.distillation import DistillationLoss
 
@@ -21,5 +21,6 @@ __all__ = [
     "restore",
     "swap",
     "swapped",
+    "tune",
     "warmup",
 ]

@@ -3,10 +3,10 @@
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from deit_fast.runtime.apart import apart
+from deit_fast.runtime.step import step
 
 
 def warmup(
@@ -34,19 +34,14 @@ def warmup(
     height, width = _size(model, img_size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     like = next(model.parameters())
-    backward = model.training and bool(parameters)
+    backward = model.training
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gpus = [like.device] if like.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), apart():
         autocast = nullcontext() if amp is None else torch.autocast(like.device.type, amp)
         images = torch.zeros(batch, channels, height, width, dtype=like.dtype, device=like.device)
-        with torch.set_grad_enabled(backward), autocast:
-            outputs = [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor)]
-        if backward:
-            differentiable = [output for output in outputs if output.requires_grad]
-            ones = [torch.ones_like(output) for output in differentiable]
-            # Not `backward`, which would leave gradients in the parameters.
-            torch.autograd.grad(differentiable, parameters, ones, allow_unused=True)
+        with autocast:
+            step(lambda: model(images), parameters if backward else ())
     for buffer, before in buffers:
         buffer.copy_(before)
 

@@ -106,6 +106,29 @@ def swapped(
             module.__dict__.update(options)
 
 
+@contextmanager
+def as_stock(model: Module) -> Iterator[None]:
+    """Within the block `model` is stock; after it, what was swapped is so again, with its own options."""
+    before = [(module, rule, _options(module)) for module in model.modules() if (rule := _swapped_rule(module))]
+    _restore(module for module, _, _ in before)
+    try:
+        yield
+    finally:
+        for module, rule, options in before:
+            _set_class(module, rule.stock, rule.swapped)
+            module.__dict__.update(options)
+
+
+def swapped_parts(model: Module) -> dict[str, Module]:
+    """By name, the outermost swapped modules of `model`, looking into classifiers: blocks, embeddings, norms."""
+    found: dict[str, Module] = {}
+    for name, module in model.named_modules():
+        rule = _swapped_rule(module)
+        if rule is not None and rule.readout_unfusable is None and not any(name.startswith(f"{p}.") for p in found):
+            found[name] = module
+    return found
+
+
 def _options(module: Module) -> dict[str, object]:
     return {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
 
