@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -36,6 +37,7 @@ _MAX_THREADS = 1024
 class RecordedLaunch:
     """One `kernel[grid](…)`: what it was called with, and what was compiled for it; or why it was not.
 
+    scalars: the numbers among its arguments; metadata: what the kernel tells profilers of the launch.
     function: the kernel, as Triton finds it again; specialization: what Triton compiles it by, as JSON.
     """
 
@@ -43,6 +45,8 @@ class RecordedLaunch:
     target: Target
     grid: tuple[int, ...] = ()
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, object] = field(default_factory=dict)
     constexprs: dict[str, object] = field(default_factory=dict)
     function: str = ""
     specialization: str = ""
@@ -114,12 +118,19 @@ def _run_and_record(target: Target, launches: list[RecordedLaunch], compiling: b
     def run(self: jit.JITFunction, *args: object, grid: Any, warmup: bool, **kwargs: object) -> object:
         function = f"{self.module}:{self.fn.__qualname__}"
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        constexprs = {name: given[name] for p in self.params if p.is_constexpr and (name := p.name) in given}
         launch = RecordedLaunch(
             self.__name__,
             target,
             grid=(*(grid(given) if callable(grid) else grid), 1, 1)[:3],
             tensors={n: (tuple(a.shape), a.dtype) for n, a in given.items() if isinstance(a, torch.Tensor)},
-            constexprs={name: given[name] for p in self.params if p.is_constexpr and (name := p.name) in given},
+            scalars={
+                n: a for n in self.arg_names if n not in constexprs and isinstance(a := given.get(n), (int, float))
+            },
+            constexprs=constexprs,
+            metadata=self.launch_metadata(grid, SimpleNamespace(name=self.__name__), given)
+            if self.launch_metadata
+            else {},
             function=function,
         )
 

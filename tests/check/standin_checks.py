@@ -15,7 +15,11 @@ from deit_fast.check.targets import TARGETS
 from evidence.resources import resources
 
 
-@triton.jit
+def metadata(grid: tuple, compiled: object, arguments: dict) -> dict:
+    return {"name": f"product of {arguments['K']}", "flops16": 2 * arguments["a_ptr"].numel()}
+
+
+@triton.jit(launch_metadata=metadata)
 def product_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -44,6 +48,8 @@ def describe(launch: RecordedLaunch) -> dict:
         "target": launch.target.name,
         "grid": launch.grid,
         "tensors": {name: [list(shape), str(dtype)] for name, (shape, dtype) in launch.tensors.items()},
+        "scalars": launch.scalars,
+        "metadata": launch.metadata,
         "constexprs": launch.constexprs,
         "binary": next(kind for kind in ("cubin", "hsaco") if kind in launch.compiled.asm),
         **vars(resources(launch.compiled, launch.target)),

@@ -42,6 +42,8 @@ def test_a_launch_is_recorded_with_its_arguments(seen):
     assert launch["grid"] == [3, 2, 1]
     assert launch["tensors"]["a_ptr"] == [[64, 256], "torch.bfloat16"]
     assert launch["tensors"]["c_ptr"] == [[64, 64], "torch.bfloat16"]
+    assert launch["scalars"] == {"K": 256}
+    assert launch["metadata"] == {"name": "product of 256", "flops16": 2 * 64 * 256}
     assert launch["constexprs"] == {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
 
 
