@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 SANITIZER := $(VENV)/.sanitizer
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test test-portable lint format gpu kernels kernels-all versions fuzz sanitize traffic clean
+.PHONY: help demo test test-portable lint format gpu kernels kernels-all versions fuzz sanitize traffic clocks clean
 
 help:
 	@echo "make demo      stock and swapped DeiT on two real photographs"
@@ -28,6 +28,7 @@ help:
 	@echo "make fuzz      drawn cases of every operator against float64, for MINUTES=20"
 	@echo "make sanitize  every operator's launches executed with bounds and races checked, compiler passes compared"
 	@echo "make traffic   count operator calls and bytes of stock and swapped models"
+	@echo "make clocks    count what a block's launches take of a GPU's clocks, for the page in evidence/results"
 	@echo "make clean     remove build outputs and caches (keeps $(VENV))"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -95,6 +96,9 @@ sanitize: $(SANITIZER)
 
 traffic: $(STAMP)
 	$(RUN) -m evidence.traffic
+
+clocks: $(STAMP)
+	$(RUN) -m evidence.clocks --checks --out evidence/results
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,144 @@
+"""The launches of one transformer block of a swapped model, step by step, recorded and counted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from deit_fast.check.standin_driver import compile_launch, recording
+from deit_fast.check.targets import TARGETS
+from evidence.clocks.gpus import GPUS
+from evidence.clocks.launch import Sizes, count, floor, modelled
+from evidence.clocks.source import Uncounted
+from evidence.launches import MODELS, PRECISIONS
+from evidence.resources import resources
+
+STEPS = {"inference": ("inference",), "training": ("forward", "backward")}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Which block: of a model of `evidence.launches.MODELS`, in a precision of its PRECISIONS, without drop path."""
+
+    target: str
+    model: str
+    precision: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch. name: as profilers show it; known_flops: its product's; binary: what `compile_launch` takes."""
+
+    step: str
+    kernel: str
+    name: str
+    known_flops: int
+    binary: tuple[str, str]
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class Line:
+    """A launch, counted. Clocks are of one program, the mean of all; waves: how often the GPU is filled with programs.
+
+    floor: µs, counted; modelled: µs, or None. uncounted: why there are no counts.
+    """
+
+    step: str
+    kernel: str
+    name: str
+    programs: int
+    known_flops: int
+    registers: int
+    spilled: int
+    resident: int
+    dram: int
+    waves: float | None = None
+    clocks: dict[str, float] | None = None
+    flops: float | None = None
+    l2: float | None = None
+    floor: float | None = None
+    floor_bound: str | None = None
+    modelled: float | None = None
+    modelled_bound: str | None = None
+    uncounted: str | None = None
+
+
+def recorded(block: Block, suites: Sequence[str]) -> list[Recorded]:
+    """In order; in a process of its own, since the product remembers its device."""
+    import timm
+
+    import deit_fast
+    from deit_fast.ops import backend
+
+    torch.set_num_threads(1)
+    name, size = MODELS[block.model]
+    dtype, autocast = PRECISIONS[block.precision]
+    # Two, since the last would be read out.
+    model = timm.create_model(name, img_size=size, depth=2).to(torch.float32 if autocast else dtype)
+    deit_fast.swap(model)
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    x = torch.zeros(block.batch, tokens, model.embed_dim, dtype=torch.float32 if autocast else dtype)
+    found: list[Recorded] = []
+    with backend.forced("triton"), recording(TARGETS[block.target], compiling=False) as launches:
+
+        def take(step: str) -> None:
+            for launch in launches:
+                if launch.error is not None:
+                    raise launch.error
+                flops = sum(n for key, n in launch.metadata.items() if key.startswith("flops"))
+                described = str(launch.metadata.get("name", launch.kernel))
+                binary = (launch.function, launch.specialization)
+                found.append(Recorded(step, launch.kernel, described, flops, binary, Sizes.of(launch)))
+            launches.clear()
+
+        if "inference" in suites:
+            with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+                model.eval().blocks[0](x)
+            take("inference")
+        if "training" in suites:
+            x.requires_grad_()
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                y = model.train().blocks[0](x)
+            take("forward")
+            y.backward(torch.zeros_like(y))
+            take("backward")
+    return found
+
+
+def counted(target: str, launch: Recorded) -> Line:
+    """Compiles it. Runs in a worker."""
+    kernel = compile_launch(TARGETS[target], *launch.binary)
+    taken = resources(kernel, TARGETS[target])
+    line = Line(
+        step=launch.step,
+        kernel=launch.kernel,
+        name=launch.name,
+        programs=int(torch.tensor(launch.sizes.grid).prod()),
+        known_flops=launch.known_flops,
+        registers=taken.registers,
+        spilled=taken.spilled,
+        resident=taken.programs,
+        dram=launch.sizes.bytes,
+    )
+    if target not in GPUS:
+        return replace(line, uncounted="no data sheet of its GPU")
+    gpu = GPUS[target]
+    try:
+        found = count(kernel, launch.sizes, gpu, taken.programs)
+    except Uncounted as reason:
+        return replace(line, uncounted=str(reason))
+    lowest, bound = floor(found, gpu)
+    time = modelled(found, gpu)
+    return replace(
+        line,
+        waves=found.waves(gpu),
+        clocks=found.average.clocks,
+        flops=found.number * found.average.flops,
+        l2=found.number * found.average.l2,
+        floor=lowest,
+        floor_bound=bound,
+        modelled=time.microseconds if time else None,
+        modelled_bound=time.bound if time else None,
+    )
