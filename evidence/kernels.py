@@ -10,10 +10,12 @@ distillation loss. With them comes what `deit-fast tune` may put around the vend
 compiled once.
 
 --out writes kernels.json, a row a launch, and kernels.md, the worst of each kernel on each target; what the folder has
-of other targets stays. --against compares with an earlier kernels.json of the same Triton.
+of other targets stays. --against compares with an earlier kernels.json of the same Triton. A launch's floor is what it
+takes of the target's GPU at least, for the grid in its row (`evidence.clocks`); rows of the same grid are compared.
 
 Exits with 1 if a launch does not compile, spills registers, asks for more shared memory than the target has, or has
-a dot without tensor-core instructions or accesses that could be wider, or if --against lacks it or has it take less.
+a dot without tensor-core instructions or accesses that could be wider, or if --against lacks it or has it take less, a
+floor among the rest.
 """
 
 import argparse
@@ -29,10 +31,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import triton
+from triton.compiler import CompiledKernel
 
 from deit_fast.check.standin_driver import RecordedLaunch, compile_launch
-from deit_fast.check.targets import TARGETS
+from deit_fast.check.targets import TARGETS, Target
 from deit_fast.kernels.launching.hardware import NO_FLOAT32_PRODUCTS
+from evidence.clocks.gpus import GPUS
+from evidence.clocks.launch import Sizes, count, floor
+from evidence.clocks.source import Uncounted
 from evidence.launches import MODELS, PRECISIONS, SUITES, recorded
 from evidence.models import choices
 from evidence.resources import resources
@@ -46,6 +52,7 @@ SPAWN = multiprocessing.get_context("spawn")
 # a pool whose processes end at one time starts no other.)
 COMPILED_BY_A_POOL = 200
 _SHARE_AS_BEFORE = 0.01
+_FLOOR_AS_BEFORE = 1.01
 # NVIDIA's share of bytes in accesses of 128 bits that a kernel must reach, and what can't. (AMD's is reported alone.)
 WIDE = 0.9
 _PATCHES = "rows of patches 14 pixels wide (DeiT III-H) are 28 bytes"
@@ -107,25 +114,39 @@ def _row(launch: RecordedLaunch, precision: str, identity: str) -> dict:
             for name, (shape, kind) in launch.tensors.items()
         },
         "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
-        "launch": (launch.function, launch.specialization),
+        "launch": (launch.function, launch.specialization, Sizes.of(launch)),
     }
 
 
 def compiled(row: dict) -> dict:
     """`row` with what its launch takes. Runs in a worker."""
     target = TARGETS[row["target"]]
-    launch = row.pop("launch")
+    *launch, sizes = row.pop("launch")
     if row["error"]:
         return row
     try:
         kernel = compile_launch(target, *launch)
     except Exception as error:  # whatever the compiler raises, the other rows are still wanted
         return row | {"error": _innermost(error)}
+    taken = resources(kernel, target)
     return row | {
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
-        **asdict(resources(kernel, target)),
+        **asdict(taken),
+        **counted(kernel, sizes, target, taken.programs),
     }
+
+
+def counted(kernel: CompiledKernel, sizes: Sizes, target: Target, programs: int) -> dict:
+    """floor: µs of the target's GPU, counted, or None; floor_of: what bounds it, or why there is none."""
+    if target.name not in GPUS:
+        return {"floor": None, "floor_of": "no data sheet of its GPU"}
+    gpu = GPUS[target.name]
+    try:
+        lowest, bound = floor(count(kernel, sizes, gpu, programs), gpu)
+    except Uncounted as reason:
+        return {"floor": None, "floor_of": str(reason)}
+    return {"floor": float(f"{lowest:.4g}"), "floor_of": bound}
 
 
 def _innermost(error: BaseException) -> str:
@@ -169,7 +190,17 @@ def regression(row: dict, before: dict | None) -> str | None:
     for name, what in (("wide_loads", "loads"), ("wide_stores", "stores")):
         if None not in (row[name], before[name]) and row[name] < before[name] - _SHARE_AS_BEFORE:
             return f"{row[name]:.0%} of {what} 128 bits wide, before {before[name]:.0%}"
+    if row.get("floor") is None and before.get("floor") is not None:
+        return f"no floor as before: {row['floor_of']}"
+    if floors_compare(row, before) and row["floor"] > _FLOOR_AS_BEFORE * before["floor"]:
+        return f"a floor of {row['floor']} µs ({row['floor_of']}), before {before['floor']}"
     return None
+
+
+def floors_compare(row: dict, before: dict) -> bool:
+    """Whether both have a floor, and of one grid: rows of a binary are of the first of its launches."""
+    same = list(row.get("grid", ())) == list(before.get("grid", ())) and row["tensors"] == before["tensors"]
+    return same and None not in (row.get("floor"), before.get("floor"))
 
 
 def markdown(rows: list[dict]) -> str:
@@ -179,14 +210,14 @@ def markdown(rows: list[dict]) -> str:
         groups[row["kernel"], row["target"]].append(row)
     lines = [
         "| kernel | target | launches | warps | stages | registers (of) | spilled B | shared B (of) | programs "
-        "| tensor cores | loads 128 bits wide | stores | code B |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|",
+        "| tensor cores | loads 128 bits wide | stores | code B | floor µs |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for (kernel, name), group in sorted(groups.items(), key=lambda item: (item[0][0], list(TARGETS).index(item[0][1]))):
         target = TARGETS[name]
         good = [row for row in group if not row["error"]]
         if not good:
-            lines.append(f"| {kernel} | {name} | {len(group)} | does not compile |" + " |" * 9)
+            lines.append(f"| {kernel} | {name} | {len(group)} | does not compile |" + " |" * 10)
             continue
         cores = sorted({kind for row in good for kind in row["tensor_core"]})
         lines.append(
@@ -195,7 +226,8 @@ def markdown(rows: list[dict]) -> str:
             f"| {max(row['spilled'] for row in good)} "
             f"| {max(row['shared_memory'] for row in good)} ({target.shared_memory}) "
             f"| {_range(good, 'programs')} | {', '.join(cores) or '–'} "
-            f"| {_least(good, 'wide_loads')} | {_least(good, 'wide_stores')} | {max(row['code'] for row in good)} |"
+            f"| {_least(good, 'wide_loads')} | {_least(good, 'wide_stores')} | {max(row['code'] for row in good)} "
+            f"| {_floors(good)} |"
         )
     return "\n".join(lines)
 
@@ -210,13 +242,19 @@ def _least(rows: Iterable[dict], name: str) -> str:
     return f"{100 * min(values):.0f} %" if values else "–"
 
 
+def _floors(rows: Iterable[dict]) -> str:
+    values = [row["floor"] for row in rows if row.get("floor") is not None]
+    return f"{min(values):.3g}–{max(values):.3g}" if values else "–"
+
+
 def summary(rows: list[dict]) -> str:
     problems = [row for row in rows if problem(row)]
     full = [row for row in rows if not row["error"] and row["programs"] < 2]
+    uncounted = [row for row in rows if not row["error"] and row.get("floor") is None]
     return (
         f"{len(rows)} launches on {len({row['target'] for row in rows})} targets, "
         f"{len({row['kernel'] for row in rows})} kernels; {len(problems)} with a problem; "
-        f"{len(full)} of which a multiprocessor holds one program only."
+        f"{len(full)} of which a multiprocessor holds one program only; {len(uncounted)} without a floor."
     )
 
 
@@ -234,12 +272,24 @@ def page(rows: list[dict], left_to_stock: dict[str, list[str]]) -> str:
         f"{summary(rows)} `kernels.json` has every launch; here are the worst figures of each kernel's.\n\n"
         "Registers are a thread's, shared memory a program's; 'programs' is how many a multiprocessor (on RDNA a "
         "workgroup processor) holds at once. Loads and stores: the share of a program's bytes in accesses of 128 bits, "
-        "vectors of biases, statistics and indices included; a loop's count once.\n\n"
+        "vectors of biases, statistics and indices included; a loop's count once. Floor: µs that a launch takes at "
+        "least, counted in its machine code for a GPU of its target and the grid in its row; "
+        "`python -m evidence.clocks --help` says how.\n\n"
         + markdown(rows)
         + f"\n\nOn NVIDIA GPUs less than {WIDE:.0%} of these kernels' loads or stores may be 128 bits wide:\n\n"
         + "".join(f"- {kernel}: {reason}\n" for kernel, reason in NARROW.items())
+        + _no_floors(rows)
         + (f"\nNo kernels; the stock operators run, with one warning each:\n\n{left}" if left else "")
     )
+
+
+def _no_floors(rows: list[dict]) -> str:
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if "floor" in row and row["floor"] is None:
+            reasons[row["floor_of"]].append(f"{row['kernel']} on {row['target']}")
+    lines = (f"- {reason}: {', '.join(sorted(set(names)))}\n" for reason, names in sorted(reasons.items()))
+    return f"\nNo floor:\n\n{''.join(lines)}" if reasons else ""
 
 
 def write(folder: Path, rows: list[dict], left_to_stock: dict[str, list[str]]) -> None:
@@ -317,6 +367,11 @@ def main() -> None:
         if what:
             failed = True
             print(f"\nFAILED {row['target']} {row['kernel']} {row['precision']} {', '.join(row['models'])}: {what}")
+    if before:
+        known = [(row, before[row["target"], row["id"]]) for row in rows if (row["target"], row["id"]) in before]
+        compared = sum(floors_compare(*pair) for pair in known)
+        had_none = sum(earlier.get("floor") is None for _, earlier in known)
+        print(f"\n{compared} floors compared; of {len(known)} rows in --against, {had_none} have no floor.")
     raise SystemExit(failed)
 
 

@@ -68,7 +68,7 @@ GOOD = {
     "id": "0", "target": "sm_90", "kernel": "k", "precision": "bf16", "models": [], "error": None, "tensors": {},
     "constexprs": {}, "warps": 4, "stages": 1, "registers": 64, "spilled": 0, "shared_memory": 100, "programs": 4,
     "code": 512, "dots": 1, "scalar_dots": 0, "tensor_core": {"mma.sync": 4}, "widest_store": 16, "wide_loads": 1.0,
-    "wide_stores": None,
+    "wide_stores": None, "grid": [4, 1, 1], "floor": 10.0, "floor_of": "issue",
 }  # fmt: skip
 
 
@@ -97,11 +97,22 @@ def test_each_fault_is_a_problem(fault, said):
         ({"programs": 3}, "3 programs"),
         ({"tensor_core": {"wgmma": 4}}, "no mma.sync as before"),
         ({"wide_loads": 0.5}, "50% of loads 128 bits wide, before 100%"),
+        ({"floor": 10.11}, "a floor of 10.11 µs (issue), before 10.0"),
+        ({"floor": None, "floor_of": "no way"}, "no floor as before: no way"),
     ],
 )
 def test_whatever_takes_more_than_before_is_a_regression(change, said):
     assert regression(GOOD, GOOD) is None
     assert said in regression(GOOD | change, GOOD)
+
+
+def test_floors_of_other_sizes_or_of_a_table_without_them_are_not_compared():
+    slower = GOOD | {"floor": 20.0}
+    assert regression(slower, GOOD | {"grid": [5, 1, 1]}) is None
+    assert regression(slower, GOOD | {"tensors": {"x_ptr": "8×8 float32"}}) is None
+    assert regression(slower, GOOD | {"floor": None}) is None
+    assert regression(slower, {name: value for name, value in GOOD.items() if not name.startswith("floor")}) is None
+    assert regression(GOOD | {"floor": 10.09}, GOOD) is None
 
 
 def test_a_launch_that_was_never_looked_at_is_a_regression():
@@ -113,7 +124,9 @@ def test_the_page_has_a_line_for_each_kernel_and_target_with_the_worst_of_its_la
     broken = GOOD | {"target": "gfx942", "error": "CompilationError: x"}
     lines = markdown([GOOD, worse, broken]).splitlines()[2:]
     assert len(lines) == 2
-    assert lines[0] == "| k | sm_90 | 2 | 4 | 1 | 200 (255) | 0 | 100 (232448) | 1–4 | mma.sync | 95 % | – | 512 |"
+    assert (
+        lines[0] == "| k | sm_90 | 2 | 4 | 1 | 200 (255) | 0 | 100 (232448) | 1–4 | mma.sync | 95 % | – | 512 | 10–10 |"
+    )
     assert "does not compile" in lines[1]
     assert summary([GOOD, worse, broken]).startswith("3 launches on 2 targets, 1 kernels; 1 with a problem; 1 of which")
     text = page([GOOD, worse, broken], {"sm_80": ["too wide"], "sm_90": ["too wide"], "gfx942": []})
