@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from evidence.traffic import ALLOCATIONS, address, distinct, distinct_bytes, is_view
+from evidence.traffic import ALLOCATIONS, address, distinct, distinct_bytes, is_view, read
 
 _NOBODY = -1
 
@@ -249,7 +249,7 @@ class Counts:
 
 def _at_boundary(function, args, kwargs, result) -> list[Tensor]:
     """Distinct inputs, then distinct outputs; none where it is free."""
-    inputs, outputs = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), result))
+    inputs, outputs = read(function, args, kwargs), [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     if is_view(function, inputs, outputs) or function._schema.name in ALLOCATIONS:
         return []
     return distinct(inputs) + distinct(outputs)

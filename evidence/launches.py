@@ -123,15 +123,12 @@ def _around_the_vendors_gemm(dtype: torch.dtype, autocast: bool) -> None:
 
     wide = torch.float32 if autocast else dtype
     with mock.patch.object(settings, "gemm", lambda *_: None), torch.no_grad(), torch.autocast("cpu", dtype, autocast):
-        # LayerNorm is compiled for its width.
-        for width in (192, 384, 768, 1280):
-            x, weight = torch.zeros(2, 16, width, dtype=wide), torch.zeros(64, width, dtype=dtype)
-            vector = torch.zeros(width, dtype=wide)
-            ops.layer_norm_linear(x, vector, vector, 1e-6, [weight], [None])
         x, vector, factors = torch.zeros(2, 16, 64, dtype=wide), torch.zeros(64, dtype=wide), torch.ones(2, dtype=wide)
         hidden, weight = x.to(dtype), torch.zeros(64, 64, dtype=dtype)
+        ops.linear(hidden, weight, vector, "gelu")
+        ops.layer_norm_fc1(x, vector, vector, 1e-6, weight, vector)
         for scales in ((None, None), (None, factors), (vector, factors)):
-            ops.linear_residual(hidden, weight, vector, x, *scales, "gelu")
+            ops.linear_residual(hidden, weight, vector, x, *scales)
 
 
 def _train_loss(dtype: torch.dtype, batch: int) -> None:

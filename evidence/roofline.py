@@ -16,7 +16,6 @@ from pathlib import Path
 
 from deit_fast.benchmark.devices import Device, device
 from deit_fast.benchmark.tables import table
-from deit_fast.kernels import mlp as mlp_kernels
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.registry import get_config
 from evidence.models import IMAGE_SIZE
@@ -93,10 +92,15 @@ def layer_norm_linear_backward(rows: int, k: int, n: int) -> Cost:
     return Cost(plain.flops, plain.activations + BF16 * rows * k, plain.weights + BF16 * 4 * k)
 
 
-def mlp(rows: int, d: int, hidden: int) -> Cost:
-    """The whole MLP half in one: the hidden layer doesn't reach memory, and the residual is the input."""
-    first, second = layer_norm_linear(rows, d, hidden), linear(rows, hidden, d)
-    return Cost(first.flops + second.flops, BF16 * rows * 2 * d, first.weights + second.weights)
+def layer_norm_fc1(rows: int, k: int, n: int) -> Cost:
+    """What goes into the activation and what comes out."""
+    plain = layer_norm_linear(rows, k, n)
+    return Cost(plain.flops, plain.activations + BF16 * rows * n, plain.weights)
+
+
+def fc2_residual(rows: int, k: int, n: int) -> Cost:
+    """What goes into the activation is for its backward alone."""
+    return linear_residual(rows, k, n)
 
 
 def attention(tokens: int, d: int, heads: int) -> Cost:
@@ -142,8 +146,10 @@ BACKWARD = {
     for forward, backward in (
         (linear, linear_backward),
         (linear_residual, linear_backward),
+        (fc2_residual, linear_backward),
         (layer_norm, layer_norm_backward),
         (layer_norm_linear, layer_norm_linear_backward),
+        (layer_norm_fc1, layer_norm_linear_backward),
         (attention, attention_backward),
         (readout_attention, readout_attention_backward),
         (patch_embed, patch_embed_backward),
@@ -174,9 +180,8 @@ def calls(config: DeiTConfig, training: bool) -> list[Call]:
     attend = [(layer_norm_linear, "QKV", (tokens, d, 3 * d)), (attention, "attention", (tokens, d, heads))]
 
     def rest(rows: int) -> list[tuple[Callable[..., Cost], str, tuple[int, ...]]]:
-        layers = [(layer_norm_linear, "FC1", (rows, d, hidden)), (linear_residual, "FC2", (rows, hidden, d))]
-        if not training and mlp_kernels.fits(d):
-            layers = [(mlp, "MLP", (rows, d, hidden))]
+        first, second = (layer_norm_fc1, fc2_residual) if training else (layer_norm_linear, linear_residual)
+        layers = [(first, "FC1", (rows, d, hidden)), (second, "FC2", (rows, hidden, d))]
         return [(linear_residual, "projection", (rows, d, d)), *layers]
 
     forward = [

@@ -26,16 +26,12 @@ def _linear(a) -> dict[str, Explanation]:
     rows, columns = cdiv(a.rows, a.ROW_BLOCK), cdiv(a.out_features, a.COLUMN_BLOCK)
     if "k_weight" in a.tensors:
         columns *= 3
-    of_x = (columns, "column tiles")
-    if a.PROLOGUE == "layer_norm":
-        # A row's statistics are of differences from its first element, which is loaded first.
-        of_x = (columns * (2 + 1 / a.in_features), "column tiles, for the statistics and for the product")
     weights = ("weight", "k_weight", "v_weight", "bias", "k_bias", "v_bias")
-    return (
-        {"x": of_x}
-        | dict.fromkeys(weights, (rows, "row tiles"))
-        | dict.fromkeys(("norm_weight", "norm_bias"), (rows * columns, "row tiles × column tiles"))
-    )
+    return {"x": (columns, "column tiles")} | dict.fromkeys(weights, (rows, "row tiles"))
+
+
+def _layer_norm(a) -> dict[str, Explanation]:
+    return dict.fromkeys(("weight", "bias"), (cdiv(a.rows, a.ROWS), "row blocks"))
 
 
 def _attention(a) -> dict[str, Explanation]:
@@ -59,16 +55,18 @@ def _input_gradient(a) -> dict[str, Explanation]:
     )
 
 
+def _scaled_weight(a) -> dict[str, Explanation]:
+    programs = cdiv(a.out_features, a.ROW_BLOCK) * cdiv(a.in_features, a.COLUMN_BLOCK)
+    columns = cdiv(a.in_features, a.COLUMN_BLOCK)
+    return {"layer_scale": (programs + columns, "programs for the largest, and the weight's column tiles")}
+
+
 def _weight_gradient(a) -> dict[str, Explanation]:
     columns, rows = cdiv(a.in_features, a.IN_BLOCK), a.PROJECTIONS * cdiv(a.out_features, a.OUT_BLOCK)
     of_grad = (columns, "the weight's column tiles")
     if "sum" in a.tensors:
         of_grad = (columns + 1, "the weight's column tiles, and once for the sum")
-    return (
-        dict.fromkeys(("grad", "k_grad", "v_grad"), of_grad)
-        | {"x": (rows, "the weight's row tiles")}
-        | dict.fromkeys(("mean", "rstd"), (columns * rows, "the weight's tiles"))
-    )
+    return dict.fromkeys(("grad", "k_grad", "v_grad"), of_grad) | {"x": (rows, "the weight's row tiles")}
 
 
 def _finish_layer_norm_linear(a) -> dict[str, Explanation]:
@@ -82,10 +80,13 @@ def _layer_norm_backward(a) -> dict[str, Explanation]:
 
 _KERNELS: dict[str, Callable[[SimpleNamespace], dict[str, Explanation]]] = {
     "linear_kernel": _linear,
+    "layer_norm_kernel": _layer_norm,
     "attention_kernel": _attention,
     "mlp_kernel": _mlp,
     "query_gradient_kernel": _attention,
     "key_gradient_kernel": _key_gradient,
+    "branch_gradient_kernel": lambda a: {},
+    "scaled_weight_kernel": _scaled_weight,
     "input_gradient_kernel": _input_gradient,
     "weight_gradient_kernel": _weight_gradient,
     "finish_linear_kernel": lambda a: {},

@@ -14,6 +14,7 @@ from reference.attention import attention, attention_qkv
 from reference.block import block
 from reference.deit import deit, deit_features
 from reference.drop_path import drop_path, drop_path_scale
+from reference.feed_forward import fc2_residual, layer_norm_fc1
 from reference.layer_norm import add_layer_norm, layer_norm
 from reference.layer_scale import layer_scale
 from reference.linear import layer_norm_linear, layer_norm_qkv, linear, linear_residual
@@ -32,10 +33,12 @@ __all__ = [
     "deit_features",
     "drop_path",
     "drop_path_scale",
+    "fc2_residual",
     "gelu",
     "gelu_tanh",
     "interpolate_pos_embed",
     "layer_norm",
+    "layer_norm_fc1",
     "layer_norm_linear",
     "layer_norm_qkv",
     "layer_scale",

@@ -6,18 +6,12 @@ from reference.activation import activate
 from reference.layer_norm import layer_norm
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    input_activation: str = "none",
-) -> Tensor:
-    """activation(input_activation(x) Wᵀ + bias).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """activation(x Wᵀ + bias).
 
     x: [..., K]; weight W: [M, K]; bias: [M] or None; result: [..., M].
     """
-    y = activate(x, input_activation) @ weight.T
+    y = x @ weight.T
     if bias is not None:
         y = y + bias
     return activate(y, activation)
@@ -30,9 +24,10 @@ def layer_norm_linear(
     eps: float,
     weight: Tensor,
     bias: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """LN(x) Wᵀ + bias; x: [..., K], weight W: [M, K], result: [..., M]."""
-    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+    """activation(LN(x) Wᵀ + bias); x: [..., K], weight W: [M, K], result: [..., M]."""
+    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias, activation)
 
 
 def layer_norm_qkv(
@@ -59,9 +54,8 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
-    input_activation: str = "none",
 ) -> Tensor:
-    """residual + s_b · γ · (input_activation(x) Wᵀ + bias): the end of a residual branch.
+    """residual + s_b · γ · (x Wᵀ + bias): the end of a residual branch.
 
     γ is LayerScale (arXiv 2103.17239, section 2: a learnt diagonal matrix on the branch) and s_b drop path's
     factor for sample b (see `drop_path_scale`).
@@ -69,7 +63,7 @@ def linear_residual(
     x: [B, N, K]; weight W: [D, K]; residual: [B, N, D]; layer_scale γ: [D]; drop_path_scale s: [B]; result:
     [B, N, D].
     """
-    y = linear(x, weight, bias, input_activation=input_activation)
+    y = linear(x, weight, bias)
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path_scale is not None:

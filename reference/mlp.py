@@ -24,5 +24,5 @@ def mlp(
     x: [B, N, D]; fc1_weight W₁: [H, D]; fc2_weight W₂: [D, H]; layer_scale γ: [D]; drop_path_scale s: [B];
     result: [B, N, D].
     """
-    hidden = layer_norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias)
-    return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, input_activation=activation)
+    hidden = layer_norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation)
+    return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale)

@@ -10,6 +10,7 @@ _FIELDS = {
     "input_gradient": _TILE,
     "weight_gradient": _TILE,
     "patch_embed": _TILE,
+    "image_gradient": _TILE,
     "patch_embed_weight_gradient": ("num_warps", "num_stages"),
     "mlp": ("rows", "columns", "num_warps", "num_stages"),
     "attention": ("queries", "keys", "num_warps", "num_stages"),

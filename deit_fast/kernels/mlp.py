@@ -5,30 +5,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels.device import add_residual, copy_dropped, full_row, gelu, normalise, tile_statistics
+from deit_fast.kernels.device import add_residual, gelu, normalise, tile_statistics
 from deit_fast.kernels.launching import hardware, run, tiles
-from deit_fast.kernels.launching.hardware import MMA_SYNC, WAVES_OF_32, is_amd
 from deit_fast.kernels.launching.layout import as_rows, dense
 from deit_fast.kernels.launching.metadata import described
 from deit_fast.kernels.launching.settings import Tile, setting
 from deit_fast.kernels.linear.forward import layer_norm_linear, linear_residual
 
-_WIDEST = 192
+# Where a GPU's memory is slow beside its tensor cores, what the hidden layer's bytes cost is more than what its tiles
+# cost again for every program.
+_ARCHITECTURES = frozenset({"sm_86", "sm_89", "sm_120"})
+WIDEST = 192
 
 
 @setting("mlp")
 def mlp_tile(width: int, arch: str) -> Tile:
     """The whole MLP in one kernel: `rows` stay on chip, `columns` of the hidden layer a step."""
-    if arch in MMA_SYNC:
-        return Tile(32, 32, width, 8, 2)
-    if is_amd(arch):
-        return Tile(32, 16 if arch in WAVES_OF_32 else 32, width, 4, 1)
-    return Tile(64, 32, width, 8, 2)
+    return Tile(32, 64, width, 4, 2)
 
 
 _FUSED = (
     "norm_weight_ptr", "fc1_bias_ptr", "ACTIVATION", "fc2_bias_ptr", "layer_scale_ptr", "drop_path_scale_ptr",
-    "kept_ptr",
 )  # fmt: skip
 
 
@@ -50,7 +47,6 @@ def mlp_kernel(
     fc2_bias_ptr,  # [WIDTH] or None
     layer_scale_ptr,  # [WIDTH] or None
     drop_path_scale_ptr,  # [B] or None
-    kept_ptr,  # [1 + B] or None
     y_ptr,  # [rows, WIDTH]
     rows,
     tokens,
@@ -71,26 +67,13 @@ def mlp_kernel(
 
     Dosovitskiy et al. 2021, equation 3. HEAD + TAIL are the width in two tiles. The hidden layer lives only as
     ROW_BLOCK × HIDDEN_BLOCK tiles.
-
-    With `kept_ptr`, only the kept samples' rows go through it; the others are copied.
     """
-    row = tl.program_id(0).to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     row_mask = row < rows
     head = tl.arange(0, HEAD)
     head_mask = head < WIDTH
     tail = HEAD + tl.arange(0, TAIL if TAIL > 0 else 16)
     tail_mask = tail < WIDTH
-    if kept_ptr is not None:
-        kept_rows = tl.load(kept_ptr) * tokens
-        first = tl.program_id(0) * ROW_BLOCK
-        dropped, last = tl.maximum(first, kept_rows), tl.minimum(first + ROW_BLOCK, rows)
-        copy_dropped(x_ptr, y_ptr, kept_ptr, dropped, last, tokens, head, head_mask, x_stride, WIDTH)
-        if TAIL > 0:
-            copy_dropped(x_ptr, y_ptr, kept_ptr, dropped, last, tokens, tail, tail_mask, x_stride, WIDTH)
-        if first >= kept_rows:
-            return
-        row_mask = row < kept_rows
-        row = full_row(kept_ptr, row, row_mask, tokens)
     x_rows = x_ptr + row.to(tl.int64)[:, None] * x_stride
     dtype: tl.constexpr = fc1_weight_ptr.dtype.element_ty
     x_head, x_tail = _normalised_rows(
@@ -111,7 +94,7 @@ def mlp_kernel(
             hidden = tl.dot(x_tail, weight, hidden, input_precision=PRECISION)
         if fc1_bias_ptr is not None:
             hidden += tl.load(fc1_bias_ptr + unit, mask=unit_mask, other=0.0).to(tl.float32)[None, :]
-        hidden = gelu(hidden, ACTIVATION).to(dtype)
+        hidden = gelu(hidden, ACTIVATION, True).to(dtype)
         fc2_rows = fc2_weight_ptr + unit[:, None]
         weight = tl.load(fc2_rows + head[None, :] * fc2_stride, mask=unit_mask[:, None] & head_mask[None, :], other=0.0)
         branch_head = tl.dot(hidden, weight, branch_head, input_precision=PRECISION)
@@ -180,9 +163,9 @@ def _store_branch(
     )
 
 
-def fits(width: int) -> bool:
-    """Whether a block of this width should ask for the whole MLP as one operator."""
-    return width <= _WIDEST
+def fits(width: int, arch: str) -> bool:
+    """Whether the whole MLP of a block so wide is best one kernel there."""
+    return width <= WIDEST and arch in _ARCHITECTURES
 
 
 def mlp(
@@ -205,11 +188,13 @@ def mlp(
     fc2_weight and layer_scale promote to. With `kept` (see `drop_path.keep_samples`) the other samples come out as
     they are; x and y are full.
     """
-    hidden, width = fc1_weight.shape
-    if not fits(width) or fc1_weight.dtype is torch.float32 or activation == "none":
-        # float32 tiles of a whole row do not fit beside their weights.
-        (features,) = layer_norm_linear(x, norm_weight, norm_bias, eps, [fc1_weight], [fc1_bias], kept)
-        return linear_residual(features, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, activation, kept)
+    units, width = fc1_weight.shape
+    arch = hardware.architecture(x)
+    if not fits(width, arch) or fc1_weight.dtype is torch.float32 or activation == "none" or kept is not None:
+        # Neither float32 tiles of a whole row nor the kept samples' index fit beside its weights.
+        norm = norm_weight, norm_bias, eps
+        (hidden,) = layer_norm_linear(x, *norm, [fc1_weight], [fc1_bias], kept, activation=activation)
+        return linear_residual(hidden, fc2_weight, fc2_bias, x, layer_scale, drop_path_scale, kept)
     dtype = torch.promote_types(x.dtype, fc2_weight.dtype)
     if layer_scale is not None:
         dtype = torch.promote_types(dtype, layer_scale.dtype)
@@ -219,7 +204,6 @@ def mlp(
     tokens = x.numel() // (x.shape[0] * width)
     x = as_rows(x)
     fc1_weight, fc2_weight = as_rows(fc1_weight), as_rows(fc2_weight)
-    arch = hardware.architecture(x)
     tile = mlp_tile(width, arch)
     head, tail = tiles.cover(width)
     run.run(
@@ -235,7 +219,6 @@ def mlp(
         dense(fc2_bias),
         dense(layer_scale),
         dense(drop_path_scale),
-        kept,
         y,
         x.shape[0],
         tokens,
@@ -246,7 +229,7 @@ def mlp(
         WIDTH=width,
         HEAD=head,
         TAIL=tail,
-        HIDDEN=hidden,
+        HIDDEN=units,
         ACTIVATION=activation,
         ROW_BLOCK=tile.rows,
         HIDDEN_BLOCK=tile.columns,

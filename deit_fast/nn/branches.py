@@ -34,7 +34,7 @@ def attention_residual(
     else:
         projected, x = ops.layer_norm_linear_branching(x, *parameters, kept, capacity)
         out = attend(projected, heads, softmax_scale, kept)
-    return ops.linear_residual(out, *weight_and_bias(out_proj), x, layer_scale, scale, "none", kept)
+    return ops.linear_residual(out, *weight_and_bias(out_proj), x, layer_scale, scale, kept)
 
 
 def attend(projected: Sequence[Tensor], heads: int, softmax_scale: float, kept: Tensor | None = None) -> Tensor:
@@ -68,16 +68,16 @@ def mlp_residual(
 ) -> Tensor:
     """The MLP half of a block, x [B, N, D] → [B, N, D]; layer_scale: factors [D].
 
-    Without gradients, in one operator where the whole of it fits on chip. With gradients that operator keeps no
-    pre-activation and computes it again in backward: `memory="low"`. Otherwise in two operators.
+    In two operators; in one without gradients where that is faster (`ops.mlp_fits`), and with them where nothing is
+    kept of what goes into the activation (`memory="low"`): backward computes it again.
     """
     scale, kept, capacity = drop_path
-    whole = memory == "low" if torch.is_grad_enabled() else ops.mlp_fits(x.shape[-1])
-    if whole:
+    parameters = *weight_and_bias(norm), norm.eps
+    training = torch.is_grad_enabled()
+    if memory == "low" if training else ops.mlp_fits(x):
         return ops.mlp(
             x,
-            *weight_and_bias(norm),
-            norm.eps,
+            *parameters,
             *weight_and_bias(fc1),
             *weight_and_bias(fc2),
             layer_scale,
@@ -85,7 +85,10 @@ def mlp_residual(
             activation,
             kept,
         )
-    (hidden,), x = ops.layer_norm_linear_branching(
-        x, *weight_and_bias(norm), norm.eps, *weights_and_biases((fc1,)), kept, capacity
-    )
-    return ops.linear_residual(hidden, *weight_and_bias(fc2), x, layer_scale, scale, activation, kept)
+    if training:
+        (hidden, activated), x = ops.layer_norm_fc1_branching(
+            x, *parameters, *weight_and_bias(fc1), activation, kept, capacity
+        )
+        return ops.fc2_residual(hidden, activated, *weight_and_bias(fc2), x, layer_scale, scale, activation, kept)
+    (activated,) = ops.layer_norm_linear(x, *parameters, *weights_and_biases((fc1,)), kept, capacity, activation)
+    return ops.linear_residual(activated, *weight_and_bias(fc2), x, layer_scale, scale, kept)

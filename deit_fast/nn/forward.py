@@ -5,7 +5,6 @@ They read timm's attribute names, so they serve `deit_fast.nn` and the swapped m
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deit_fast import ops
@@ -40,19 +39,16 @@ def mlp_forward(mlp: Part, x: Tensor) -> Tensor:
 def mlp_linears(x: Tensor, fc1: Part, fc2: Part, activation: str) -> Tensor:
     """FC1, GELU, FC2: x [..., D] → [..., D_out]; activation: "gelu" or "gelu_tanh".
 
-    GELU is in the epilogue of FC1; where backward will want the pre-activation, FC2 applies it as it loads.
+    GELU is in the epilogue of FC1 where backward will not want what goes into it.
     """
-    if torch.is_grad_enabled():
-        hidden = ops.linear(x, fc1.weight, fc1.bias)
-        return ops.linear(hidden, fc2.weight, fc2.bias, input_activation=activation)
-    hidden = ops.linear(x, fc1.weight, fc1.bias, activation=activation)
+    hidden = ops.linear(x, fc1.weight, fc1.bias, activation)
     return ops.linear(hidden, fc2.weight, fc2.bias)
 
 
 def block_forward(block: Part, x: Tensor, readout_rows: int = 0) -> Tensor:
     """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operator calls.
 
-    Without gradients in four at widths whose MLP is one operator. readout_rows: R > 0 gives the first R rows alone,
+    Without gradients in four where the MLP is one operator. readout_rows: R > 0 gives the first R rows alone,
     [B, R, D] (`branches.attention_residual`).
     """
     modules = block._modules

@@ -2,6 +2,7 @@
 
 from deit_fast.ops.attention import attention
 from deit_fast.ops.drop_path import keep_samples, known_count
+from deit_fast.ops.feed_forward import fc2_residual, layer_norm_fc1, layer_norm_fc1_branching
 from deit_fast.ops.layer_norm import add_layer_norm, layer_norm
 from deit_fast.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_branching
 from deit_fast.ops.linear import linear, linear_residual
@@ -14,9 +15,12 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "distillation_loss",
+    "fc2_residual",
     "keep_samples",
     "known_count",
     "layer_norm",
+    "layer_norm_fc1",
+    "layer_norm_fc1_branching",
     "layer_norm_linear",
     "layer_norm_linear_branching",
     "linear",

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from deit_fast.kernels import linear as kernels
 from deit_fast.kernels.launching import hardware
-from deit_fast.ops import checks, drop_path
+from deit_fast.kernels.layer_norm import unsupported as no_norm
+from deit_fast.ops import activations, checks, drop_path
 from deit_fast.ops.arguments import FreeInt, PerSample, Shared
 from deit_fast.ops.examples import Example, Inputs, Size
+from deit_fast.ops.flat import Layout
 from deit_fast.ops.flops import product_flops, rows_computed
 from deit_fast.ops.layer_norm import stock_layer_norm
 from deit_fast.ops.linear import check_linear, rows_of, stock_linear
@@ -95,8 +97,10 @@ class _LayerNormLinearBackward(BackwardOperator):
         return gradients
 
     def unsupported(self, a: Any) -> str | None:
-        return _no_projections(a.weights) or checks.kernel_products(
-            *a.weights, a.x, a.norm_weight, a.norm_bias, *a.grads, *a.biases, a.residual_grad
+        return (
+            _no_projections(a.weights)
+            or no_norm(a.x.shape[-1])
+            or checks.kernel_products(*a.weights, a.x, a.norm_weight, a.norm_bias, *a.grads, *a.biases, a.residual_grad)
         )
 
     def fake(self, a: Any) -> list[Tensor]:
@@ -131,10 +135,12 @@ class _LayerNormLinear(Operator):
         biases: list[Shared | None],
         kept: Shared | None,
         capacity: FreeInt | None,
+        activation: str,
     ) -> list[Tensor]:
         x = drop_path.gather(x, kept, capacity)
         normalised = as_dtype(stock_layer_norm(x, norm_weight, norm_bias, eps), product_dtype(weights[0]))
-        found = [stock_linear(normalised, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        products = (stock_linear(normalised, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        found = [activations.apply_(activation, product) for product in products]
         if kept is None or capacity is None:
             return found
         return [drop_path.with_room(y, capacity) for y in found]
@@ -143,15 +149,26 @@ class _LayerNormLinear(Operator):
         check_projections(self.name, a.x, a.norm_weight, a.norm_bias, a.weights, a.biases)
         drop_path.check_kept(self.name, a.x, a.kept)
         drop_path.check_capacity(self.name, a.x, a.kept, a.capacity)
+        activations.check(self.name, a.activation)
 
     def unsupported(self, a: Any) -> str | None:
-        return _no_projections(a.weights) or checks.kernel_products(
-            *a.weights, a.x, a.norm_weight, a.norm_bias, *a.biases
+        return (
+            _no_projections(a.weights)
+            or no_norm(a.x.shape[-1])
+            or checks.kernel_products(*a.weights, a.x, a.norm_weight, a.norm_bias, *a.biases)
         )
 
     def fake(self, a: Any) -> list[Tensor]:
         leading = a.x.shape[:-1] if a.kept is None else (a.capacity, *a.x.shape[1:-1])
         return [a.x.new_empty((*leading, weight.shape[0]), dtype=weight.dtype) for weight in a.weights]
+
+    def save(self, ctx: Any, layout: Layout, flat: tuple, outputs: tuple) -> None:
+        *_, activation = flat
+        if activation != "none":
+            raise NotImplementedError(
+                "deit_fast.layer_norm_linear: backward wants what goes into the activation: call ops.layer_norm_fc1"
+            )
+        super().save(ctx, layout, flat, outputs)
 
     def backward(
         self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
@@ -173,8 +190,11 @@ class _LayerNormLinear(Operator):
     def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
         widths = {"QKV": [3 * size.attended], "separate q, k, v": [size.attended] * 3, "FC1": [size.hidden]}
         for title, outputs in widths.items():
-            arguments = {"x": new.sequence(), **new.norm(), **new.projections(*outputs)}
-            yield Example(title, {**arguments, "kept": None, "capacity": None})
+            arguments = {"x": new.sequence(), **new.norm(), **new.projections(*outputs), "kept": None, "capacity": None}
+            if title != "FC1":
+                yield Example(title, {**arguments, "activation": "none"})
+            else:
+                yield Example("FC1 with GELU", {**arguments, "activation": "gelu"}, inference=True)
 
 
 normalised_linear = _LayerNormLinear()
@@ -189,11 +209,12 @@ def layer_norm_linear(
     biases: Sequence[Tensor | None],
     kept: Tensor | None = None,
     capacity: int | None = None,
+    activation: str = "none",
 ) -> Sequence[Tensor]:
-    """`LayerNorm(x) @ weight.T + bias` for one projection or several of one shape; the normalised rows stay on chip.
+    """`activation(LayerNorm(x) @ weight.T + bias)` for one projection or several of one shape.
 
     x [..., K], norm_weight and norm_bias [K], each of weights [N, K] and of biases [N] or None → as many [..., N] in
-    the weights' dtype.
+    the weights' dtype. With gradients, no activation: `layer_norm_fc1` gives what backward wants.
 
     With `kept` (`keep_samples`) for the kept samples of x [B, ...] alone: packed, with room for `capacity` samples
     (by default for all where the count must not be read).
@@ -202,7 +223,7 @@ def layer_norm_linear(
         checks.same_dtype("layer_norm_linear", x, weights[0])
     if kept is not None and capacity is None:
         capacity = drop_path.capacity(kept)
-    return normalised_linear(x, norm_weight, norm_bias, eps, weights, biases, kept, capacity)
+    return normalised_linear(x, norm_weight, norm_bias, eps, weights, biases, kept, capacity, activation)
 
 
 def layer_norm_linear_branching(
@@ -223,4 +244,4 @@ def layer_norm_linear_branching(
         checks.same_dtype("layer_norm_linear", x, weights[0])
     if kept is not None and capacity is None:
         capacity = drop_path.capacity(kept)
-    return normalised_linear.branching(x, norm_weight, norm_bias, eps, weights, biases, kept, capacity)
+    return normalised_linear.branching(x, norm_weight, norm_bias, eps, weights, biases, kept, capacity, "none")

@@ -157,13 +157,12 @@ class _Linear(Operator):
     saves = ("x", "weight", "bias")
 
     @staticmethod
-    def stock(x: PerSample, weight: Shared, bias: Shared | None, activation: str, input_activation: str) -> Tensor:
-        return activations.apply_(activation, stock_linear(activations.apply(input_activation, x), weight, bias))
+    def stock(x: PerSample, weight: Shared, bias: Shared | None, activation: str) -> Tensor:
+        return activations.apply_(activation, stock_linear(x, weight, bias))
 
     def check(self, a: Any) -> None:
         check_linear(self.name, a.x, a.weight, a.bias)
         activations.check(self.name, a.activation)
-        activations.check(self.name, a.input_activation)
 
     def unsupported(self, a: Any) -> str | None:
         return checks.kernel_products(a.weight, a.x, a.bias)
@@ -172,7 +171,7 @@ class _Linear(Operator):
         return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=a.weight.dtype)
 
     def save(self, ctx: Any, layout: Layout, flat: tuple, outputs: tuple) -> None:
-        *_, activation, _ = flat
+        *_, activation = flat
         if activation != "none":
             raise NotImplementedError("deit_fast.linear: backward wants what goes into the activation: call ops.linear")
         super().save(ctx, layout, flat, outputs)
@@ -180,14 +179,14 @@ class _Linear(Operator):
     def backward(
         self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        found = linear_backward(grads[0], a.x, a.weight, a.bias, None, None, a.input_activation, None, [*needs, False])
+        found = linear_backward(grads[0], a.x, a.weight, a.bias, None, None, "none", None, [*needs, False])
         return distribute(found, needs)
 
     def flops(self, a: Any) -> int:
         return product_flops(rows_computed(a.x), a.weight)
 
     def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
-        arguments = {"x": new.sequence(), **new.linear(size.hidden, size.width), "input_activation": "none"}
+        arguments = {"x": new.sequence(), **new.linear(size.hidden, size.width)}
         yield Example("", {**arguments, "activation": "none"})
         yield Example("with GELU", {**arguments, "activation": "gelu"}, inference=True)
 
@@ -195,24 +194,18 @@ class _Linear(Operator):
 _linear = _Linear()
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    input_activation: str = "none",
-) -> Tensor:
-    """`activation(input_activation(x) @ weight.T + bias)`: x [..., K], weight [N, K], bias [N] → [..., N].
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """`activation(x @ weight.T + bias)`: x [..., K], weight [N, K], bias [N] → [..., N].
 
-    activation, input_activation: "none", "gelu" (erf) or "gelu_tanh".
+    activation: "none", "gelu" (erf) or "gelu_tanh".
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("linear", x, weight)
     if activation != "none" and torch.is_grad_enabled():
         # Backward wants the pre-activation, which the fused epilogue never writes.
         activations.check("linear", activation)
-        return activations.apply(activation, _linear(x, weight, bias, "none", input_activation))
-    return _linear(x, weight, bias, activation, input_activation)
+        return activations.apply(activation, _linear(x, weight, bias, "none"))
+    return _linear(x, weight, bias, activation)
 
 
 class _LinearResidual(Operator):
@@ -230,11 +223,9 @@ class _LinearResidual(Operator):
         residual: PerSample,
         layer_scale: Shared | None,
         drop_path_scale: PerSample | None,
-        input_activation: str,
         kept: Shared | None,
     ) -> Tensor:
-        x = drop_path.filled(x, kept)
-        branch = stock_linear(activations.apply(input_activation, x), weight, bias)
+        branch = stock_linear(drop_path.filled(x, kept), weight, bias)
         return stock_residual(branch, residual, layer_scale, drop_path_scale, kept)
 
     def check(self, a: Any) -> None:
@@ -242,7 +233,6 @@ class _LinearResidual(Operator):
         shape = (*a.x.shape[:-1], a.weight.shape[0])
         check_residual(self.name, a.residual, shape, a.layer_scale, a.drop_path_scale, a.kept)
         checks.same_device(self.name, a.x, residual=a.residual)
-        activations.check(self.name, a.input_activation)
 
     def unsupported(self, a: Any) -> str | None:
         return checks.kernel_products(a.weight, a.x, a.bias, a.residual, a.layer_scale, a.drop_path_scale)
@@ -256,9 +246,7 @@ class _LinearResidual(Operator):
         (grad,) = grads
         need_x, need_weight, need_bias, need_residual, need_layer_scale = needs
         wanted = [need_x, need_weight, need_bias, need_layer_scale]
-        found = linear_backward(
-            grad, a.x, a.weight, a.bias, a.layer_scale, a.drop_path_scale, a.input_activation, a.kept, wanted
-        )
+        found = linear_backward(grad, a.x, a.weight, a.bias, a.layer_scale, a.drop_path_scale, "none", a.kept, wanted)
         dx, dweight, dbias, dlayer_scale = distribute(found, wanted)
         return dx, dweight, dbias, grad if need_residual else None, dlayer_scale
 
@@ -266,16 +254,15 @@ class _LinearResidual(Operator):
         return product_flops(rows_computed(a.x, a.kept), a.weight)
 
     def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
-        for title, inputs, name in (("projection", size.attended, "none"), ("FC2", size.hidden, "gelu")):
+        for title, inputs, inference in (("projection", size.attended, False), ("FC2", size.hidden, True)):
             arguments = {
                 "x": new.normal(size.batch, size.tokens, inputs),
                 **new.linear(size.width, inputs),
                 "residual": new.sequence(),
                 **new.branch_scales(),
-                "input_activation": name,
                 "kept": None,
             }
-            yield Example(title, arguments)
+            yield Example(title, arguments, inference)
 
 
 _linear_residual = _LinearResidual()
@@ -288,10 +275,9 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
-    input_activation: str = "none",
     kept: Tensor | None = None,
 ) -> Tensor:
-    """`residual + drop_path_scale * layer_scale * (input_activation(x) @ weight.T + bias)`.
+    """`residual + drop_path_scale * layer_scale * (x @ weight.T + bias)`.
 
     x [B, ..., K], weight [N, K], bias and layer_scale [N], residual [B, ..., N], drop_path_scale [B]: one factor
     a sample, taken as data (it has no gradient). The result has the promoted dtype of residual, weight and layer_scale.
@@ -300,4 +286,4 @@ def linear_residual(
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("linear_residual", x, weight)
-    return _linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, input_activation, kept)
+    return _linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, kept)

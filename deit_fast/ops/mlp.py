@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deit_fast.kernels import mlp as kernels
-from deit_fast.ops import activations, checks, drop_path
+from deit_fast.kernels.launching import hardware
+from deit_fast.kernels.layer_norm import unsupported as no_norm
+from deit_fast.ops import activations, backend, checks, drop_path
 from deit_fast.ops.arguments import PerSample, Shared
 from deit_fast.ops.examples import Example, Inputs, Size
 from deit_fast.ops.flops import product_flops, rows_computed
@@ -61,7 +64,8 @@ class _Mlp(Operator):
 
     def unsupported(self, a: Any) -> str | None:
         parameters = (a.fc1_bias, a.fc2_weight, a.fc2_bias, a.layer_scale, a.drop_path_scale)
-        return checks.kernel_products(a.fc1_weight, a.x, a.norm_weight, a.norm_bias, *parameters)
+        products = checks.kernel_products(a.fc1_weight, a.x, a.norm_weight, a.norm_bias, *parameters)
+        return no_norm(a.x.shape[-1]) or products
 
     def fake(self, a: Any) -> Tensor:
         return a.x.new_empty(a.x.shape, dtype=residual_dtype(a.x, a.fc2_weight, a.layer_scale))
@@ -82,6 +86,7 @@ class _Mlp(Operator):
             [a.fc1_bias],
             a.kept,
             None if a.kept is None else drop_path.capacity(a.kept),
+            "none",
         )
         found = linear_backward(
             grad, hidden, a.fc2_weight, a.fc2_bias, a.layer_scale, a.drop_path_scale, a.activation, a.kept, of_fc2
@@ -112,9 +117,22 @@ class _Mlp(Operator):
 _mlp = _Mlp()
 
 
-def mlp_fits(width: int) -> bool:
-    """Whether the whole MLP of a block so wide is one kernel: the hidden layer then never reaches memory."""
-    return kernels.fits(width)
+def mlp_fits(x: Tensor) -> bool:
+    """Whether the MLP half of a block is best one kernel for rows like x's [..., D], on its device, without gradients.
+
+    Its hidden layer then never reaches memory, which pays where rows are narrow and memory is slow.
+    """
+    width = x.shape[-1]
+    return backend.use_triton(x) and width <= kernels.WIDEST and kernels.fits(width, _architecture(x.device))
+
+
+@torch.compiler.assume_constant_result
+def _architecture(device: torch.device) -> str:
+    """Asked once for each graph, and not traced: no part of a driver belongs in it."""
+    try:
+        return hardware.architecture_of(device)
+    except RuntimeError:  # fake tensors may be on a GPU that isn't there
+        return ""
 
 
 def mlp(
@@ -133,8 +151,8 @@ def mlp(
 ) -> Tensor:
     """`x + drop_path_scale * layer_scale * (act(LayerNorm(x) @ fc1.T + b1) @ fc2.T + b2)` with x [B, ..., D].
 
-    fc1_weight [hidden, D], fc2_weight [D, hidden]. One kernel where the width fits on chip
-    (`mlp_fits`): the hidden layer then never reaches memory. Elsewhere two launches.
+    fc1_weight [hidden, D], fc2_weight [D, hidden]. One kernel where that pays (`mlp_fits`), elsewhere LayerNorm and
+    two products.
     With `kept` (`keep_samples`) only the kept samples are computed.
     """
     if x.dtype is not fc1_weight.dtype:

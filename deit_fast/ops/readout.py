@@ -95,7 +95,7 @@ def _forward(
     q_bias, _, v_bias = _separate(biases)
     dtype = q_weight.dtype
     rows = x[:, :readout_rows]
-    (q,) = layer_norm_linear(rows, norm_weight, norm_bias, eps, [q_weight], [q_bias], None, None)
+    (q,) = layer_norm_linear(rows, norm_weight, norm_bias, eps, [q_weight], [q_bias], None, None, "none")
     by_head = (num_heads, -1, x.shape[-1])
     absorbed = _to_heads(q, k_weight.view(by_head), scale)
     summed, log_sum_exp = readout(x, absorbed, norm_weight, eps, dtype)

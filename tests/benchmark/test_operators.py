@@ -116,10 +116,10 @@ def test_an_operator_whose_kernels_failed_says_so(monkeypatch):
     monkeypatch.setattr(run, "run", refused)
     with backend.forced("triton"), pytest.warns(UserWarning, match="its kernels failed"):
         rows = list(measure_operators(replace(CASE, training=False), CPU, Clock(), 1, lambda what: None))
-    said = {(row.operator, row.contender): row.fallbacks for row in rows if row.operator == "mlp"}
-    assert said["mlp", "stock"] == []
-    (fallback,) = said["mlp", "deit_fast"]
-    assert fallback.startswith("deit_fast.mlp: its kernels failed (OutOfResources: out of resource")
+    said = {(row.operator, row.contender): row.fallbacks for row in rows if row.operator == "attention"}
+    assert said["attention", "stock"] == []
+    (fallback,) = said["attention", "deit_fast"]
+    assert fallback.startswith("deit_fast.attention: its kernels failed (OutOfResources: out of resource")
     assert fallback.endswith("; using the stock PyTorch operators")
 
 

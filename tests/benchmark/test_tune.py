@@ -41,7 +41,7 @@ def test_what_gains_nothing_stays_as_shipped(seen):
 
 
 def test_a_step_then_launches_what_was_chosen_and_as_shipped_while_that_is_off(seen):
-    assert ["linear_kernel", 128, 64] in seen["untuned"] and ["attention_kernel", None, None] in seen["untuned"]
+    assert ["linear_kernel", 32, 64] in seen["untuned"] and ["attention_kernel", None, None] in seen["untuned"]
     assert next(kernel for kernel in seen["heeded"] if kernel[0] == "linear_kernel") == ["linear_kernel", 64, 32]
     assert "attention_kernel" not in {kernel for kernel, *_ in seen["heeded"]}
 
@@ -58,13 +58,13 @@ def test_the_vendors_gemm_is_tried_and_where_it_is_fastest_heeded(seen):
         assert failure is None
         # It computes every sample, the dropped ones too.
         assert (None in settings.values()) is not with_kept
-    assert "residual_kernel" in {kernel for kernel, *_ in seen["vendor"]["launches"]}
+    assert "epilogue_kernel" in {kernel for kernel, *_ in seen["vendor"]["launches"]}
 
 
 def test_other_kernels_than_the_shipped_one_are_tried_with_settings_of_their_own(seen):
-    gemm = "gemm(576, 192, 2, sm_90, layer_norm)"
+    gemm = "gemm(16384, 576, 192, 2, sm_90, activated)"
     assert seen["narrow"]["linear_kernel"].get(gemm, "shipped") is not None
-    assert seen["narrow"]["layer_norm_kernel"][gemm] is None
+    assert seen["narrow"]["epilogue_kernel"][gemm] is None
 
 
 def test_neighbours_are_a_step_away_and_within_bounds():

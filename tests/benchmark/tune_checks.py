@@ -49,7 +49,9 @@ class Clock:
         if each.kernel == self.liking:
             return 0.5
         options = each.constexprs
-        return 1 + abs(options.get("ROW_BLOCK", 64) - 64) / 1000 + abs(options.get("DEPTH_BLOCK", 32) - 32) / 100
+        # A weight's gradient calls its rows OUT_BLOCK.
+        rows = options.get("OUT_BLOCK", options.get("ROW_BLOCK", 64))
+        return 1 + abs(rows - 64) / 1000 + abs(options.get("DEPTH_BLOCK", 32) - 32) / 100
 
 
 def tuned_settings(launches: list) -> dict:
@@ -82,14 +84,14 @@ def launched(launches: list) -> list:
 
 
 def narrow_rows(launches: list) -> dict:
-    """Of LayerNorm and a linear layer that fill the device: what is chosen as shipped, and liking other kernels."""
+    """Of LayerNorm and FC1 that fill the device: what is chosen as shipped, and liking other kernels."""
     x, weight = torch.zeros(64, 198, 192, dtype=torch.bfloat16), torch.zeros(576, 192, dtype=torch.bfloat16)
-    operator = OPERATORS["layer_norm_linear"]
-    arguments = (x, None, None, 1e-6, [weight], [None], None, None)
+    operator = OPERATORS["layer_norm_fc1"]
+    arguments = (x, None, None, 1e-6, weight, None, "gelu", None, None)
     case = OperatorCase(operator, *tuned.described(operator.arguments, arguments), arguments)
     found = {}
     with mock.patch.object(tune, "_agree", lambda found, expected: True):
-        for liking in ("linear_kernel", "layer_norm_kernel"):
+        for liking in ("linear_kernel", "epilogue_kernel"):
             (result,) = tune.tune([case], Clock(launches, liking), 3, lambda what: None)
             found[liking] = result.choice.settings
     return found
@@ -103,7 +105,7 @@ def around_the_vendors_gemm(launches: list) -> dict:
         dropping = replace(CASE, model="deit3_small_patch16_224", drop_path=0.5)
         found = operator_cases(CASE, CPU) + operator_cases(dropping, CPU)
         cases = [case for case in found if case.operator.name == "linear_residual"]
-        for result in tune.tune(cases, Clock(launches, "residual_kernel"), 3, lambda what: None):
+        for result in tune.tune(cases, Clock(launches, "epilogue_kernel"), 3, lambda what: None):
             choices.append([result.failure, "kept" in result.case.shape.split(","), result.choice.settings])
             tuned.write("linear_residual", result.case.shape, "sm_90", hardware.driver_version(), 4, result.choice)
     return {"choices": choices, "launches": launched(launches)[1]}
@@ -115,9 +117,9 @@ def _shown(each) -> list:
 
 def refused(launches: list) -> dict:
     """What happens where a file's setting does not fit the table."""
-    arguments = (*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 192), (64, 192))), None, "none", "none")
+    arguments = (*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 192), (64, 192))), None, "none")
     shape, batch = tuned.described(OPERATORS["linear"].arguments, arguments)
-    settings = {"gemm(64, 192, 2, sm_90, none)": {"rows": 1}}
+    settings = {"gemm(128, 64, 192, 2, sm_90, none)": {"rows": 1}}
     tuned.write("linear", shape, "sm_90", hardware.driver_version(), batch, tuned.Choice(False, settings))
     replay.forget()
     launches.clear()

@@ -87,7 +87,14 @@ def reference_of(case: CheckCase):
             return out, log_sum_exp.detach()
 
         return without_log_sum_exp_gradient
-    if case.op in ("linear_residual", "mlp"):
+    if case.op == "layer_norm_fc1":
+
+        def with_activated_as_data(kept=None, capacity=None, **rest):
+            pre_activation, activated = reference.layer_norm_fc1(**rest)
+            return pre_activation, activated.detach()
+
+        return with_activated_as_data
+    if case.op in ("linear_residual", "fc2_residual", "mlp"):
         return lambda kept, **rest: getattr(reference, case.op)(**rest)
     return reference.loss.distillation_loss if case.op == "distillation_loss" else getattr(reference, case.op)
 

@@ -15,14 +15,14 @@ TARGETS = ("sm_90", "gfx942")
 COMMITTED = Path("evidence/results/kernels.json")
 FORWARD = {
     "attention_kernel",
+    "epilogue_kernel",
     "layer_norm_kernel",
     "linear_kernel",
-    "mlp_kernel",
     "patch_embed_kernel",
     "readout_kernel",
-    "residual_kernel",
 }
 BACKWARD = {
+    "branch_gradient_kernel",
     "column_sums_kernel",
     "distillation_loss_kernel",
     "finish_layer_norm_linear_kernel",
@@ -35,6 +35,7 @@ BACKWARD = {
     "patch_weight_gradient_kernel",
     "query_gradient_kernel",
     "readout_backward_kernel",
+    "scaled_weight_kernel",
     "sum_partials_kernel",
     "sum_splits_kernel",
     "token_gradients_kernel",

@@ -67,7 +67,7 @@ def test_stock_timm_counts_what_the_design_was_made_against(precision, calls, d_
     assert bytes_at_batch(traffic, BATCH) == pytest.approx(d_bytes, abs=0.5)
 
 
-@pytest.mark.parametrize(("size", "calls", "d_bytes"), [("small", 5, 44.1), ("tiny", 4, 27)])
+@pytest.mark.parametrize(("size", "calls", "d_bytes"), [("small", 5, 44.1), ("tiny", 5, 44.2)])
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_a_swapped_model_moves_no_more_than_promised(library, size, calls, d_bytes):
     traffic = inference(library, size, "bf16", swapped=True)

@@ -27,13 +27,13 @@ from torch import Tensor
 
 import reference
 from deit_fast import ops
-from deit_fast.ops import backend
+from deit_fast.ops import activations, backend
 from deit_fast.ops.operator import OPERATORS
 from reference.loss import distillation_loss as exact_loss
 from reference.readout import readout_attention as exact_attention_of_rows
 from tests.fuzz.recipes import LARGE, NOT_FINITE, OF_WEIGHTS, TensorRecipe, recipes
 from tests.support.accuracy import searched
-from tests.support.compare import DTYPES, Ways, assert_gradients_are_right, assert_op_is_right
+from tests.support.compare import DTYPES, Ways, assert_gradients_are_right, assert_op_is_right, ways_of
 from tests.support.guard import Guard
 
 SUBNORMAL = (1e-40, -6e-8)
@@ -166,9 +166,7 @@ def add_layer_norm(draw) -> DrawnCase:
 def linear(draw) -> DrawnCase:
     into, out, dtype = draw(WIDTHS), draw(WIDTHS), draw(DTYPE)
     x = draw(recipes((*leading(draw), into), dtype, extremes=ANY))
-    return DrawnCase(
-        (x, weight(draw, out, into, dtype), vector(draw, out, dtype), draw(ACTIVATIONS), draw(ACTIVATIONS))
-    )
+    return DrawnCase((x, weight(draw, out, into, dtype), vector(draw, out, dtype), draw(ACTIVATIONS)))
 
 
 @operator("layer_norm_linear")
@@ -202,7 +200,43 @@ def linear_residual(draw) -> DrawnCase:
         draw(recipes((batch, tokens, into), dtype, extremes=ANY)),
         *(weight(draw, out, into, dtype), vector(draw, out, dtype)),
         draw(recipes((batch, tokens, out), dtype, extremes=ANY)),
-        *(vector(draw, out, dtype), drop_path_scale(draw, batch, dtype), draw(ACTIVATIONS)),
+        *(vector(draw, out, dtype), drop_path_scale(draw, batch, dtype)),
+    )
+    return DrawnCase(arguments, of_scaled_branch(arguments, 5))
+
+
+@operator("layer_norm_fc1")
+@st.composite
+def layer_norm_fc1(draw) -> DrawnCase:
+    into, out, dtype = draw(NORMALISED_WIDTHS), draw(WIDTHS), draw(DTYPE)
+    x = draw(recipes((*leading(draw), into), dtype, extremes=ANY))
+    parameters = (*norm_parameters(draw, into, dtype), weight(draw, out, into, dtype), vector(draw, out, dtype))
+    return DrawnCase((x, *parameters, draw(st.sampled_from(("gelu", "gelu_tanh")))))
+
+
+def _of_pre_activation(function: Callable) -> Callable:
+    """`fc2_residual` with what comes out of its activation made of what goes in."""
+
+    def call(pre_activation, *rest):
+        return function(pre_activation, activations.apply(rest[-1], pre_activation).detach(), *rest)
+
+    return call
+
+
+FC2_RESIDUAL = Ways("fc2_residual", *map(_of_pre_activation, ways_of("fc2_residual")[1:]))
+
+
+@operator(FC2_RESIDUAL)
+@st.composite
+def fc2_residual(draw) -> DrawnCase:
+    into, out, dtype = draw(WIDTHS), draw(WIDTHS), draw(DTYPE)
+    batch, tokens = leading(draw)
+    arguments = (
+        draw(recipes((batch, tokens, into), dtype, extremes=ANY)),
+        *(weight(draw, out, into, dtype), vector(draw, out, dtype)),
+        draw(recipes((batch, tokens, out), dtype, extremes=ANY)),
+        *(vector(draw, out, dtype), drop_path_scale(draw, batch, dtype)),
+        draw(st.sampled_from(("gelu", "gelu_tanh"))),
     )
     return DrawnCase(arguments, of_scaled_branch(arguments, 5))
 
@@ -410,7 +444,7 @@ def layer_norm_linear_of(kept: Kept) -> Ways:
 
     def stock(*arguments):
         *rest, weight, bias = arguments
-        return OPERATORS["layer_norm_linear"].stock(*rest, [weight], [bias], None, None)[0]
+        return OPERATORS["layer_norm_linear"].stock(*rest, [weight], [bias], None, None, "none")[0]
 
     return Ways("layer_norm_linear", ours, alone(stock), alone(reference.layer_norm_linear))
 
@@ -425,16 +459,16 @@ def kept_layer_norm_linear(draw) -> DrawnCase:
 
 
 def linear_residual_of(kept: Kept) -> Ways:
-    def ours(x, weight, bias, residual, layer_scale, activation):
+    def ours(x, weight, bias, residual, layer_scale):
         factors = kept.factors.to(residual.dtype)
         return ops.linear_residual(
-            kept.packed(x), weight, bias, residual, layer_scale, factors, activation, ops.keep_samples(factors)
+            kept.packed(x), weight, bias, residual, layer_scale, factors, ops.keep_samples(factors)
         )
 
     def alone(function):
-        def branch(x, weight, bias, residual, layer_scale, activation):
+        def branch(x, weight, bias, residual, layer_scale):
             factors = kept.factors.to(residual.dtype)[kept.samples]
-            rows = function(x, weight, bias, residual[kept.samples], layer_scale, factors, activation)
+            rows = function(x, weight, bias, residual[kept.samples], layer_scale, factors)
             return residual.index_copy(0, kept.samples, rows)
 
         return branch
@@ -452,7 +486,7 @@ def kept_linear_residual(draw) -> DrawnCase:
         draw(recipes((sum(kept.pattern), tokens, into), dtype)),
         *(weight(draw, out, into, dtype), vector(draw, out, dtype)),
         dropped_is_nan(draw, kept, (len(kept.pattern), tokens, out), dtype),
-        *(vector(draw, out, dtype), draw(ACTIVATIONS)),
+        vector(draw, out, dtype),
     )
     return DrawnCase(arguments, kept=kept)
 

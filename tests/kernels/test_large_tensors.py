@@ -19,12 +19,13 @@ from deit_fast.kernels import attention, drop_path, layer_norm, linear, loss, ml
 from deit_fast.kernels.launching.settings import Tile
 from deit_fast.kernels.layer_norm.backward import layer_norm_input_gradient, layer_norm_parameter_gradients
 from deit_fast.kernels.layer_norm.settings import COLUMN_SUMS
+from deit_fast.kernels.linear import vendor_gemm
+from deit_fast.kernels.linear.branch_gradient import branch_gradient
 from deit_fast.kernels.linear.input_gradient import input_gradient
 from deit_fast.kernels.linear.parameter_gradients import (
     layer_norm_linear_parameter_gradients,
     linear_parameter_gradients,
 )
-from deit_fast.kernels.linear.vendor_gemm import gemm_residual
 from tests.support import huge
 
 EPS = 1e-6
@@ -84,12 +85,13 @@ def test_layer_norm_backward(with_kept):
     samples = samples_of(TOKENS * 64)
     x, kept = filled(samples, last), whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
-        found = layer_norm_input_gradient(filled(samples, grad), x, weight, EPS, residual_grad=x, kept=kept)
+        found = layer_norm_input_gradient(
+            filled(samples, grad), x, weight, EPS, residual_grad=x, kept=kept, normalised_dtype=DTYPE
+        )
     assert names == ["layer_norm_backward_kernel"]
-    expected = layer_norm_input_gradient(grad, last, weight, EPS, residual_grad=last)
-    assert_same(found[0][-1, -16:], expected[0][-1, -16:])
-    for mine, other in zip(found[1:], expected[1:], strict=True):
-        assert_same(mine[-16:], other[-16:])
+    expected = layer_norm_input_gradient(grad, last, weight, EPS, residual_grad=last, normalised_dtype=DTYPE)
+    for mine, other in zip(found, expected, strict=True):
+        assert_same(mine[-1, -16:], other[-1, -16:])
 
 
 def test_sums_over_rows():
@@ -115,7 +117,7 @@ def test_layer_norm_linear(with_kept):
     kept = whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
         (y,) = linear.layer_norm_linear(filled(samples, last), bias, bias, EPS, [weight], [bias], kept)
-    assert names == ["linear_kernel"]
+    assert names == ["layer_norm_kernel", "linear_kernel"]
     assert_same(y[-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, [weight], [bias])[0][-1, -16:])
 
 
@@ -124,7 +126,7 @@ def test_layer_norm_qkv():
     projections = [weight] * 3, [bias] * 3
     with huge.last_programs(3) as names:
         found = linear.layer_norm_linear(filled(samples_of(TOKENS * 64), last), bias, bias, EPS, *projections)
-    assert names == ["linear_kernel"]
+    assert names == ["layer_norm_kernel", "linear_kernel"]
     # The last three programs are not all of the last row tile's; v's is among them.
     assert_same(found[2][-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, *projections)[2][-1, -16:])
 
@@ -137,10 +139,10 @@ def test_linear_residual(with_kept):
     kept = whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
         y = linear.linear_residual(
-            filled(samples, x), weight, bias, filled(samples, residual), bias, filled(samples, factors), "gelu", kept
+            filled(samples, x), weight, bias, filled(samples, residual), bias, filled(samples, factors), kept
         )
     assert names == ["linear_kernel"]
-    expected = linear.linear_residual(x, weight, bias, residual, bias, factors, "gelu")
+    expected = linear.linear_residual(x, weight, bias, residual, bias, factors)
     assert_same(y[-1, -16:], expected[-1, -16:])
 
 
@@ -154,26 +156,25 @@ def test_what_follows_the_vendors_gemm(monkeypatch):
         with huge.last_programs(1) as names:
             y = torch.empty((len(rows), 64), dtype=DTYPE)
             scales = bias, filled(samples, factors)
-            gemm_residual(rows, y, weight, bias, "none", rows, *scales, TOKENS)
+            vendor_gemm.linear(rows, y, weight, bias, "none", None, rows, *scales, TOKENS)
         return y, names
 
     y, names = finished(samples_of(TOKENS * 64))
-    assert names == ["residual_kernel"]
+    assert names == ["epilogue_kernel"]
     assert_same(y[-16:], finished(1)[0][-16:])
 
 
-@pytest.mark.parametrize("with_kept", [False, True])
-def test_mlp(with_kept):
+def test_mlp(monkeypatch):
+    monkeypatch.setattr(mlp, "fits", lambda *_: True)
     x, fc1, fc2 = tail((1, TOKENS, 64)), tail((96, 64), scale=0.125), tail((64, 96), scale=0.1)
     bias, factors = tail((64,)), tail((1,))
     samples = samples_of(TOKENS * 64)
-    kept = whole_kept(samples, 1) if with_kept else None
 
-    def run(x, factors, kept=None):
-        return mlp.mlp(x, bias, bias, EPS, fc1, None, fc2, bias, bias, factors, "gelu", kept)
+    def run(x, factors):
+        return mlp.mlp(x, bias, bias, EPS, fc1, None, fc2, bias, bias, factors, "gelu")
 
     with huge.last_programs(1) as names:
-        y = run(filled(samples, x), filled(samples, factors), kept)
+        y = run(filled(samples, x), filled(samples, factors))
     assert names == ["mlp_kernel"]
     assert_same(y[-1, -16:], run(x, factors)[-1, -16:])
 
@@ -184,13 +185,28 @@ def test_gradient_of_a_linear_layers_input(with_kept):
     samples = samples_of(TOKENS * 64)
     kept = whole_kept(samples, 1) if with_kept else None
     with huge.last_programs(1) as names:
-        dx = input_gradient([filled(samples, grad)], [weight], gelu_of=filled(samples, x), activation="gelu", kept=kept)
+        found = input_gradient(
+            [filled(samples, grad)], [weight], gelu_of=filled(samples, x), activation="gelu", need_activated=True,
+            kept=kept,
+        )  # fmt: skip
     assert names == ["input_gradient_kernel"]
-    expected = input_gradient([grad], [weight], gelu_of=x, activation="gelu")
-    assert_same(dx[-1, -16:], expected[-1, -16:])
+    expected = input_gradient([grad], [weight], gelu_of=x, activation="gelu", need_activated=True)
+    for mine, other in zip(found, expected, strict=True):
+        assert_same(mine[-1, -16:], other[-1, -16:])
     with huge.last_programs(1):
-        dx = input_gradient([filled(samples, grad)] * 3, [weight] * 3)
-    assert_same(dx[-1, -16:], input_gradient([grad] * 3, [weight] * 3)[-1, -16:])
+        dx, _ = input_gradient([filled(samples, grad)] * 3, [weight] * 3)
+    assert_same(dx[-1, -16:], input_gradient([grad] * 3, [weight] * 3)[0][-1, -16:])
+
+
+@pytest.mark.parametrize("with_kept", [False, True])
+def test_gradient_of_a_branch(with_kept):
+    grad, factors = tail((1, TOKENS, 64)), tail((1,))
+    samples = samples_of(TOKENS * 64)
+    kept = whole_kept(samples, 1) if with_kept else None
+    with huge.last_programs(1) as names:
+        y = branch_gradient(filled(samples, grad), filled(samples, factors), kept, samples, DTYPE)
+    assert names == ["branch_gradient_kernel"]
+    assert_same(y[-1, -16:], branch_gradient(grad, factors, None, 1, DTYPE)[-1, -16:])
 
 
 def test_gradients_of_a_linear_layers_parameters(monkeypatch):
@@ -211,15 +227,14 @@ def test_gradients_of_the_parameters_of_a_layer_norm_and_a_linear_layer(monkeypa
     monkeypatch.setattr(linear.settings, "splits", lambda *_: 32)
     features, rows = 8192, LIMIT // 8192 + 64
     grad, last = tail((64, features)), tail((64, features))
-    mean, rstd = last.float().mean(1), last.float().var(1).rsqrt()
     weight, bias = huge.zeros((features, features), DTYPE), tail((features,))
     with huge.last_programs(2) as names:
         found = layer_norm_linear_parameter_gradients(
-            [filled(rows, grad)], *(filled(rows, t) for t in (last, mean, rstd)), bias, None, [weight], [bias]
+            [filled(rows, grad)], filled(rows, last), bias, None, [weight], [bias]
         )
     assert names == ["weight_gradient_kernel", "finish_layer_norm_linear_kernel"]
     expected = layer_norm_linear_parameter_gradients(
-        [grad[:, -128:]], last[:, -128:], mean, rstd, bias[-128:], None, [weight[:128, :128]], [bias[-128:]]
+        [grad[:, -128:]], last[:, -128:], bias[-128:], None, [weight[:128, :128]], [bias[-128:]]
     )
     assert_same(found[2][-128:, -8:], expected[2][:, -8:])
 
@@ -391,7 +406,9 @@ def test_more_samples_than_a_grid_axis_has_programs():
 def test_every_kernel_is_launched_here():
     modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "deit_fast.kernels.")]
     there = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    named = set(re.findall(r"\w+_kernel\b", Path(__file__).read_text())) | {"keep_samples_kernel"}
+    # Of a batch's flags, and of one weight: never so large.
+    small = {"keep_samples_kernel", "scaled_weight_kernel"}
+    named = set(re.findall(r"\w+_kernel\b", Path(__file__).read_text())) | small
     assert there and there <= named
 
 
@@ -401,5 +418,5 @@ def test_launches_use_the_first_axis_of_the_grid_alone():
     source = "".join(map(getsource, modules))
     assert set(re.findall(r"(?:program_id|num_programs)\((\w+)\)", source)) == {"0"}
     assert re.findall(r"\w+\[(\(.*\))\]\(\*args", source) == ["(programs,)"]
-    assert re.findall(r"\bstart\((\w+, \w+, \w+), stream", source) == ["programs, 1, 1"]
+    assert re.findall(r"\bstart_\{i\}\((.*), stream", source) == ["{programs}, 1, 1"]
     assert not re.search(r"_kernel\[", source)

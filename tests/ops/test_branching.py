@@ -22,7 +22,14 @@ def branch(branching: bool, scale: Tensor | None, x, norm_weight, norm_bias, wei
     (hidden,), residual = (
         ops.layer_norm_linear_branching(*arguments) if branching else (ops.layer_norm_linear(*arguments), x)
     )
-    return ops.linear_residual(hidden, back, None, residual, None, scale, "gelu", kept)
+    return ops.linear_residual(hidden, back, None, residual, None, scale, kept)
+
+
+def branch_mlp(branching: bool, scale: Tensor | None, x, norm_weight, norm_bias, weight, bias, back) -> Tensor:
+    kept = None if scale is None else ops.keep_samples(scale)
+    arguments = x, norm_weight, norm_bias, EPS, weight, bias, "gelu", kept
+    hidden, residual = ops.layer_norm_fc1_branching(*arguments) if branching else (ops.layer_norm_fc1(*arguments), x)
+    return ops.fc2_residual(*hidden, back, None, residual, None, scale, "gelu", kept)
 
 
 def branch_qkv(branching: bool, _, x, norm_weight, norm_bias, weight, bias, back) -> Tensor:
@@ -69,7 +76,7 @@ def in_both_ways(function, scale: Tensor | None, inputs: list[Tensor]) -> tuple[
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [None, KEPT], ids=["whole", "kept"])
-@pytest.mark.parametrize("function", [branch, branch_qkv])
+@pytest.mark.parametrize("function", [branch, branch_qkv, branch_mlp])
 def test_gradients_are_those_of_the_parts(function, scale, dtype, chosen):
     inputs = leaves(dtype)
     with backend.forced(chosen):
@@ -80,7 +87,7 @@ def test_gradients_are_those_of_the_parts(function, scale, dtype, chosen):
 
 
 @everywhere
-@pytest.mark.parametrize("function", [branch, branch_qkv])
+@pytest.mark.parametrize("function", [branch, branch_qkv, branch_mlp])
 def test_autocast_casts_as_it_does_without_a_branch(function, chosen):
     inputs = leaves(torch.float32)
     with backend.forced(chosen), torch.autocast("cpu", torch.bfloat16):

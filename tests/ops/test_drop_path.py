@@ -33,13 +33,13 @@ def attention_half(x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias, ga
     scale, kept, capacity = drop_path
     (packed,), x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, [qkv], [qkv_bias], kept, capacity)
     out, _ = ops.attention([packed.unflatten(-1, (3, HEADS, -1))], SCALE, kept)
-    return ops.linear_residual(out, proj, proj_bias, x, gamma, scale, "none", kept)
+    return ops.linear_residual(out, proj, proj_bias, x, gamma, scale, kept)
 
 
 def mlp_half(x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, gamma, *drop_path) -> Tensor:
     scale, kept, capacity = drop_path
-    (hidden,), x = ops.layer_norm_linear_branching(x, norm_weight, norm_bias, EPS, [fc1], [fc1_bias], kept, capacity)
-    return ops.linear_residual(hidden, fc2, fc2_bias, x, gamma, scale, "gelu", kept)
+    hidden, x = ops.layer_norm_fc1_branching(x, norm_weight, norm_bias, EPS, fc1, fc1_bias, "gelu", kept, capacity)
+    return ops.fc2_residual(*hidden, fc2, fc2_bias, x, gamma, scale, "gelu", kept)
 
 
 def whole_mlp(x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, gamma, *drop_path) -> Tensor:
@@ -173,8 +173,12 @@ def test_the_operators_pass_opcheck_with_kept_samples() -> None:
     packed = torch.randn(1, 5, 32, requires_grad=True)
     library = torch.ops.deit_fast
     torch.library.opcheck(library.keep_samples.default, (scale,))
-    torch.library.opcheck(library.layer_norm_linear.default, (x, v, v, EPS, [w], [v], kept, 1))
-    torch.library.opcheck(library.linear_residual.default, (packed, w, v, x, v, scale, "gelu", kept))
+    torch.library.opcheck(library.layer_norm_linear.default, (x, v, v, EPS, [w], [v], kept, 1, "none"))
+    with backend.forced("torch"):  # on a CPU of their own accord, both outputs have gradients
+        torch.library.opcheck(library.layer_norm_fc1.default, (x, v, v, EPS, w, v, "gelu", kept, 1))
+    torch.library.opcheck(library.linear_residual.default, (packed, w, v, x, v, scale, kept))
+    activated = F.gelu(packed).detach()
+    torch.library.opcheck(library.fc2_residual.default, (packed, activated, w, v, x, v, scale, "gelu", kept))
     torch.library.opcheck(library.attention.default, ([torch.randn(1, 5, 3, 1, 32, requires_grad=True)], 0.2, kept))
     torch.library.opcheck(library.mlp.default, (x, v, v, EPS, w, v, w, v, v, scale, "gelu", kept))
 
@@ -184,7 +188,9 @@ def test_the_operators_pass_opcheck_with_kept_samples() -> None:
 X, W = torch.zeros(4, 5, 32), torch.zeros(32, 32)
 CALLS = {
     "layer_norm_linear": lambda kept: ops.layer_norm_linear(X, None, None, EPS, [W], [None], kept, 4),
+    "layer_norm_fc1": lambda kept: ops.layer_norm_fc1(X, None, None, EPS, W, None, "gelu", kept, 4),
     "linear_residual": lambda kept: ops.linear_residual(X, W, None, X, kept=kept),
+    "fc2_residual": lambda kept: ops.fc2_residual(X, X, W, None, X, kept=kept),
     "attention": lambda kept: ops.attention([X.view(4, 5, 1, 1, 32).expand(4, 5, 3, 1, 32)], 1.0, kept),
     "mlp": lambda kept: ops.mlp(X, None, None, EPS, W, None, W, None, kept=kept),
 }

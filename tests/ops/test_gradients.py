@@ -19,15 +19,24 @@ def weight_of(out_features, in_features, dtype):
     return randn(out_features, in_features, dtype=dtype, scale=in_features**-0.5)
 
 
+def with_activated(x):
+    return x, torch.nn.functional.gelu(x)
+
+
 def arguments_of(op, batch, tokens, width, dtype):
     x, vector = randn(batch, tokens, width, dtype=dtype), randn(width, dtype=dtype)
     bias, square = randn(width, dtype=dtype), weight_of(width, width, dtype)
     hidden = 2 * width
     drop_path_scale = torch.tensor([1.25, 0.0, 1.25], dtype=dtype)[:batch]
+    if op == "layer_norm_fc1":
+        return x, vector, bias, EPS, weight_of(hidden, width, dtype), randn(hidden, dtype=dtype), "gelu"
+    if op == "fc2_residual":
+        pre_activation, weight = randn(batch, tokens, hidden, dtype=dtype), weight_of(width, hidden, dtype)
+        return *with_activated(pre_activation), weight, bias, x, vector, drop_path_scale, "gelu"
     return {
         "layer_norm": (x, vector, bias, EPS),
         "add_layer_norm": (x, randn(batch, tokens, width, dtype=dtype), vector, bias, EPS),
-        "linear": (x, square, bias, "none", "gelu"),
+        "linear": (x, square, bias),
         "layer_norm_linear": (x, vector, bias, EPS, weight_of(hidden, width, dtype), randn(hidden, dtype=dtype)),
         "layer_norm_qkv": (x, vector, bias, EPS, square, bias, square.flip(0), None, square.flip(1), bias),
         "linear_residual": (
@@ -37,7 +46,6 @@ def arguments_of(op, batch, tokens, width, dtype):
             x,
             vector,
             drop_path_scale,
-            "gelu",
         ),
         "mlp": (
             x,
@@ -55,9 +63,12 @@ def arguments_of(op, batch, tokens, width, dtype):
     }[op]
 
 
-ROW_OPS = ("layer_norm", "add_layer_norm", "linear", "layer_norm_linear", "layer_norm_qkv", "linear_residual", "mlp")
-# Argument positions with a gradient, where not every floating tensor has one (drop_path_scale is data).
-WRT = {"linear_residual": (0, 1, 2, 3, 4), "mlp": (0, 1, 2, 4, 5, 6, 7, 8)}
+ROW_OPS = (
+    "layer_norm", "add_layer_norm", "linear", "layer_norm_linear", "layer_norm_qkv", "linear_residual",
+    "layer_norm_fc1", "fc2_residual", "mlp",
+)  # fmt: skip
+# Argument positions with a gradient, where not every floating tensor has one (drop_path_scale and activated are data).
+WRT = {"linear_residual": (0, 1, 2, 3, 4), "fc2_residual": (0, 2, 3, 4, 5), "mlp": (0, 1, 2, 4, 5, 6, 7, 8)}
 
 
 @everywhere
@@ -134,7 +145,7 @@ def test_only_the_gradients_asked_for_are_computed(chosen):
     y.sum().backward()
 
 
-@pytest.mark.parametrize("op", ["layer_norm_linear", "linear_residual", "mlp"])
+@pytest.mark.parametrize("op", ["layer_norm_linear", "linear_residual", "layer_norm_fc1", "fc2_residual", "mlp"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast_gives_gradients_in_the_parameters_own_dtype(op, low):
     arguments = arguments_of(op, 3, 9, 64, torch.float32)

@@ -59,9 +59,10 @@ def _samples(leaf) -> dict[str, tuple]:
     return found | {
         "layer_norm_linear, kept": (x, norm, norm, EPS, [w], [v], kept, 2),
         "layer_norm_linear, shared": (x, norm, norm, EPS, [w] * 3, [v] * 3),
-        "linear, of an activation": (x, w, v, "none", "gelu"),
+        "layer_norm_fc1, kept": (x, norm, norm, EPS, w, v, "gelu", kept, 2),
         "linear_residual, nothing scaled": (x, w, v, leaf(B, N, D)),
-        "linear_residual, kept": (packed, w, v, leaf(B, N, D), v, factors, "gelu", kept),
+        "linear_residual, kept": (packed, w, v, leaf(B, N, D), v, factors, kept),
+        "fc2_residual, kept": (packed, packed.detach(), w, v, leaf(B, N, D), v, factors, "gelu", kept),
         "mlp, kept": (x, norm, norm, EPS, leaf(96, D), leaf(96), leaf(D, 96), v, v, factors, "gelu", kept),
         "attention, kept": ([leaf(2, N, 3, HEADS, HEAD_DIM)], 0.2, kept),
         "patch_embed, positions of patches": (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deit_fast import ops
+from deit_fast.kernels import mlp as mlp_kernels
 from deit_fast.kernels.linear import settings
 from deit_fast.ops.examples import EPS, Example, Inputs, Size
 from deit_fast.ops.operator import OPERATORS, BackwardOperator, Operator
@@ -148,8 +149,10 @@ def _data(operator: Operator, example: Example) -> list[Tensor]:
 
 layer_norm_linear = _example("layer_norm_linear", "QKV")
 layer_norm_qkv = _example("layer_norm_linear", "separate q, k, v")
+layer_norm_fc1 = _example("layer_norm_fc1")
+fc2_residual = _example("fc2_residual")
 layer_norm = _example("layer_norm")
-mlp = _example("mlp")
+_mlp_in_parts = _example("mlp")
 attention = _example("attention")
 patch_embed = _example("patch_embed", "masked")
 readout_attention = _example("readout_attention")
@@ -157,7 +160,7 @@ soft_distillation = _example("distillation_loss", "soft")
 
 
 def linear(t: Arguments):
-    return ops.linear(t.normal(t.batch, t.tokens, t.width), t.weight(HIDDEN, t.width), t.normal(HIDDEN), "none", "gelu")
+    return ops.linear(t.normal(t.batch, t.tokens, t.width), t.weight(HIDDEN, t.width), t.normal(HIDDEN))
 
 
 def linear_activated(t: Arguments):
@@ -171,7 +174,13 @@ def linear_activated(t: Arguments):
 def linear_residual(t: Arguments):
     x, residual = t.normal(t.batch, t.tokens, HIDDEN), t.normal(t.batch, t.tokens, t.width)
     parameters = t.weight(t.width, HIDDEN), t.normal(t.width)
-    return ops.linear_residual(x, *parameters, residual, t.normal(t.width), t.drop_path_scale(), "gelu_tanh")
+    return ops.linear_residual(x, *parameters, residual, t.normal(t.width), t.drop_path_scale())
+
+
+def mlp(t: Arguments):
+    """In one kernel, on any target."""
+    with mock.patch.object(mlp_kernels, "fits", lambda *_: True):
+        return _mlp_in_parts(t)
 
 
 def mlp_of_kept(t: Arguments):
@@ -237,7 +246,7 @@ def attention_branch(t: Arguments):
     qkv = qkv.view(-1, t.tokens, 3, t.heads, t.head_dim)
     out, _ = ops.attention([qkv], t.head_dim**-0.5, kept)
     projection = t.weight(t.width, inner), t.normal(t.width)
-    return ops.linear_residual(out, *projection, x, t.normal(t.width), factors, "none", kept)
+    return ops.linear_residual(out, *projection, x, t.normal(t.width), factors, kept)
 
 
 def mlp_branch(t: Arguments):
@@ -247,9 +256,9 @@ def mlp_branch(t: Arguments):
     factors = t.drop_path_scale()
     kept = ops.keep_samples(factors)
     weight, bias = t.weight(HIDDEN, t.width), t.normal(HIDDEN)
-    (hidden,), x = ops.layer_norm_linear_branching(x, *norm, EPS, [weight], [bias], kept)
+    hidden, x = ops.layer_norm_fc1_branching(x, *norm, EPS, weight, bias, "gelu", kept)
     fc2 = t.weight(t.width, HIDDEN), t.normal(t.width)
-    return ops.linear_residual(hidden, *fc2, x, t.normal(t.width), factors, "gelu", kept)
+    return ops.fc2_residual(*hidden, *fc2, x, t.normal(t.width), factors, "gelu", kept)
 
 
 def _where_none(op: Callable, suffix: str, *functions: str) -> Callable:
@@ -263,9 +272,9 @@ def _where_none(op: Callable, suffix: str, *functions: str) -> Callable:
     return call
 
 
-# The vendor's GEMM with the rest in a kernel before or after it; in backward nothing differs.
-linear_residual_by_vendor, layer_norm_linear_by_vendor = (
-    _where_none(op, "by_vendor", "gemm") for op in (linear_residual, layer_norm_linear)
+# The vendor's GEMM with the rest in a kernel after it; in backward nothing differs.
+linear_residual_by_vendor, layer_norm_linear_by_vendor, layer_norm_fc1_by_vendor = (
+    _where_none(op, "by_vendor", "gemm") for op in (linear_residual, layer_norm_linear, layer_norm_fc1)
 )
 _ANY = Size.of_model(32, 1, 8, 4, 8, 1)
 CALLED = (
@@ -276,6 +285,7 @@ CALLED = (
         for example in operator.examples(_ANY, Inputs(_ANY, FLOAT32, torch.device("cpu")))
     ),
     linear,
+    mlp,
     linear_activated,
     linear_residual,
     attention_to_more,
@@ -286,6 +296,7 @@ CALLED = (
     keep_samples,
     linear_residual_by_vendor,
     layer_norm_linear_by_vendor,
+    layer_norm_fc1_by_vendor,
 )
 KEEPING = (attention_branch, mlp_branch, mlp_of_kept)
 

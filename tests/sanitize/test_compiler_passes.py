@@ -32,8 +32,10 @@ LAUNCHED_BY = {
     "sum_splits_kernel": cases.layer_norm,
     "linear_kernel": cases.layer_norm_linear,
     "finish_layer_norm_linear_kernel": cases.layer_norm_linear,
+    "branch_gradient_kernel": cases.linear_residual,
     "finish_linear_kernel": cases.linear_residual,
     "input_gradient_kernel": cases.linear_residual,
+    "scaled_weight_kernel": cases.linear_residual,
     "weight_gradient_kernel": cases.linear_residual,
     "distillation_loss_kernel": cases.soft_distillation,
     "mlp_kernel": cases.mlp,
@@ -44,7 +46,7 @@ LAUNCHED_BY = {
     "token_gradients_kernel": cases.patch_embed,
     "readout_kernel": cases.readout_attention,
     "readout_backward_kernel": cases.readout_attention,
-    "residual_kernel": cases.linear_residual_by_vendor,
+    "epilogue_kernel": cases.linear_residual_by_vendor,
 }
 
 

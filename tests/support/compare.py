@@ -36,8 +36,8 @@ class Ways(NamedTuple):
 def _one_projection(function: Callable) -> Callable:
     """Of tensors, as the tests give them, what takes lists of projections."""
 
-    def call(x, norm_weight, norm_bias, eps, weight, bias=None, *rest):
-        return function(x, norm_weight, norm_bias, eps, [weight], [bias], *rest)
+    def call(x, norm_weight, norm_bias, eps, weight, bias=None, activation="none"):
+        return function(x, norm_weight, norm_bias, eps, [weight], [bias], None, None, activation)
 
     return call
 
@@ -68,7 +68,8 @@ def ways_of(name: str) -> Ways:
 def _stock(op: str) -> Callable:
     """The operator in stock PyTorch, whose gradients are PyTorch's own."""
     operator = OPERATORS[op]
-    return lambda *given: operator.stock(*given, *[None] * (len(operator.arguments) - len(given)))
+    absent = ["none" if argument.name == "activation" else None for argument in operator.arguments]
+    return lambda *given: operator.stock(*given, *absent[len(given) :])
 
 
 def assert_op_is_right(op: str | Ways, *arguments) -> tuple[Tensor, ...]:

@@ -43,13 +43,13 @@ def operator_calls(run: Callable[[], object]) -> Counter[str]:
 
 
 def block_calls(blocks: int, *, readout: bool = True, **others: int) -> dict[str, int]:
-    """What a narrow classifier calls without gradients: one patch embedding, its blocks' operators, one final norm.
+    """What a classifier calls without gradients: one patch embedding, its blocks' operators, one final norm.
 
     With `readout` the last block is computed for the rows that are read alone.
     """
-    calls = {"layer_norm_linear": blocks, "attention": blocks, "linear_residual": blocks, "mlp": blocks}
+    calls = {"layer_norm_linear": 2 * blocks, "attention": blocks, "linear_residual": 2 * blocks}
     if readout:
-        calls |= {"layer_norm_linear": blocks - 1, "attention": blocks - 1, "readout_attention": 1}
+        calls |= {"layer_norm_linear": 2 * blocks - 1, "attention": blocks - 1, "readout_attention": 1}
     calls |= {"patch_embed": 1, "layer_norm": 1} | others
     return {op: count for op, count in calls.items() if count}
 

@@ -81,10 +81,12 @@ def test_stock_operators_in_the_kernels_place_read_nothing() -> None:
         )
         kept, back = torch.empty(5, dtype=torch.int32, device="cuda"), weight[:64]
         norm = vector, vector, 1e-6
-        (qkv,) = stock("layer_norm_linear")(x, *norm, [weight], [None], kept, 4)
+        (qkv,) = stock("layer_norm_linear")(x, *norm, [weight], [None], kept, 4, "none")
         by_head = qkv.view(4, 5, 3, 1, 64)
         out, log_sum_exp = stock("attention")([by_head], 0.125, kept)
-        y = stock("linear_residual")(out, back, vector, x, vector, factors, "none", kept)
+        y = stock("linear_residual")(out, back, vector, x, vector, factors, kept)
+        hidden = stock("layer_norm_fc1")(y, *norm, weight, None, "gelu", kept, 4)
+        stock("fc2_residual")(*hidden, weight.T, None, y, vector, factors, "gelu", kept)
         stock("mlp")(y, *norm, weight, None, weight.T, None, vector, factors, "gelu", kept)
         found = stock("linear_backward")(y, out, back, vector, vector, factors, "none", kept, [True] * 4)
         (of_qkv,) = stock("attention_backward")(found[0], [by_head], out, log_sum_exp, 0.125, kept)

@@ -24,8 +24,6 @@ timm = pytest.importorskip("timm")
 from timm.layers import Attention, DropPath, Mlp, PatchEmbed  # noqa: E402
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
-NARROW_BLOCK = {"layer_norm_linear": 1, "attention": 1, "linear_residual": 1, "mlp": 1}
-
 
 def vit(name: str = "deit_tiny_distilled_patch16_224", **kwargs) -> nn.Module:
     """A small one: two blocks, 32 pixels, ten classes."""

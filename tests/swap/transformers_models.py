@@ -15,7 +15,7 @@ CLASSES = [
     "ViTForImageClassification",
     "ViTForMaskedImageModeling",
 ]
-LAYER = {"layer_norm_linear": 1, "attention": 1, "linear_residual": 1, "mlp": 1}
+LAYER = {"layer_norm_linear": 2, "attention": 1, "linear_residual": 2}
 LAYERS = 2
 
 
@@ -45,7 +45,7 @@ def layer_calls(layers: int = LAYERS, *, readout: bool = True, **others: int) ->
     """What a classifier calls without gradients; with `readout` its last layer for the rows that are read alone."""
     calls = {op: layers * n for op, n in LAYER.items()}
     if readout:
-        calls |= {"layer_norm_linear": layers - 1, "attention": layers - 1, "readout_attention": 1}
+        calls |= {"layer_norm_linear": 2 * layers - 1, "attention": layers - 1, "readout_attention": 1}
     calls |= {"patch_embed": 1, "layer_norm": 1} | others
     return {op: count for op, count in calls.items() if count}
 

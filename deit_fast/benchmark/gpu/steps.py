@@ -17,7 +17,10 @@ from deit_fast.models.config import DeiTConfig
 from deit_fast.models.registry import get_config
 
 # What a block of DeiT-S or -B, its embedding and its last rows run.
-NEEDED = ("layer_norm_linear", "attention", "linear_residual", "mlp", "patch_embed", "readout_attention", "layer_norm")
+NEEDED = (
+    "layer_norm_linear", "attention", "linear_residual", "layer_norm_fc1", "fc2_residual", "patch_embed",
+    "readout_attention", "layer_norm",
+)  # fmt: skip
 _TUNED_FIRST = 6
 # A smaller GPU gets smaller batches.
 _LARGE_MEMORY = 60 * 2**30

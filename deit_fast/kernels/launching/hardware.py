@@ -83,9 +83,13 @@ def interpreted() -> bool:
 
 def architecture(tensor: torch.Tensor) -> str:
     """`sm_90`, `gfx942`, …: the one whose settings this tensor's device takes."""
+    return architecture_of(tensor.device)
+
+
+def architecture_of(device: torch.device) -> str:
     if interpreted():
         return _INTERPRETED_AS
-    arch = native_architecture(tensor.device)
+    arch = native_architecture(device)
     return family(arch) or arch
 
 

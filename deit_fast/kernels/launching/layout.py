@@ -23,10 +23,14 @@ def one_stride(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def all_or_none(biases: Sequence[Tensor | None], weight: Tensor) -> tuple[Tensor | None, ...]:
-    """Kernels take the biases of q, k and v, [N], all or none: zeros for the key's, which BEiT-like models lack."""
-    if all(b is None for b in biases) or all(b is not None for b in biases):
+    """Kernels take the biases of q, k and v, [N], all or none, and of one dtype; BEiT-like models lack the key's."""
+    given = [bias for bias in biases if bias is not None]
+    if not given:
         return tuple(biases)
-    return tuple(weight.new_zeros(weight.shape[0]) if b is None else b for b in biases)
+    dtype = given[0].dtype
+    for bias in given[1:]:
+        dtype = torch.promote_types(dtype, bias.dtype)
+    return tuple(weight.new_zeros(weight.shape[0], dtype=dtype) if b is None else b.to(dtype) for b in biases)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def setting(name: str) -> Callable[[Callable], Callable]:
 def settings(chosen: dict[str, object]) -> Iterator[dict[str, object]]:
     """Within the block, in this thread, the tables answer as `chosen` does where that knows what is asked.
 
-    chosen: tiles, as such or by the names of their fields, by what is asked, "gemm(1152, 384, 2, sm_90, layer_norm)".
+    chosen: tiles, as such or by the names of their fields, by what is asked, "gemm(16384, 1152, 384, 2, sm_90, none)".
     Fills the dict that it gives with what was asked and answered.
 
     Raises:

@@ -18,7 +18,7 @@ from deit_fast.kernels.layer_norm import settings
     **described(
         "layer_norm_backward_kernel",
         lambda a: (a["rows"], a["WIDTH"]),
-        ("grad_ptr", "weight_ptr", "residual_grad_ptr", "kept_ptr"),
+        ("grad_ptr", "weight_ptr", "residual_grad_ptr", "normalised_ptr", "kept_ptr"),
     )
 )
 def layer_norm_backward_kernel(
@@ -27,9 +27,10 @@ def layer_norm_backward_kernel(
     weight_ptr,  # [WIDTH] or None
     residual_grad_ptr,  # [rows, WIDTH] or None
     kept_ptr,  # [1 + B] or None
-    dx_ptr,  # [rows, WIDTH]
-    mean_ptr,  # [rows], float32
-    rstd_ptr,  # [rows], float32
+    dx_ptr,  # [rows, WIDTH] or None
+    normalised_ptr,  # [rows, WIDTH] or None
+    mean_ptr,  # [rows], float32, or None
+    rstd_ptr,  # [rows], float32, or None
     rows,
     tokens,
     grad_stride,
@@ -41,12 +42,13 @@ def layer_norm_backward_kernel(
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`dx = rstd * (g - mean(g) - x̂ * mean(g * x̂)) + residual_grad` with g = weight * grad; mean and rstd are kept.
+    """`dx = rstd * (g - mean(g) - x̂ * mean(g * x̂)) + residual_grad` with g = weight * grad; normalised = x̂.
 
-    The derivative of Ba et al. 2016, equation 4, as in Triton's tutorial on LayerNorm.
+    The derivative of Ba et al. 2016, equation 4, as in Triton's tutorial on LayerNorm. What x̂, or mean and rstd, are
+    multiplied with is a parameter's gradient.
 
-    Without `grad_ptr`, only mean and rstd. With `kept_ptr`, rows are those of kept samples: grad, mean and rstd are
-    packed, the others full; past them come the dropped samples' rows, where dx is `residual_grad` or 0.
+    Without `grad_ptr`, no dx. With `kept_ptr`, rows are those of kept samples: grad and x̂ are packed, the others full;
+    past them come the dropped samples' rows, where dx is `residual_grad` or 0.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
@@ -65,17 +67,24 @@ def layer_norm_backward_kernel(
     if TAIL > 0:
         x_tail = _load_tile(x_rows, is_kept, tail, tail_mask)
     mean, rstd = tile_statistics(x_head, x_tail, head_mask, tail_mask, eps, WIDTH, TAIL)
-    tl.store(mean_ptr + row, mean, mask=is_kept)
-    tl.store(rstd_ptr + row, rstd, mask=is_kept)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=is_kept)
+        tl.store(rstd_ptr + row, rstd, mask=is_kept)
+    x_head = (x_head - mean[:, None]) * rstd[:, None]
+    if TAIL > 0:
+        x_tail = (x_tail - mean[:, None]) * rstd[:, None]
+    if normalised_ptr is not None:
+        normalised_rows = normalised_ptr + row[:, None] * WIDTH
+        _store_tile(normalised_rows, x_head, is_kept, head, head_mask)
+        if TAIL > 0:
+            _store_tile(normalised_rows, x_tail, is_kept, tail, tail_mask)
 
     if grad_ptr is not None:
         grad_rows = grad_ptr + row[:, None] * grad_stride
-        x_head, g_head, total, projection = _normalised(
-            x_head, grad_rows, weight_ptr, mean, rstd, is_kept, head, head_mask
-        )
+        g_head, total, projection = _weighted_gradient(x_head, grad_rows, weight_ptr, is_kept, head, head_mask)
         if TAIL > 0:
-            x_tail, g_tail, total_tail, projection_tail = _normalised(
-                x_tail, grad_rows, weight_ptr, mean, rstd, is_kept, tail, tail_mask
+            g_tail, total_tail, projection_tail = _weighted_gradient(
+                x_tail, grad_rows, weight_ptr, is_kept, tail, tail_mask
             )
             total += total_tail
             projection += projection_tail
@@ -102,13 +111,17 @@ def _load_tile(x_rows, row_mask, columns, column_mask):
 
 
 @triton.jit
-def _normalised(x, grad_rows, weight_ptr, mean, rstd, row_mask, columns, column_mask):
-    """x̂ and g, with their row sums Σ g and Σ g x̂; g is 0 where masked."""
-    x = (x - mean[:, None]) * rstd[:, None]
+def _store_tile(rows, values, row_mask, columns, column_mask):
+    tl.store(rows + columns[None, :], values.to(rows.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def _weighted_gradient(x, grad_rows, weight_ptr, row_mask, columns, column_mask):
+    """g, 0 where masked, with the row sums Σ g and Σ g x̂."""
     g = _load_tile(grad_rows, row_mask, columns, column_mask)
     if weight_ptr is not None:
         g *= tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    return x, g, tl.sum(g, axis=1), tl.sum(g * x, axis=1)
+    return g, tl.sum(g, axis=1), tl.sum(g * x, axis=1)
 
 
 @triton.jit
@@ -122,11 +135,7 @@ def _store_gradient(
         dx += of_dropped
     if is_kept is not None:
         dx = tl.where(is_kept[:, None], dx, of_dropped)
-    tl.store(
-        dx_rows + columns[None, :],
-        dx.to(dx_rows.dtype.element_ty),
-        mask=row_mask[:, None] & column_mask[None, :],
-    )
+    _store_tile(dx_rows, dx, row_mask, columns, column_mask)
 
 
 @triton.jit(
@@ -134,7 +143,7 @@ def _store_gradient(
     **described(
         "column_sums_kernel",
         lambda a: (a["rows"], a["width"]),
-        ("rstd_ptr", "drop_path_scale_ptr", "kept_ptr"),
+        ("rstd_ptr", "kept_ptr"),
     ),
 )
 def column_sums_kernel(
@@ -142,7 +151,6 @@ def column_sums_kernel(
     x_ptr,  # [rows, width] or None
     mean_ptr,  # [rows], float32, with x
     rstd_ptr,  # [rows], float32, with x
-    drop_path_scale_ptr,  # [B] or None
     kept_ptr,  # [1 + B] or None
     sums_ptr,  # [splits, width], or with x [splits, 2, width]; float32
     rows,
@@ -150,27 +158,23 @@ def column_sums_kernel(
     width,
     grad_stride,
     x_stride,
-    PACKED_GRAD: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
 ):
-    """Of one block of columns over SPLIT_ROWS rows: Σ s grad, and with `x_ptr` Σ s grad x̂ after it.
+    """Of one block of columns over SPLIT_ROWS rows: Σ grad, and with `x_ptr` Σ grad x̂ after it.
 
-    These are the parts of dβ and dγ of `x̂ γ + β`; s is drop path's factor of the row's sample, 1 without one. With
-    `kept_ptr`, rows are those of kept samples; grad is full unless PACKED_GRAD.
+    These are the parts of dβ and dγ of `x̂ γ + β`. With `kept_ptr`, rows are those of kept samples, packed.
     """
     column_tiles = tl.cdiv(width, COLUMN_BLOCK)
     split = tl.program_id(0) // column_tiles
     column = (tl.program_id(0) % column_tiles) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < width
     if kept_ptr is not None:
-        rows = tl.load(kept_ptr) * tokens
-        if PACKED_GRAD:
-            kept_ptr = None
+        rows = tl.minimum(rows, tl.load(kept_ptr) * tokens)
     total, projection = sum_rows(
-        grad_ptr, x_ptr, mean_ptr, rstd_ptr, drop_path_scale_ptr, kept_ptr, split * SPLIT_ROWS, rows, SPLIT_ROWS,
-        tokens, column, column_mask, grad_stride, x_stride, ROW_BLOCK, COLUMN_BLOCK,
+        grad_ptr, x_ptr, mean_ptr, rstd_ptr, split * SPLIT_ROWS, rows, SPLIT_ROWS, column, column_mask,
+        grad_stride, x_stride, ROW_BLOCK, COLUMN_BLOCK,
     )  # fmt: skip
     if x_ptr is not None:
         sums_ptr += split.to(tl.int64) * 2 * width
@@ -234,7 +238,7 @@ def layer_norm_backward(
     """
     gradients = []
     if needs[0]:
-        dx, mean, rstd = layer_norm_input_gradient(grad, x, weight, eps, residual_grad=residual_grad)
+        dx, mean, rstd = layer_norm_gradient_and_statistics(grad, x, weight, eps, residual_grad)
         gradients.append(dx)
     else:
         mean, rstd = row_statistics(x, eps)
@@ -247,6 +251,23 @@ def layer_norm_backward(
     return gradients
 
 
+def layer_norm_gradient_and_statistics(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, residual_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, with `residual_grad` added, in x's dtype; and the rows' mean and 1/std, float32 [rows]."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = _empty_statistics(x)
+    _launch(grad, x, weight, eps, residual_grad, dx, None, mean, rstd, None)
+    return dx, mean, rstd
+
+
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rows' mean and 1/std, float32 [rows]."""
+    mean, rstd = _empty_statistics(x)
+    _launch(None, x, None, eps, None, None, None, mean, rstd, None)
+    return mean, rstd
+
+
 def layer_norm_input_gradient(
     grad: Tensor,
     x: Tensor,
@@ -255,24 +276,38 @@ def layer_norm_input_gradient(
     *,
     residual_grad: Tensor | None = None,
     kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, with `residual_grad` added, in x's dtype; and the rows' mean and 1/std, float32 [rows].
+    normalised_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dx, with `residual_grad` added, in x's dtype; and in `normalised_dtype`, where one is given, x̂.
 
-    With `kept` (see `drop_path.keep_samples`) grad, mean and rstd are packed, the others full; a dropped sample's
-    dx is its `residual_grad`, or 0.
+    With `kept` (see `drop_path.keep_samples`) grad and x̂ are packed, the others full; a dropped sample's dx is its
+    `residual_grad`, or 0.
     """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, *_launch(grad, x, weight, eps, residual_grad, dx, kept, grad.shape[0] if kept is not None else None)
+    normalised = None
+    if normalised_dtype is not None:
+        normalised = torch.empty(grad.shape, dtype=normalised_dtype, device=x.device)
+    _launch(grad, x, weight, eps, residual_grad, dx, normalised, None, None, kept)
+    return dx, normalised
 
 
-def row_statistics(
-    x: Tensor, eps: float, kept: Tensor | None = None, capacity: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The rows' mean and 1/std, float32 [rows].
+def normalised_rows(
+    x: Tensor, eps: float, dtype: torch.dtype, kept: Tensor | None = None, capacity: int | None = None
+) -> Tensor:
+    """x̂, the rows of x [..., D] without their mean, over their standard deviation, in `dtype`.
 
     With `kept` (see `drop_path.keep_samples`) only the kept samples', packed: of `capacity`, or else B, samples.
     """
-    return _launch(None, x, None, eps, None, None, kept, capacity)
+    shape = x.shape if capacity is None else (capacity, *x.shape[1:])
+    normalised = torch.empty(shape, dtype=dtype, device=x.device)
+    _launch(None, x, None, eps, None, None, normalised, None, None, kept)
+    return normalised
+
+
+def _empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // max(x.shape[-1], 1)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    return mean, rstd
 
 
 def _launch(
@@ -282,25 +317,22 @@ def _launch(
     eps: float,
     residual_grad: Tensor | None,
     dx: Tensor | None,
+    normalised: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     kept: Tensor | None,
-    capacity: int | None,
-) -> tuple[Tensor, Tensor]:
-    batch = x.shape[0] if kept is not None else 1
+) -> None:
+    tokens = x.numel() // max(x.shape[0] * x.shape[-1], 1) if kept is not None else 1
     x = as_rows(x)
     rows, width = x.shape
-    tokens = rows // max(batch, 1) if kept is not None else 1
-    statistics = rows if capacity is None else capacity * tokens
-    mean = torch.empty(statistics, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(statistics, dtype=torch.float32, device=x.device)
-    if not x.numel():
-        return mean, rstd
-    # Without dx nothing is written for the rows past the statistics.
-    rows = statistics if dx is None else rows
-    if not rows:
-        return mean, rstd
+    if dx is None and normalised is not None:
+        # Nothing is written for the rows past the kept ones.
+        rows = normalised.numel() // max(width, 1)
+    if not rows or not width:
+        return
     grad = None if grad is None else as_rows(grad)
     residual_grad = None if residual_grad is None else as_rows(residual_grad)
-    itemsizes = tuple(each.element_size() for each in (grad, x, residual_grad) if each is not None)
+    itemsizes = tuple(each.element_size() for each in (grad, x, residual_grad, normalised) if each is not None)
     block, warps = settings.layer_norm_rows(width, itemsizes, hardware.architecture(x))
     head, tail = tiles.cover(width)
     run.run(
@@ -313,6 +345,7 @@ def _launch(
         residual_grad,
         kept,
         dx,
+        normalised,
         mean,
         rstd,
         rows,
@@ -327,7 +360,6 @@ def _launch(
         ROWS=block,
         num_warps=warps,
     )
-    return mean, rstd
 
 
 def layer_norm_parameter_gradients(
@@ -335,24 +367,16 @@ def layer_norm_parameter_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dγ and dβ, both [D], in `dtype` or else x's."""
     x = as_rows(x)
-    sums = _column_sums(grad, x, mean, rstd, None, None, dtype or x.dtype)
+    sums = _column_sums(grad, x, mean, rstd, None, dtype or x.dtype)
     return sums[1], sums[0]
 
 
-def column_sums(
-    grad: Tensor,
-    dtype: torch.dtype,
-    *,
-    scale: Tensor | None = None,
-    drop_path_scale: Tensor | None = None,
-    kept: Tensor | None = None,
-    packed_grad: bool = False,
-) -> Tensor:
-    """A bias's gradient where the weight wants none: `scale * Σ drop_path_scale * grad` over the rows, [D].
+def column_sums(grad: Tensor, dtype: torch.dtype, *, scale: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    """A bias's gradient where the weight wants none: `scale * Σ grad` over the rows, [D].
 
-    With `kept` (see `drop_path.keep_samples`) over the kept samples' rows; grad is full, or `packed_grad`.
+    With `kept` (see `drop_path.keep_samples`) over the kept samples' rows of a packed grad.
     """
-    return _column_sums(grad, None, None, None, scale, drop_path_scale, dtype, kept, packed_grad)[0]
+    return _column_sums(grad, None, None, None, scale, dtype, kept)[0]
 
 
 def _column_sums(
@@ -361,18 +385,14 @@ def _column_sums(
     mean: Tensor | None,
     rstd: Tensor | None,
     scale: Tensor | None,
-    drop_path_scale: Tensor | None,
     dtype: torch.dtype,
     kept: Tensor | None = None,
-    packed_grad: bool = False,
 ) -> list[Tensor]:
     """Σ grad over the rows, [D], and with x, Σ grad · x̂ too."""
     width = grad.shape[-1]
     if not grad.numel():
         return [torch.zeros(width, dtype=dtype, device=grad.device) for _ in range(1 if x is None else 2)]
-    tokens = 1
-    if drop_path_scale is not None or kept is not None:
-        tokens = grad.numel() // (grad.shape[0] * width)
+    tokens = grad.numel() // (grad.shape[0] * width) if kept is not None else 1
     grad = as_rows(grad)
     rows = grad.shape[0]
     kinds = 1 if x is None else 2
@@ -387,7 +407,6 @@ def _column_sums(
         x,
         mean,
         rstd,
-        dense(drop_path_scale),
         kept,
         sums,
         rows,
@@ -395,7 +414,6 @@ def _column_sums(
         width,
         grad.stride(0),
         0 if x is None else x.stride(0),
-        PACKED_GRAD=packed_grad,
         SPLIT_ROWS=tile.depth,
         ROW_BLOCK=tile.rows,
         COLUMN_BLOCK=tile.columns,

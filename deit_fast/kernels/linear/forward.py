@@ -1,4 +1,8 @@
-"""The GEMM family: one kernel, what is fused before and after the product chosen at compile time."""
+"""The GEMM family: one plain product, and what follows it chosen at compile time.
+
+Nothing is applied to an operand as it loads: that would be repeated for every tile of the other dimension, with the
+tensor cores waiting. LayerNorm is a pass of its own, GELU is in the epilogue of what it is applied to.
+"""
 
 from collections.abc import Sequence
 
@@ -7,30 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels.device import (
-    add_residual,
-    copy_dropped,
-    full_row,
-    gelu,
-    normalise,
-    tile_of_program,
-)
+from deit_fast.kernels.device import copy_dropped, full_row, halves, tile_of_program
 from deit_fast.kernels.launching import hardware, run, tiles
 from deit_fast.kernels.launching.layout import all_or_none, as_rows, dense, one_stride
 from deit_fast.kernels.launching.metadata import described_product, linear_shape
+from deit_fast.kernels.layer_norm.forward import layer_norm
 from deit_fast.kernels.linear import settings, vendor_gemm
+from deit_fast.kernels.linear.epilogue import epilogue
 
 _FUSED = (
-    "PROLOGUE", "k_weight_ptr", "bias_ptr", "ACTIVATION", "layer_scale_ptr", "drop_path_scale_ptr", "residual_ptr",
-    "kept_ptr",
+    "k_weight_ptr", "bias_ptr", "ACTIVATION", "activated_ptr", "layer_scale_ptr", "drop_path_scale_ptr",
+    "residual_ptr", "kept_ptr",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"], **described_product("linear_kernel", linear_shape, _FUSED))
 def linear_kernel(
     x_ptr,  # [rows, in_features]
-    norm_weight_ptr,  # [in_features] or None
-    norm_bias_ptr,  # [in_features] or None
     weight_ptr,  # [out_features, in_features]; of q where there are three
     k_weight_ptr,  # [out_features, in_features] or None
     v_weight_ptr,  # [out_features, in_features] or None
@@ -44,6 +41,7 @@ def linear_kernel(
     y_ptr,  # [rows, out_features]
     k_ptr,  # [rows, out_features] or None
     v_ptr,  # [rows, out_features] or None
+    activated_ptr,  # [rows, out_features] or None
     rows,
     tokens,
     in_features,
@@ -51,22 +49,23 @@ def linear_kernel(
     x_stride,
     weight_stride,
     residual_stride,
-    eps,
     EVEN_DEPTH: tl.constexpr,
-    PROLOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
+    QUARTERS: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`y = residual + drop_path_scale * layer_scale * activation(prologue(x) @ weight.T + bias)`, less what is absent.
+    """`y = residual + drop_path_scale * layer_scale * activation(x @ weight.T + bias)`, less what is absent.
 
-    With `k_weight_ptr`, three such products of one x. The residual branch of a block, with LayerScale (Touvron et al.
-    2021, 'Going deeper', equation 6) and drop path (Huang et al. 2016); a tiled product as in Triton's tutorial.
+    With `k_weight_ptr`, three such products of one x; with `activated_ptr`, y is what goes into the activation, and
+    `activated` what comes out. The residual branch of a block, with LayerScale (Touvron et al. 2021, 'Going deeper',
+    equation 6) and drop path (Huang et al. 2016); a tiled product as in Triton's tutorial.
 
-    With `kept_ptr`, rows are the kept samples': x is full and y packed, or with a residual x packed and y full.
+    With `kept_ptr`, x holds the rows of kept samples, packed, and so does y, unless there is a residual: then y is
+    full. QUARTERS: a quarter of the tile's columns has its epilogue at a time, which takes fewer registers.
     """
     column_tiles = tl.cdiv(out_features, COLUMN_BLOCK)
     if k_weight_ptr is not None:
@@ -86,15 +85,13 @@ def linear_kernel(
     else:
         tile_m, tile_n = tile_of_program(tl.cdiv(rows, ROW_BLOCK), column_tiles, GROUP)
 
-    row = tile_m.to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    first = tile_m * ROW_BLOCK
+    row = first + tl.arange(0, ROW_BLOCK)
     row_mask = row < rows
     column = tile_n * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     column_mask = column < out_features
-    depth = tl.arange(0, DEPTH_BLOCK)
-    x_row = row
     if kept_ptr is not None:
-        kept_rows = tl.load(kept_ptr) * tokens
-        first = tile_m * ROW_BLOCK
+        kept_rows = tl.minimum(rows, tl.load(kept_ptr) * tokens)
         if residual_ptr is not None:
             dropped, last = tl.maximum(first, kept_rows), tl.minimum(first + ROW_BLOCK, rows)
             copy_dropped(
@@ -103,83 +100,40 @@ def linear_kernel(
         if first >= kept_rows:
             return
         row_mask = row < kept_rows
-        if residual_ptr is None:
-            x_row = full_row(kept_ptr, row, row_mask, tokens).to(tl.int64)
-    x_rows = x_ptr + x_row[:, None] * x_stride
-    weight_columns = weight_ptr + column.to(tl.int64)[None, :] * weight_stride
 
-    if PROLOGUE == "layer_norm":
-        mean, rstd = _running_statistics(x_rows, row_mask, eps, in_features, ROW_BLOCK, DEPTH_BLOCK)
-
+    depth = tl.arange(0, DEPTH_BLOCK)
+    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_stride + depth[None, :]
+    weight_ptrs = weight_ptr + column.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     product = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], dtype=tl.float32)
     for start in range(0, in_features, DEPTH_BLOCK):
-        k = start + depth
         if EVEN_DEPTH:
-            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None], other=0.0)
-            weight = tl.load(weight_columns + k[:, None], mask=column_mask[None, :], other=0.0)
+            x = tl.load(x_ptrs + start, mask=row_mask[:, None], other=0.0)
+            weight = tl.load(weight_ptrs + start, mask=column_mask[None, :], other=0.0)
         else:
-            k_mask = k < in_features
-            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-            weight = tl.load(weight_columns + k[:, None], mask=k_mask[:, None] & column_mask[None, :], other=0.0)
-        if PROLOGUE == "layer_norm":
-            x = normalise(x.to(tl.float32), mean, rstd, norm_weight_ptr, norm_bias_ptr, k, k < in_features)
-            if not EVEN_DEPTH:
-                x = tl.where((k < in_features)[None, :], x, 0.0)
-        elif PROLOGUE != "none":
-            x = gelu(x.to(tl.float32), PROLOGUE)
+            k_mask = start + depth < in_features
+            x = tl.load(x_ptrs + start, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            weight = tl.load(weight_ptrs + start, mask=k_mask[:, None] & column_mask[None, :], other=0.0)
         product = tl.dot(x.to(weight.dtype), weight, product, input_precision=PRECISION)
 
-    if bias_ptr is not None:
-        product += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "none":
-        product = gelu(product, ACTIVATION)
-    if residual_ptr is not None:
-        y_row = row
-        if kept_ptr is not None:
-            y_row = full_row(kept_ptr, row, row_mask, tokens)
-            row = y_row.to(tl.int64)
-        residual_ptrs = residual_ptr + row[:, None] * residual_stride + column[None, :]
-        product = add_residual(
-            product,
-            residual_ptrs,
-            layer_scale_ptr,
-            drop_path_scale_ptr,
-            y_row,
-            column,
-            row_mask,
-            column_mask,
-            tokens,
-        )
-    tl.store(
-        y_ptr + row[:, None] * out_features + column[None, :],
-        product.to(y_ptr.dtype.element_ty),
-        mask=row_mask[:, None] & column_mask[None, :],
-    )
-
-
-@triton.jit
-def _running_statistics(x_rows, row_mask, eps, width, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Mean and 1/std of the rows at pointers `x_rows` [ROWS, 1], in one pass of CHUNK columns a step.
-
-    Chunks are merged by Chan's update, so that a large mean costs no digits (Chan, Golub & LeVeque 1983).
-    Sums are of differences from the row's first element, so that a constant row has exactly its mean.
-    """
-    first = tl.load(x_rows, mask=row_mask[:, None], other=0.0).to(tl.float32)
-    mean = tl.zeros([ROWS], dtype=tl.float32)
-    squares = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, width, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        column_mask = (columns < width)[None, :]
-        x = tl.load(x_rows + columns[None, :], mask=row_mask[:, None] & column_mask, other=0.0).to(tl.float32)
-        x = tl.where(column_mask, x - first, 0.0)
-        count = tl.minimum(width - start, CHUNK) * 1.0
-        seen = start * 1.0
-        chunk_mean = tl.sum(x, axis=1) / count
-        deviation = tl.where(column_mask, x - chunk_mean[:, None], 0.0)
-        shift = chunk_mean - mean
-        squares += tl.sum(deviation * deviation, axis=1) + shift * shift * (seen * count / (seen + count))
-        mean += shift * (count / (seen + count))
-    return tl.sum(first, axis=1) + mean, 1.0 / tl.sqrt(squares / width + eps)
+    if kept_ptr is not None and residual_ptr is not None:
+        row = full_row(kept_ptr, row, row_mask, tokens)
+    if QUARTERS:
+        QUARTER: tl.constexpr = COLUMN_BLOCK // 4
+        left, right = halves(product, ROW_BLOCK, COLUMN_BLOCK)
+        first_quarter, second_quarter = halves(left, ROW_BLOCK, COLUMN_BLOCK // 2)
+        third_quarter, last_quarter = halves(right, ROW_BLOCK, COLUMN_BLOCK // 2)
+        quarters = (first_quarter, second_quarter, third_quarter, last_quarter)
+        for i in tl.static_range(4):
+            column = tile_n * COLUMN_BLOCK + i * QUARTER + tl.arange(0, QUARTER)
+            epilogue(
+                quarters[i], row, column, row_mask, column < out_features, bias_ptr, residual_ptr, layer_scale_ptr,
+                drop_path_scale_ptr, y_ptr, activated_ptr, tokens, out_features, residual_stride, ACTIVATION,
+            )  # fmt: skip
+    else:
+        epilogue(
+            product, row, column, row_mask, column_mask, bias_ptr, residual_ptr, layer_scale_ptr,
+            drop_path_scale_ptr, y_ptr, activated_ptr, tokens, out_features, residual_stride, ACTIVATION,
+        )  # fmt: skip
 
 
 def _launch(
@@ -188,10 +142,8 @@ def _launch(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     *,
-    norm: tuple[Tensor | None, Tensor | None] = (None, None),
-    eps: float = 0.0,
-    prologue: str = "none",
     activation: str = "none",
+    activated: Tensor | None = None,
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
@@ -211,22 +163,21 @@ def _launch(
     absent = (None,) * (3 - len(weights))
     residual = None if residual is None else as_rows(residual)
     arch, itemsize = hardware.architecture(x), weights[0].element_size()
-    tile = settings.gemm(columns, depth, itemsize, arch, prologue)
+    fused = settings.fused(activation, activated is not None, residual is not None)
+    tile = settings.gemm(settings.rows_asked(rows), columns, depth, itemsize, arch, fused)
     if tile is None:
         if kept is not None:
             raise ValueError("the vendor's GEMM does not know which samples are kept")
-        if residual is None:
-            vendor_gemm.gemm(x, outputs, weights, biases, norm, eps, prologue, activation)
-        else:
-            (y,), (weight,), (bias,) = outputs, weights, biases
-            vendor_gemm.gemm_residual(x, y, weight, bias, prologue, residual, layer_scale, drop_path_scale, tokens)
+        for y, weight, bias in zip(outputs, weights, biases, strict=True):
+            vendor_gemm.linear(
+                x, y, weight, bias, activation, activated, residual, layer_scale, drop_path_scale, tokens
+            )  # fmt: skip
         return
     run.run(
         linear_kernel,
         triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) * len(weights),
         x.device,
         x,
-        *map(dense, norm),
         *weights,
         *absent,
         *map(dense, biases),
@@ -237,6 +188,7 @@ def _launch(
         kept,
         *outputs,
         *absent,
+        activated,
         rows,
         tokens,
         depth,
@@ -244,13 +196,12 @@ def _launch(
         x.stride(0),
         weights[0].stride(0),
         0 if residual is None else residual.stride(0),
-        eps,
         EVEN_DEPTH=depth % tile.depth == 0,
-        PROLOGUE=prologue,
         ACTIVATION=activation,
         ROW_BLOCK=tile.rows,
         COLUMN_BLOCK=tile.columns,
         DEPTH_BLOCK=tile.depth,
+        QUARTERS=settings.quarters(tile, fused, arch),
         GROUP=tiles.GROUP,
         PRECISION=hardware.dot_precision(weights[0].dtype, arch),
         num_warps=tile.num_warps,
@@ -258,15 +209,14 @@ def _launch(
     )
 
 
-def _output(x: Tensor, weight: Tensor, capacity: int | None = None) -> Tensor:
-    shape = x.shape[:-1] if capacity is None else (capacity, *x.shape[1:-1])
-    return torch.empty((*shape, weight.shape[0]), dtype=weight.dtype, device=x.device)
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype, device=x.device)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, input_activation: str) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """x [..., K] through weight [N, K] and bias [N]: [..., N], in weight's dtype."""
     y = _output(x, weight)
-    _launch(x, (y,), (weight,), (bias,), prologue=input_activation, activation=activation)
+    _launch(x, (y,), (weight,), (bias,), activation=activation)
     return y
 
 
@@ -279,16 +229,34 @@ def layer_norm_linear(
     biases: Sequence[Tensor | None],
     kept: Tensor | None = None,
     capacity: int | None = None,
+    activation: str = "none",
 ) -> list[Tensor]:
     """An output [..., N] for each of `weights` [N, K], one or three of one shape.
 
     With `kept` (see `drop_path.keep_samples`) only of x's kept samples, packed: [capacity or else B, ..., N].
     """
-    outputs = [_output(x, weight, capacity) for weight in weights]
-    biases = all_or_none(biases, weights[0])
-    norm = norm_weight, norm_bias
-    _launch(x, outputs, weights, biases, norm=norm, eps=eps, prologue="layer_norm", kept=kept)
+    x = layer_norm(x, norm_weight, norm_bias, eps, weights[0].dtype, kept, capacity)
+    outputs = [_output(x, weight) for weight in weights]
+    _launch(x, outputs, weights, all_or_none(biases, weights[0]), activation=activation, kept=kept)
     return outputs
+
+
+def layer_norm_fc1(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    kept: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What goes into the activation and what comes out, each like an output of `layer_norm_linear`."""
+    x = layer_norm(x, norm_weight, norm_bias, eps, weight.dtype, kept, capacity)
+    pre_activation, activated = _output(x, weight), _output(x, weight)
+    _launch(x, (pre_activation,), (weight,), (bias,), activation=activation, activated=activated, kept=kept)
+    return pre_activation, activated
 
 
 def linear_residual(
@@ -298,7 +266,6 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
-    input_activation: str,
     kept: Tensor | None = None,
 ) -> Tensor:
     """x [B, ..., K] to [B, ..., N], like residual, in the dtype that residual, weight and layer_scale promote to.
@@ -315,7 +282,6 @@ def linear_residual(
         (y,),
         (weight,),
         (bias,),
-        prologue=input_activation,
         residual=residual,
         layer_scale=layer_scale,
         drop_path_scale=drop_path_scale,

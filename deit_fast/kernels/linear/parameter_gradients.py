@@ -1,11 +1,10 @@
 """The parameters' gradients of the GEMM family, from one product that is split over the tokens (weight_gradient.py).
 
-A launch adds G's and g's partial sums in a fixed order and turns them into the gradients. With f the activation before
-the layer:
+A launch adds G's and g's partial sums in a fixed order and turns them into the gradients. Of a linear layer:
 
     dW = layer_scale G        db = layer_scale g      dlayer_scale = Σ_k W G + b g
 
-and with f(x) = x̂, the rows normalised on load, after a LayerNorm of weight γ and bias β:
+and with x = x̂, the rows that a LayerNorm of weight γ and bias β has normalised:
 
     dW = γ G + g βᵀ           db = g                  dγ = Σ_n W G,  dβ = Wᵀ g
 
@@ -177,9 +176,13 @@ def _finish_projection(
 
 @triton.jit
 def _sum_splits(pointers, mask, stride, SPLITS: tl.constexpr):
-    """Unrolled, so that all loads are under way at once."""
+    """In their order, unrolled by 8, so that as many loads are under way at once."""
     total = tl.load(pointers, mask=mask, other=0.0)
-    for _ in tl.static_range(1, SPLITS):
+    for _ in range((SPLITS - 1) // 8):
+        for _ in tl.static_range(8):
+            pointers += stride
+            total += tl.load(pointers, mask=mask, other=0.0)
+    for _ in tl.static_range((SPLITS - 1) % 8):
         pointers += stride
         total += tl.load(pointers, mask=mask, other=0.0)
     return total
@@ -192,15 +195,13 @@ def linear_parameter_gradients(
     bias: Tensor | None = None,
     *,
     layer_scale: Tensor | None = None,
-    drop_path_scale: Tensor | None = None,
-    activation: str = "none",
     needs: Sequence[bool] = (True, True, True),
     kept: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of weight, bias and layer_scale, each in its parameter's dtype; None where absent or not needed.
 
-    grad [..., N] is that of `drop_path_scale * layer_scale * (activation(x) @ weight.T + bias)`. With `kept` (see
-    `drop_path.keep_samples`) grad is full and x packed.
+    grad [..., N] is that of `layer_scale * (x @ weight.T + bias)`; grad and x [..., K] are in weight's dtype, and with
+    `kept` (see `drop_path.keep_samples`) packed.
     """
     outputs = _allocate((weight, bias, layer_scale), needs)
     of_weight, of_bias, of_layer_scale = outputs
@@ -208,14 +209,11 @@ def linear_parameter_gradients(
         return _without_tokens(outputs)
     if of_weight is None and of_layer_scale is None:
         if bias is not None and of_bias is not None:
-            of_bias = column_sums(grad, bias.dtype, scale=layer_scale, drop_path_scale=drop_path_scale, kept=kept)
+            of_bias = column_sums(grad, bias.dtype, scale=layer_scale, kept=kept)
         return [None, of_bias, None]
     product, total = weight_gradient_partials(
         (grad,),
         x,
-        weight.dtype,
-        drop_path_scale=drop_path_scale,
-        activation=activation,
         kept=kept,
         need_sum=of_bias is not None or (of_layer_scale is not None and bias is not None),
     )
@@ -246,9 +244,7 @@ def linear_parameter_gradients(
 
 def layer_norm_linear_parameter_gradients(
     grads: Sequence[Tensor],
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    normalised: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     weights: Sequence[Tensor],
@@ -258,41 +254,36 @@ def layer_norm_linear_parameter_gradients(
 ) -> list[Tensor | None]:
     """Gradients of norm_weight, norm_bias, weights and biases, in this order; None where absent or not needed.
 
-    Of one projection `LN(x) @ weight.T + bias`, or three of the same shape: grads [..., N], x [..., K], weights [N, K].
-    mean, rstd: of x's rows, as
-    `layer_norm_input_gradient` and `row_statistics` return them. With `kept` (see `drop_path.keep_samples`) x is full,
-    grads, mean and rstd are packed.
+    Of one projection `LN(x) @ weight.T + bias`, or three of the same shape: grads [..., N], weights [N, K]. normalised:
+    x̂ [..., K] in weights' dtype, as `layer_norm_input_gradient` and `normalised_rows` return it; None where nothing but
+    biases' gradients are needed. With `kept` (see `drop_path.keep_samples`) grads and x̂ are packed.
     """
     parameters = (norm_weight, norm_bias, *weights, *biases)
     outputs = _allocate(parameters, needs or [True] * len(parameters))
     projections = len(weights)
     of_norm, of_weights, of_biases = outputs[:2], outputs[2 : 2 + projections], outputs[2 + projections :]
-    if not grads[0].numel() or not x.numel():
+    if not grads[0].numel():
         return _without_tokens(outputs)
-    if all(o is None for o in (*of_norm, *of_weights)):
+    if normalised is None or all(o is None for o in (*of_norm, *of_weights)):
         sums = [
-            None if b is None else column_sums(g, b.dtype, kept=kept, packed_grad=True)
-            for g, b in zip(grads, of_biases, strict=True)
+            None if b is None else column_sums(g, b.dtype, kept=kept) for g, b in zip(grads, of_biases, strict=True)
         ]
         return [None] * (2 + projections) + sums
     of_norm_bias = of_norm[1]
     product, total = weight_gradient_partials(
         grads,
-        x,
-        weights[0].dtype,
-        mean=mean,
-        rstd=rstd,
+        normalised,
         kept=kept,
         need_sum=any(b is not None for b in (norm_bias, of_norm_bias, *of_biases)),
     )
     weights = one_stride(weights)
     absent = (None,) * (3 - projections)
     out_features, in_features = weights[0].shape
-    tile = settings.finish_layer_norm_linear(hardware.architecture(x))
+    tile = settings.finish_layer_norm_linear(hardware.architecture(product))
     run.run(
         finish_layer_norm_linear_kernel,
         triton.cdiv(in_features, tile.columns),
-        x.device,
+        product.device,
         product,
         total,
         *weights,

@@ -1,75 +1,147 @@
 """Launch settings of the GEMM family, by shape, dtype and architecture."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import triton
 
-from deit_fast.kernels.launching.hardware import MMA_SYNC, SMALL_SHARED_MEMORY, WAVES_OF_32, is_amd
+from deit_fast.kernels.launching.hardware import MMA_SYNC, SMALL_SHARED_MEMORY, interpreted, is_amd
 from deit_fast.kernels.launching.settings import Tile, setting
 
 # Whole rows of weight-sized tensors: `depth` is all there is.
 FINISH_LINEAR = Tile(rows=4, columns=256, depth=0, num_warps=4, num_stages=1)
 # Around a vendor's GEMM: every DeiT width is a multiple of 64.
-RESIDUAL = Tile(rows=32, columns=64, depth=0, num_warps=4, num_stages=1)
+EPILOGUE = Tile(rows=32, columns=64, depth=0, num_warps=4, num_stages=1)
+# What is done to every element of a gradient or a weight, once.
+ELEMENTWISE = Tile(rows=32, columns=64, depth=0, num_warps=4, num_stages=1)
+# GELU and its derivative beside an accumulator, as many columns of it at a time as registers allow.
+EPILOGUE_COLUMNS = 32
+# There are enough tiles of these and more, however large.
+_MOST_ROWS = 16384
+
+
+def rows_asked(rows: int) -> int:
+    """`rows` as tables are asked for them, a power of two: what is measured holds for a few batches, not for one."""
+    if interpreted():
+        # As for the architecture: it is quickest with the largest tiles.
+        return _MOST_ROWS
+    return max(128, min(_MOST_ROWS, triton.next_power_of_2(rows)))
+
+
+def fused(activation: str, with_activated: bool, with_residual: bool) -> str:
+    """What follows a product, as `gemm` is asked: the activation, "activated" beside what goes into it, "residual"."""
+    return "residual" if with_residual else "activated" if with_activated else activation
 
 
 @setting("gemm")
-def gemm(columns: int, depth: int, itemsize: int, arch: str, prologue: str) -> Tile | None:
-    """The tile for an [M, depth] × [depth, columns] product with `prologue` applied as the left operand loads.
+def gemm(rows: int, columns: int, depth: int, itemsize: int, arch: str, fused: str) -> Tile | None:
+    """The tile for a [rows, depth] × [depth, columns] product; rows: `rows_asked`, fused: what follows it.
 
     None, which only `settings` answers, is the vendor's GEMM (vendor_gemm.py).
     """
-    return gemm_tile(columns, itemsize, arch, prologue)
-
-
-def gemm_tile(columns: int, itemsize: int, arch: str, prologue: str) -> Tile:
-    """What is shipped of `gemm`."""
     if itemsize == 4:
         if arch in MMA_SYNC:
             return Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)
         return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
-    if arch in SMALL_SHARED_MEMORY:
-        # GELU, residual and an index beside a longer reduction step take all registers.
-        return Tile(128, 64, 64 if prologue == "layer_norm" or (prologue == "none" and not is_amd(arch)) else 32, 8, 2)
-    if prologue in ("gelu", "gelu_tanh"):
-        return Tile(128, 64, 64, 8, 3)
-    # The epilogue of a wider tile, out of sm_100's tensor memory all at once, takes more registers than there are.
-    narrow = columns % 128 or (arch == "sm_100" and prologue == "none")
-    return Tile(128, 64 if narrow else 128, 64, 8, 3)
+    if is_amd(arch):
+        # A residual and an index beside a longer reduction step take all registers.
+        return Tile(128, 64, 32 if fused == "residual" else 64, 8, 2)
+    if arch == "sm_100":
+        return Tile(128, 64 if columns % 128 else 128, 64, 8, 3)
+    if arch == "sm_90":
+        whole = Tile(128, 256, 64, 8, 3) if columns % 256 == 0 else Tile(256, 128, 64, 8, 3)
+        return _first_that_fills(rows, columns, whole, Tile(128, 128, 64, 8, 3), *_FEW_ROWS)
+    if arch == "sm_80" and (columns % 128 == 0 or columns > 256):
+        return _first_that_fills(rows, columns, Tile(128, 128, 32, 4, 4), Tile(128, 64, 32, 4, 4), *_FEW_ROWS)
+    return _first_that_fills(rows, columns, Tile(128, 64, 32, 4, 4), *_FEW_ROWS)
+
+
+_FEW_ROWS = (Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4))
+# Of the GPUs that have such settings; 128 or so of those that training is done on.
+_MULTIPROCESSORS = 128
+
+
+def _first_that_fills(rows: int, columns: int, *tiles: Tile) -> Tile:
+    """The first of `tiles`, each smaller than the one before, that there are enough of for all multiprocessors."""
+    for tile in tiles:
+        if triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= _MULTIPROCESSORS:
+            return tile
+    return tiles[-1]
+
+
+def quarters(tile: Tile, fused: str, arch: str) -> bool:
+    """Whether the epilogue runs over a quarter of the tile's columns at a time: of 64 a thread, or more.
+
+    All at once they leave no registers for what an epilogue reads or writes besides; on sm_100, whose products lie in
+    memory of their own, they take none before it does.
+    """
+    if is_amd(arch) or tile.rows * tile.columns < 64 * 32 * tile.num_warps:
+        return False
+    return arch == "sm_100" or fused in ("residual", "activated")
 
 
 @setting("input_gradient")
-def input_gradient(columns: int, itemsize: int, arch: str, activation: str) -> Tile:
-    """The tile for an [M, depth] × [depth, columns] product, times the derivative of `activation`."""
+def input_gradient(rows: int, columns: int, itemsize: int, arch: str, activation: str, projections: int) -> Tile:
+    """The tile for a [rows, depth] × [depth, columns] product, times the derivative of `activation`.
+
+    Or for the sum of three such products, of three `projections`. rows: `rows_asked`.
+    """
     if itemsize == 4:
         return Tile(64, 32 if arch == "sm_100" else 64, 32, 8 if arch in MMA_SYNC or arch == "sm_100" else 4, 2)
-    if arch in SMALL_SHARED_MEMORY:
-        return Tile(128, 64, 64, 8, 2) if is_amd(arch) else Tile(128, 64, 32, 8, 3)
-    # GELU's derivative beside a wider tile takes all registers, and with them the multiprocessor's second program.
-    if activation != "none" and arch in MMA_SYNC:
-        return Tile(128, 64, 32, 8, 4)
-    return Tile(128, 128 if columns % 128 == 0 and activation == "none" else 64, 64, 8, 3)
+    if is_amd(arch):
+        return Tile(128, 64, 64, 8, 2)
+    if arch == "sm_100":
+        return Tile(128, 128 if columns % 128 == 0 and activation == "none" else 64, 64, 8, 3)
+    if arch == "sm_90":
+        whole = Tile(128, 64, 64, 8, 3) if columns <= 64 else _least_padding(_WIDE, 1, columns)
+        return _first_that_fills(rows, columns, whole, Tile(128, 128, 64, 8, 3), *_FEW_ROWS)
+    # sm_120's compiler keeps twice as many threads a program to 128 registers.
+    narrow = Tile(128, 64, 32, 8, 3) if arch == "sm_120" else Tile(128, 64, 32, 4, 4)
+    wide = Tile(128, 128, 32, 4, 4 if arch == "sm_80" else 3)
+    # The addresses of three products at once leave a wide tile too few registers.
+    if columns % 128 == 0 and projections == 1 and (arch == "sm_80" or activation != "none"):
+        return _first_that_fills(rows, columns, wide, narrow, *_FEW_ROWS)
+    return _first_that_fills(rows, columns, narrow, *_FEW_ROWS)
 
 
 @setting("weight_gradient")
-def weight_gradient(
-    out_features: int, in_features: int, itemsize: int, x_itemsize: int, arch: str, activation: str
-) -> Tile:
+def weight_gradient(out_features: int, in_features: int, itemsize: int, arch: str) -> Tile:
     """The tile of an [out_features, in_features] gradient, `depth` of the tokens a step."""
     if itemsize == 4:
         return Tile(64, 64, 32, 8 if arch in MMA_SYNC else 4, 2)
+    if max(out_features, in_features) <= 64:
+        return Tile(64, 64, 32, 4, 2)
+    shape = out_features, in_features
+    if arch == "sm_90":
+        return _least_padding((*_WIDE, Tile(128, 128, 64, 8, 3)), 1.25, *shape)
+    if arch == "sm_80":
+        return _least_padding((Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3)), 1.5, *shape)
+    if arch in MMA_SYNC:
+        return _least_padding((Tile(128, 128, 32, 4, 3), Tile(64, 64, 64, 4, 2)), 1.25, *shape)
     stages = 2 if arch in SMALL_SHARED_MEMORY else 3
-    if activation != "none":
-        # Every tile along out_features computes the activation anew, so they are as few as can be.
-        rows = max(64, min(256, triton.next_power_of_2(out_features)))
-        return Tile(rows, 64, 32, 8 if rows > 64 else 4, stages)
-    rows, columns = (128 if n % 128 == 0 else 64 for n in (out_features, in_features))
+    rows, columns = (128 if n % 128 == 0 else 64 for n in shape)
     if rows * columns == 64 * 64:
         return Tile(rows, columns, 32, 4, 2)
-    # mma.sync's operands are in registers: a float32 x, normalised, and what it is cast to side by side.
-    in_registers = arch in MMA_SYNC or arch in WAVES_OF_32
-    short = (rows * columns == 128 * 128 and stages == 2) or (x_itemsize > itemsize and in_registers)
-    return Tile(rows, columns, 32 if short else 64, 8, stages)
+    return Tile(rows, columns, 32 if rows * columns == 128 * 128 and stages == 2 else 64, 8, stages)
+
+
+# wgmma's largest tiles: what they load, of L2 and of shared memory, is the least for a multiplication.
+_WIDE = (Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3))
+
+
+def _least_padding(candidates: Sequence[Tile], cost_of_last: float, *shape: int) -> Tile:
+    """Of tiles of an output of this shape, or so many columns, the one that pads it least; of equals the first.
+
+    An element of the last one's, a smaller tile, costs `cost_of_last` of the others': it loads its operands more often.
+    """
+
+    def cost(tile: Tile) -> float:
+        padded = 1
+        for length, block in zip(reversed(shape), (tile.columns, tile.rows), strict=False):
+            padded *= triton.cdiv(length, block) * block
+        return padded * (cost_of_last if tile is candidates[-1] else 1)
+
+    return min(candidates, key=cost)
 
 
 @setting("finish_layer_norm_linear")
@@ -79,21 +151,17 @@ def finish_layer_norm_linear(arch: str) -> Tile:
     return Tile(rows, columns, 0, 4, 1)
 
 
-@lru_cache(maxsize=256)
-def kept_weight_gradient(tile: Tile, itemsize: int, arch: str) -> Tile:
-    """`tile` for rows that are found through an index, as drop path's kept samples are, of elements of `itemsize`."""
-    if is_amd(arch):
-        return tile
-    # A pointer for each of the float32 rows that threads hold leaves a wider tile no registers.
-    columns = min(tile.columns, 64) if itemsize == 4 and arch != "sm_90" else tile.columns
-    # The index is as many steps ahead of its row as the row is of the product.
-    return tile._replace(columns=columns, num_stages=2 * tile.num_stages - 1)
+@lru_cache(maxsize=1024)
+def splits(programs: int, rows: int, slots: int, most: int) -> int:
+    """Into how many parts the rows of a weight gradient are split, of `programs` programs each.
 
-
-def splits(tiles: int, rows: int, multiprocessors: int) -> int:
-    """Into how many parts the rows of a weight gradient of `tiles` tiles are split; a power of two up to 16.
-
-    As many as fill the device once, but a part has a thousand rows: its partial sums are written and read.
+    As few as fill the device's `slots` in whole waves best, of 512 rows at least, and no more than `most`. A program's
+    partial sums, which are written and read again, cost it as much as a thousand rows.
     """
-    most = max(1, min(16, multiprocessors // tiles, rows // 1024))
-    return 1 << (most.bit_length() - 1)
+
+    def cost(parts: int) -> float:
+        return triton.cdiv(programs * parts, slots) * (rows / parts + 1024)
+
+    choices = range(1, max(1, min(most, rows // 512)) + 1)
+    least = min(map(cost, choices))
+    return next(parts for parts in choices if cost(parts) <= 1.03 * least)

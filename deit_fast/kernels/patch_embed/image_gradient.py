@@ -7,7 +7,7 @@ from torch import Tensor
 from deit_fast.kernels.device import tile_of_program
 from deit_fast.kernels.launching import hardware, run, tiles
 from deit_fast.kernels.launching.metadata import described_product, patch_values
-from deit_fast.kernels.linear import settings
+from deit_fast.kernels.patch_embed import settings
 from deit_fast.kernels.patch_embed.patches import patch_offset, pixel_offset
 
 
@@ -83,7 +83,7 @@ def image_gradient(grad: Tensor, weight: Tensor, mask: Tensor | None, prefix: in
     channels, patch_height, patch_width = weight.shape[1:]
     depth = channels * patch_height * patch_width
     arch = hardware.architecture(grad)
-    tile = settings.input_gradient(depth, weight.element_size(), arch, "none")
+    tile = settings.image_gradient(depth, weight.element_size(), arch)
     run.run(
         image_gradient_kernel,
         triton.cdiv(batch * patches, tile.rows) * triton.cdiv(depth, tile.columns),

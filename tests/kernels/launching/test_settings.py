@@ -3,19 +3,20 @@ import pytest
 from deit_fast.kernels.attention.settings import AttentionTile, attention_backward
 from deit_fast.kernels.launching.settings import Tile, settings
 from deit_fast.kernels.layer_norm.settings import layer_norm_rows
-from deit_fast.kernels.linear.settings import gemm, gemm_tile
+from deit_fast.kernels.linear.settings import gemm
 from deit_fast.kernels.mlp import mlp_tile
 
 
 def test_settings_answer_for_the_table_and_tell_what_was_asked():
-    asked = "gemm(1152, 384, 2, sm_90, layer_norm)"
-    shipped, other = gemm(1152, 384, 2, "sm_90", "layer_norm"), Tile(64, 64, 32, 4, 2)
+    asked, arguments = "gemm(16384, 1152, 384, 2, sm_90, gelu)", (16384, 1152, 384, 2, "sm_90", "gelu")
+    shipped, other = gemm(*arguments), Tile(64, 64, 32, 4, 2)
+    of_proj = gemm(16384, 384, 384, 2, "sm_90", "residual")
     for given in (other, other._asdict()):
         with settings({asked: given}) as answered:
-            assert gemm(1152, 384, 2, "sm_90", "layer_norm") == other
-            assert gemm(384, 384, 2, "sm_90", "none") == gemm_tile(384, 2, "sm_90", "none")
+            assert gemm(*arguments) == other
+            assert gemm(16384, 384, 384, 2, "sm_90", "residual") == of_proj
         assert answered[asked] == other and len(answered) == 2
-    assert gemm(1152, 384, 2, "sm_90", "layer_norm") == shipped
+    assert gemm(*arguments) == shipped
 
 
 def test_settings_of_several_tiles_come_as_lists():

@@ -20,7 +20,7 @@ DEVICES = (
     "NVIDIA H100 80GB HBM3 MIG 1g.20gb", "AMD Instinct MI300X OAM", "AMD Radeon(TM) Graphics", "",
     "../GPU", "GPU:0", "GPU/0", "GPU 0", "Ж" * 300, "GPU " * 300, "GPU " * 301,
 )  # fmt: skip
-SETTINGS = {"gemm(1152, 384, 2, sm_80, layer_norm)": Tile(64, 64, 64, 4, 2)._asdict()}
+SETTINGS = {"gemm(16384, 1152, 384, 2, sm_80, none)": Tile(64, 64, 64, 4, 2)._asdict()}
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def user_folder(tmp_path, monkeypatch):
 
 
 def arguments(batch: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
-    x = torch.empty(batch, 198, 384, dtype=dtype)
-    return x, torch.empty(384), None, 1e-6, [torch.empty(1152, 384, dtype=dtype)], [torch.empty(1152)], None, batch
+    x, weight = torch.empty(batch, 198, 384, dtype=dtype), torch.empty(1152, 384, dtype=dtype)
+    return x, torch.empty(384), None, 1e-6, [weight], [torch.empty(1152)], None, batch, "none"
 
 
 def write(batch: int, choice: Choice) -> None:
@@ -65,9 +65,9 @@ def test_a_file_says_what_it_is_of_and_its_other_keys_are_batches(user_folder):
     (file,) = user_folder.iterdir()
     assert re.fullmatch(r"layer_norm_linear,NVIDIA_A100-SXM4-80GB,[0-9a-f]{16}\.json", file.name)
     assert json.loads(file.read_text()) == {
-        "format": 2,
+        "format": 3,
         "operator": "layer_norm_linear",
-        "shape": "x=198x384bf16,norm_weight,weights=1152x384bf16,biases",
+        "shape": "x=198x384bf16,norm_weight,weights=1152x384bf16,biases,activation=none",
         "device": "NVIDIA A100-SXM4-80GB",
         "triton": triton.__version__,
         "driver": DRIVER,

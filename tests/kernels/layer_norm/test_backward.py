@@ -41,7 +41,7 @@ def gradients(function, x, weight, bias, grad, residual_grad, double):
 
 
 def ours(x, weight, grad, residual_grad):
-    dx, mean, rstd = kernels.layer_norm_input_gradient(grad, x, weight, EPS, residual_grad=residual_grad)
+    dx, mean, rstd = kernels.layer_norm_gradient_and_statistics(grad, x, weight, EPS, residual_grad)
     dtype = x.dtype if weight is None else weight.dtype
     return dx, *kernels.layer_norm_parameter_gradients(grad, x, mean, rstd, dtype)
 
@@ -113,7 +113,7 @@ def test_a_large_mean_costs_no_digits(dtype):
 def test_statistics_are_those_of_the_backward(dtype):
     x, weight, _, grad, _ = inputs(7, 192, (dtype,) * 3)
     mean, rstd = kernels.row_statistics(x, EPS)
-    _, same_mean, same_rstd = kernels.layer_norm_input_gradient(grad, x, weight, EPS)
+    _, same_mean, same_rstd = kernels.layer_norm_gradient_and_statistics(grad, x, weight, EPS)
     assert torch.equal(mean, same_mean)
     assert torch.equal(rstd, same_rstd)
     centred = x.double() - x.double().mean(1, keepdim=True)
@@ -125,10 +125,26 @@ def test_statistics_are_those_of_the_backward(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", (1, 65, COLUMN_SUMS.depth))
-def test_column_sums_scale_samples_and_columns(tokens, dtype):
+def test_column_sums_scale_columns(tokens, dtype):
     grad, scale = randn(3, tokens, 100, dtype=dtype), randn(100, dtype=dtype)
-    drop_path_scale = torch.tensor([1.25, 0.0, 1.25], dtype=dtype)
-    found = kernels.column_sums(grad, dtype, scale=scale, drop_path_scale=drop_path_scale)
-    scaled = grad * scale * drop_path_scale.view(3, 1, 1)
-    exact = grad.double() * scale.double() * drop_path_scale.double().view(3, 1, 1)
-    assert_as_accurate_as_stock(found, scaled.sum((0, 1)), exact.sum((0, 1)), dtype)
+    found = kernels.column_sums(grad, dtype, scale=scale)
+    exact = grad.double() * scale.double()
+    assert_as_accurate_as_stock(found, (grad * scale).sum((0, 1)), exact.sum((0, 1)), dtype)
+
+
+@in_every_mixture
+@pytest.mark.parametrize("width", WIDTHS)
+def test_normalised_rows_come_with_the_backward_and_alone(width, mixture):
+    x, weight, _, grad, residual_grad = inputs(9, width, mixture)
+    guard = Guard()
+    given = [guard(t) for t in (grad, x, weight)]
+    with guard.outputs():
+        dx, normalised = kernels.layer_norm_input_gradient(
+            *given, EPS, residual_grad=guard(residual_grad), normalised_dtype=grad.dtype
+        )
+        alone = kernels.normalised_rows(given[1], EPS, grad.dtype)
+    guard.assert_untouched()
+    assert torch.equal(normalised, alone)
+    stock = F.layer_norm(x, (width,), eps=EPS).to(grad.dtype)
+    assert_as_accurate_as_stock(normalised, stock, layer_norm(x.double(), None, None, EPS), grad.dtype)
+    assert torch.equal(dx, kernels.layer_norm_input_gradient(grad, x, weight, EPS, residual_grad=residual_grad)[0])

@@ -1,14 +1,11 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from deit_fast.kernels.layer_norm.backward import layer_norm_input_gradient
-from deit_fast.kernels.linear import settings
-from deit_fast.kernels.linear.input_gradient import input_gradient
-from deit_fast.kernels.linear.parameter_gradients import (
-    layer_norm_linear_parameter_gradients,
-    linear_parameter_gradients,
-)
+from deit_fast.kernels.linear import layer_norm_linear_backward, linear_backward, settings
+from reference.activation import activate
 from reference.layer_norm import layer_norm
 from reference.linear import linear, linear_residual
 from tests.support.accuracy import assert_as_accurate_as_stock
@@ -64,16 +61,13 @@ def gradients(function, inputs, grads, double):
 # act(x) Wᵀ + b, scaled ---------------------------------------------------------------------------------------------
 
 
-def branch(activation="none", drop_path_scale=None):
+def branch(activation="none", drop_path_scale=None, needs=(True,) * 4):
     """Run, stock and reference of `drop_path_scale * layer_scale * (act(x) @ weight.T + bias)`."""
 
     def run(inputs, grads):
-        x, weight, bias, layer_scale = inputs
-        scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
-        gelu_of = None if activation == "none" else x
-        dx = input_gradient(grads, [weight], gelu_of=gelu_of, activation=activation, **scales)
-        parameters = linear_parameter_gradients(*grads, x, weight, bias, activation=activation, **scales)
-        return [dx, *parameters]
+        asked = [needs[i] and each is not None for i, each in enumerate(inputs)]
+        found = iter(linear_backward(*grads, *inputs, drop_path_scale, activation, None, asked))
+        return [next(found) if each else None for each in asked]
 
     def stock(x, weight, bias, layer_scale=None):
         if activation != "none":
@@ -87,7 +81,7 @@ def branch(activation="none", drop_path_scale=None):
 
     def reference(x, weight, bias, layer_scale):
         scale = drop_path_scale if drop_path_scale is None else drop_path_scale.double()
-        return linear_residual(x, weight, bias, 0.0, layer_scale, scale, activation)
+        return linear_residual(activate(x, activation), weight, bias, 0.0, layer_scale, scale)
 
     return run, stock, reference
 
@@ -161,7 +155,7 @@ def test_one_dimensional_and_four_dimensional_inputs(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_split_where_there_are_many(dtype, monkeypatch):
     """A thousand rows a part are many for the interpreter: here every 64."""
-    monkeypatch.setattr(settings, "splits", lambda tiles, rows, multiprocessors: min(4, max(1, rows // 64)))
+    monkeypatch.setattr(settings, "splits", lambda programs, rows, slots, most: min(4, max(1, rows // 64)))
     for tokens in (255, 256, 258):
         check_branch(*branch_inputs(1, tokens, 48, 64, (dtype, dtype)), "gelu")
         check_layer_norm(*layer_norm_inputs(1, tokens, (48,), 64, (dtype, dtype)))
@@ -191,27 +185,23 @@ def test_nan_and_infinity_reach_what_depends_on_them():
     assert dbias[5].isinf()
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
-def test_only_what_is_asked_for(needs):
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+def test_only_what_is_asked_for(needs, activation):
     x, weight, bias, layer_scale, grad = branch_inputs(2, 9, 24, 40, (torch.float32,) * 2)
-    drop_path_scale = torch.tensor([1.25, 0.0])
-    _, stock, reference = branch("gelu", drop_path_scale)
+    run, stock, reference = branch(activation, torch.tensor([1.25, 0.0]), needs)
+    assert_right(run, (x, weight, bias, layer_scale), (grad,), stock, reference, needs=needs)
 
-    def run(inputs, grads):
-        x, weight, bias, layer_scale = inputs
-        parameters = linear_parameter_gradients(
-            *grads,
-            x,
-            weight,
-            bias,
-            layer_scale=layer_scale,
-            drop_path_scale=drop_path_scale,
-            activation="gelu",
-            needs=needs,
-        )
-        return [None, *parameters]
 
-    assert_right(run, (x, weight, bias, layer_scale), (grad,), stock, reference, needs=(False, *needs))
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_tiny_layer_scale_leaves_float16_its_digits(dtype):
+    """Weights times 1e-6 are nothing in float16; the gradient, which a loss scale has made large, is something."""
+    x, weight, bias, layer_scale, grad = branch_inputs(1, 9, 24, 40, (dtype, torch.float32))
+    run, _, reference = branch()
+    inputs, grads = (x, 0.02 * weight, bias, 1e-6 * layer_scale), (1e4 * grad,)
+    dx = run(inputs, grads)[0]
+    exact = gradients(reference, inputs, grads, double=True)[0]
+    assert_as_accurate_as_stock(dx, exact.to(dtype), exact, dtype)
 
 
 # LayerNorm(x) Wᵀ + b, one projection or three ---------------------------------------------------------------------
@@ -221,12 +211,11 @@ def run_layer_norm(needs=None):
     def run(inputs, grads):
         x, norm_weight, norm_bias, *projections = inputs
         weights, biases = projections[: len(grads)], projections[len(grads) :]
-        dnorm = input_gradient(grads, weights)
-        dx, mean, rstd = layer_norm_input_gradient(dnorm, x, norm_weight, EPS)
-        rest = layer_norm_linear_parameter_gradients(
-            grads, x, mean, rstd, norm_weight, norm_bias, weights, biases, needs
+        asked = [each is not None and (needs is None or needs[i]) for i, each in enumerate(inputs)]
+        found = iter(
+            layer_norm_linear_backward(x, norm_weight, norm_bias, EPS, grads, weights, biases, None, None, asked)
         )
-        return [dx, *rest]
+        return [next(found) if each else None for each in asked]
 
     return run
 
@@ -302,18 +291,10 @@ def test_layer_norm_of_strided_inputs(dtype):
     check_layer_norm(inputs, [grad[:1].expand(2, 5, 50)])
 
 
-@pytest.mark.parametrize("asked", range(4))
-def test_only_what_is_asked_for_of_a_layer_norm(asked):
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=5)))
+def test_only_what_is_asked_for_of_a_layer_norm(needs):
     inputs, grads = layer_norm_inputs(2, 5, (48,), 40, (torch.float32,) * 2)
-    needs = [i == asked for i in range(4)]
-    assert_right(
-        lambda inputs, grads: [None, *run_layer_norm(needs)(inputs, grads)[1:]],
-        inputs,
-        grads,
-        stock_layer_norm,
-        exact_layer_norm,
-        needs=(False, *needs),
-    )
+    assert_right(run_layer_norm(needs), inputs, grads, stock_layer_norm, exact_layer_norm, needs=needs)
 
 
 def test_layer_norm_of_no_rows():

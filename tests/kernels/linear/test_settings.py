@@ -1,10 +1,73 @@
 import pytest
+import torch
+from triton import cdiv
 
+from deit_fast.kernels import linear
+from deit_fast.kernels.launching.settings import Tile
 from deit_fast.kernels.linear import settings
+
+ROWS = 256 * 198
 
 
 @pytest.mark.parametrize(
-    ("tiles", "rows", "splits"), [(36, 6336, 2), (3, 6336, 4), (3, 50688, 16), (500, 10**6, 1), (1, 10, 1)]
+    ("programs", "slots", "splits"),
+    # An H100's multiprocessors, one program each, and an A100's, two each.
+    [(18, 132, 7), (6, 132, 22), (2, 132, 62), (72, 132, 5), (12, 216, 18), (36, 216, 6), (144, 216, 3), (108, 216, 2)],
 )
-def test_splits_fill_the_device_once_with_a_thousand_rows_each(tiles, rows, splits):
-    assert settings.splits(tiles, rows, 108) == splits
+def test_splits_fill_whole_waves(programs, slots, splits):
+    assert settings.splits(programs, ROWS, slots, ROWS) == splits
+
+
+@pytest.mark.parametrize(("rows", "most", "splits"), [(0, 9, 1), (100, 9, 1), (4096, 9, 8), (4096, 3, 3), (4096, 0, 1)])
+def test_splits_of_few_rows(rows, most, splits):
+    assert settings.splits(1, rows, 132, most) == splits
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [
+        ((384, 1536), (128, 256)),
+        ((1536, 384), (256, 128)),
+        ((1152, 384), (256, 128)),
+        ((384, 384), (128, 128)),
+        ((768, 768), (128, 256)),
+        ((64, 48), (64, 64)),
+    ],
+)
+def test_a_weight_gradients_tile_pads_little(shape, tile):
+    assert settings.weight_gradient(*shape, 2, "sm_90")[:2] == tile
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize("width", [192, 384, 768])
+def test_the_fewer_the_rows_the_smaller_the_tiles(arch, width):
+    tiles = [settings.gemm(198 * batch, width, width, 2, arch, "residual") for batch in (1, 8, 64, 256)]
+    assert [tile.rows * tile.columns for tile in tiles] == sorted(tile.rows * tile.columns for tile in tiles)
+    programs = [cdiv(198 * n, t.rows) * cdiv(width, t.columns) for n, t in zip((1, 8, 64, 256), tiles, strict=True)]
+    assert programs[0] >= 40 and min(programs[1:]) >= 128
+
+
+def test_tables_are_asked_for_a_few_numbers_of_rows(monkeypatch):
+    monkeypatch.setattr(settings, "interpreted", lambda: False)
+    asked = [settings.rows_asked(tokens * batch) for tokens in (197, 198, 577, 578) for batch in range(1, 257)]
+    assert sorted(set(asked)) == [256, 512, 1024, 2048, 4096, 8192, 16384]
+
+
+@pytest.mark.parametrize("tile", [*settings._FEW_ROWS, Tile(128, 64, 32, 4, 4), Tile(128, 256, 64, 8, 3)])
+@pytest.mark.parametrize("quarters", [False, True])
+def test_every_tile_computes_the_same(tile, quarters, monkeypatch):
+    """To the last bit but for the order of a row's sums, which the tile's depth decides."""
+    x, weight, bias = torch.randn(3, 70, 96), torch.randn(200, 96) / 10, torch.randn(200)
+    kept = torch.tensor([2, 0, 2, 1], dtype=torch.int32)
+    residual, scale = torch.randn(3, 70, 96), torch.tensor([1.5, 0.0, 1.5])
+
+    def found():
+        hidden = linear.layer_norm_fc1(x, None, None, 1e-6, weight, bias, "gelu", kept, 2)
+        y = linear.linear_residual(hidden[1], weight.T.contiguous(), None, residual, None, scale, kept)
+        return (*hidden, y)
+
+    shipped = found()
+    monkeypatch.setattr(settings, "gemm", lambda *_: tile)
+    monkeypatch.setattr(settings, "quarters", lambda *_: quarters)
+    for mine, other in zip(found(), shipped, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
