@@ -27,7 +27,7 @@ def test_operator(case):
 @pytest.mark.parametrize("op", (linear, layer_norm_qkv, attention_branch, mlp_branch, patch_embed_case))
 def test_weight_gradient_summed_in_parts(op, dtype, monkeypatch):
     """As for the many rows of a real batch."""
-    monkeypatch.setattr(of_linear, "splits", lambda tiles, rows, multiprocessors: 4)
+    monkeypatch.setattr(of_linear, "splits", lambda *_: 4)
     tile, _ = of_patch_embed.patch_embed_weight_gradient(195, 64, 48, dtype.itemsize, "sm_90")
     monkeypatch.setattr(of_patch_embed, "patch_embed_weight_gradient", lambda *_: (tile, 64))
     kept = (0, 2) if op in (attention_branch, mlp_branch) else None
