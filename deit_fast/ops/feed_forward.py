@@ -21,8 +21,8 @@ from deit_fast.ops.layer_norm_linear import check_projections, layer_norm_linear
 from deit_fast.ops.linear import (
     check_linear,
     check_residual,
-    linear_backward,
     residual_dtype,
+    residual_gradients,
     stock_linear,
     stock_residual,
 )
@@ -143,14 +143,7 @@ class _Fc2Residual(Operator):
     def backward(
         self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        (grad,) = grads
-        need_x, need_weight, need_bias, need_residual, need_layer_scale = needs
-        wanted = [need_x, need_weight, need_bias, need_layer_scale]
-        found = linear_backward(
-            grad, a.pre_activation, a.weight, a.bias, a.layer_scale, a.drop_path_scale, a.activation, a.kept, wanted
-        )
-        of_pre_activation, dweight, dbias, dlayer_scale = distribute(found, wanted)
-        return of_pre_activation, dweight, dbias, grad if need_residual else None, dlayer_scale
+        return residual_gradients(a, a.pre_activation, a.activation, grads, needs)
 
     def flops(self, a: Any) -> int:
         return product_flops(rows_computed(a.activated, a.kept), a.weight)

@@ -208,6 +208,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     return _linear(x, weight, bias, activation)
 
 
+def residual_gradients(
+    a: Any, x: Tensor, activation: str, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Of x, which `activation` is applied to, weight, bias, residual and layer_scale, at the end of a branch."""
+    (grad,) = grads
+    need_x, need_weight, need_bias, need_residual, need_layer_scale = needs
+    wanted = [need_x, need_weight, need_bias, need_layer_scale]
+    found = linear_backward(grad, x, a.weight, a.bias, a.layer_scale, a.drop_path_scale, activation, a.kept, wanted)
+    dx, dweight, dbias, dlayer_scale = distribute(found, wanted)
+    return dx, dweight, dbias, grad if need_residual else None, dlayer_scale
+
+
 class _LinearResidual(Operator):
     name = "linear_residual"
     launcher = staticmethod(kernels.linear_residual)
@@ -243,12 +255,7 @@ class _LinearResidual(Operator):
     def backward(
         self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        (grad,) = grads
-        need_x, need_weight, need_bias, need_residual, need_layer_scale = needs
-        wanted = [need_x, need_weight, need_bias, need_layer_scale]
-        found = linear_backward(grad, a.x, a.weight, a.bias, a.layer_scale, a.drop_path_scale, "none", a.kept, wanted)
-        dx, dweight, dbias, dlayer_scale = distribute(found, wanted)
-        return dx, dweight, dbias, grad if need_residual else None, dlayer_scale
+        return residual_gradients(a, a.x, "none", grads, needs)
 
     def flops(self, a: Any) -> int:
         return product_flops(rows_computed(a.x, a.kept), a.weight)
