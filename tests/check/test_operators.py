@@ -103,6 +103,10 @@ def reference_of(case: CheckCase):
 def test_its_truth_is_the_reference_in_float64(op, index):
     """`reference/` is not installed with the package: the stock operators answer for it, in float64."""
     case = list(cases(op, INTERPRETER_SIZES[0], torch.float32, CPU))[index]
+    if op == "fc2_residual":
+        # The reference computes it anew, in float64; the case's is rounded to float32.
+        activated = torch.nn.functional.gelu(case.arguments["pre_activation"].detach().double())
+        case = replace(case, arguments={**case.arguments, "activated": activated})
     found = evaluate(case, torch.float32, "torch", double=True)
     expected = evaluate(replace(case, function=reference_of(case)), torch.float32, "torch", double=True)
     assert list(found) == list(expected)

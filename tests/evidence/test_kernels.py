@@ -21,6 +21,7 @@ FORWARD = {
     "patch_embed_kernel",
     "readout_kernel",
 }
+# Without scaled_weight_kernel: these models have no LayerScale.
 BACKWARD = {
     "branch_gradient_kernel",
     "column_sums_kernel",
@@ -35,7 +36,6 @@ BACKWARD = {
     "patch_weight_gradient_kernel",
     "query_gradient_kernel",
     "readout_backward_kernel",
-    "scaled_weight_kernel",
     "sum_partials_kernel",
     "sum_splits_kernel",
     "token_gradients_kernel",
