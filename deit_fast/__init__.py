@@ -6,10 +6,12 @@ from deit_fast import nn, ops
 from deit_fast.data import DeiTImageProcessor
 from deit_fast.models import create_model, list_models
 from deit_fast.runtime import graph, tune, warmup
-from deit_fast.swap import SwapReport, restore, swap, swapped
+from deit_fast.swap import CallReport, SwapReport, restore, swap, swapped
+from deit_fast.swap.core import report
 from deit_fast.train.distillation import DistillationLoss
 
 __all__ = [
+    "CallReport",
     "DeiTImageProcessor",
     "DistillationLoss",
     "SwapReport",
@@ -18,6 +20,7 @@ __all__ = [
     "list_models",
     "nn",
     "ops",
+    "report",
     "restore",
     "swap",
     "swapped",

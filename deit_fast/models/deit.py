@@ -109,7 +109,7 @@ class VisionTransformer(nn.Module):
                 f"this model takes images of shape [batch, {size[0]}, {size[1]}, {size[2]}], got "
                 f"{list(images.shape)}; for images of another size build it with create_model(…, img_size=…)"
             )
-        reason = parts.unfusable(self.patch_embed, {PatchEmbed})
+        reason = parts.unfusable(self.patch_embed, parts.PATCH_EMBEDS)
         if reason is None and guards.patch_embed_unfusable(self.patch_embed) is None:
             return patch_embed_forward(
                 self.patch_embed,

@@ -64,4 +64,4 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim)))
 
 
-parts.ATTENTIONS.add(Attention)
+parts.add(parts.ATTENTIONS, Attention)

@@ -92,4 +92,4 @@ class Block(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-parts.BLOCKS.add(Block)
+parts.add(parts.BLOCKS, Block)

@@ -37,7 +37,7 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3f}"
 
 
-parts.DROP_PATHS.add(DropPath)
+parts.add(parts.DROP_PATHS, DropPath)
 
 
 class DropPathDraw(NamedTuple):

@@ -11,6 +11,7 @@ from deit_fast import ops
 from deit_fast.nn import parts
 from deit_fast.nn.branches import attend, attention_residual, mlp_residual
 from deit_fast.nn.drop_path import drop_path_of
+from deit_fast.nn.guards import softmax_scale
 from deit_fast.nn.layer_scale import gamma_of
 from deit_fast.nn.options import memory_of
 from deit_fast.nn.parts import Part
@@ -25,7 +26,7 @@ def attention_forward(attn: Part, x: Tensor) -> Tensor:
     """QKV projection, attention, output projection: x [B, N, D] → [B, N, D]."""
     modules = attn._modules
     qkv, proj = modules["qkv"], modules["proj"]
-    out = attend((ops.linear(x, qkv.weight, qkv.bias),), attn.num_heads, attn.scale)
+    out = attend((ops.linear(x, qkv.weight, qkv.bias),), attn.num_heads, softmax_scale(attn))
     return ops.linear(out, proj.weight, proj.bias)
 
 
@@ -72,7 +73,9 @@ def both_branches(
     gather = not readout_rows
 
     draw = drop_path_of(block, 0, drop_paths[0], x, proj, gammas[0], gather)
-    x = attention_residual(x, modules["norm1"], (qkv,), proj, attn.num_heads, attn.scale, gammas[0], draw, readout_rows)
+    x = attention_residual(
+        x, modules["norm1"], (qkv,), proj, attn.num_heads, softmax_scale(attn), gammas[0], draw, readout_rows
+    )
 
     draw = drop_path_of(block, 1, drop_paths[1], x, fc2, gammas[1], gather)
     activation: Any = parts.gelu_name(mlp["act"])  # a name: the guard has asked

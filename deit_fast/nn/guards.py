@@ -5,7 +5,7 @@ names, so they serve `deit_fast.nn` and the swapped modules of timm alike, and t
 costs a tenth of attribute access.
 """
 
-import torch
+from typing import Any
 
 from deit_fast.nn import parts
 from deit_fast.nn.parts import Part
@@ -29,15 +29,29 @@ def attention_unfusable(attn: Part) -> str | None:
         reason = parts.unfusable(modules[name], parts.LINEARS)
         if reason is not None:
             return f"{name} {reason}"
-    if not _is_identity(modules.get("q_norm")) or not _is_identity(modules.get("k_norm")):
+    if not parts.is_identity(modules.get("q_norm")) or not parts.is_identity(modules.get("k_norm")):
         return "normalizes queries and keys"
-    if not _is_identity(modules.get("norm")):
+    if not parts.is_identity(modules.get("norm")):
         return "normalizes the attention output"
     if modules.get("gate") is not None:
         return "gates the attention output"
     if not parts.idle_dropout(modules["attn_drop"]) or not parts.idle_dropout(modules["proj_drop"]):
         return "dropout is active"
+    # What timm hands to the fused function hangs on the attention's own mode.
+    if attn.training and getattr(modules["attn_drop"], "p", 0.0) > 0.0:
+        return "dropout is active"
+    head_dim = attn.__dict__.get("head_dim")
+    if head_dim is not None and parts.out_features(modules["qkv"]) not in (3 * attn.num_heads * head_dim, None):
+        return "its heads are not what its qkv gives"
+    if not isinstance(softmax_scale(attn), (float, int)):
+        return "its scale is no plain number"
     return None
+
+
+def softmax_scale(attn: Part) -> Any:
+    """What scores are multiplied by: timm's fused path takes 1/√d whatever `scale` says, its other path `scale`."""
+    state = attn.__dict__
+    return state["head_dim"] ** -0.5 if state.get("fused_attn") else attn.scale
 
 
 def mlp_unfusable(mlp: Part) -> str | None:
@@ -50,9 +64,10 @@ def mlp_unfusable(mlp: Part) -> str | None:
     activation = modules["act"]
     if parts.gelu_name(activation) is None:
         return f"its activation is {parts.class_name(activation)}, not GELU"
-    if parts.touched(activation) is not None:
-        return f"act {parts.touched(activation)}"
-    if not _is_identity(modules.get("norm")):
+    reason = parts.unfusable(activation, parts.ACTIVATIONS)
+    if reason is not None:
+        return f"act {reason}"
+    if not parts.is_identity(modules.get("norm")):
         return "normalizes the hidden layer"
     if not parts.idle_dropout(modules["drop1"]) or not parts.idle_dropout(modules["drop2"]):
         return "dropout is active"
@@ -82,7 +97,7 @@ def block_unfusable(block: Part) -> str | None:
         ("drop_path2", parts.DROP_PATHS),
     ):
         module = modules.get(name)
-        if not _is_identity(module):
+        if not parts.is_identity(module):
             reason = parts.unfusable(module, classes)
             if reason is not None:
                 return f"{name} {reason}"
@@ -98,7 +113,7 @@ def block_unfusable(block: Part) -> str | None:
 def patch_embed_unfusable(patch_embed: Part) -> str | None:
     """Why the operator can't stand for the patch convolution, or None."""
     projection = patch_embed._modules["proj"]
-    reason = parts.unfusable(projection, {torch.nn.Conv2d})
+    reason = parts.unfusable(projection, parts.CONVOLUTIONS)
     if reason is not None:
         return f"proj {reason}"
     if (
@@ -108,10 +123,6 @@ def patch_embed_unfusable(patch_embed: Part) -> str | None:
         or projection.groups != 1
     ):
         return "its convolution is more than a projection of patches"
-    if not _is_identity(patch_embed._modules.get("norm")):
+    if not parts.is_identity(patch_embed._modules.get("norm")):
         return "normalizes the patches"
     return None
-
-
-def _is_identity(module: Part | None) -> bool:
-    return module is None or (type(module) in parts.IDENTITIES and parts.touched(module) is None)

@@ -26,4 +26,4 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm_forward(self, x)
 
 
-parts.LAYER_NORMS.add(LayerNorm)
+parts.add(parts.LAYER_NORMS, LayerNorm)

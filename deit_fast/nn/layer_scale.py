@@ -24,7 +24,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-parts.LAYER_SCALES.add(LayerScale)
+parts.add(parts.LAYER_SCALES, LayerScale)
 
 
 def gamma_of(layer_scale: Part | None) -> Tensor | None:

@@ -55,4 +55,4 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
-parts.MLPS.add(Mlp)
+parts.add(parts.MLPS, Mlp)

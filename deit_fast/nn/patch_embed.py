@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit_fast.nn import guards
+from deit_fast.nn import guards, parts
 from deit_fast.nn.forward import patch_embed_forward
 
 _LAYOUTS = ("NCHW", "NHWC", "NLC")
@@ -111,3 +111,6 @@ class PatchEmbed(nn.Module):
             return tokens
         grid = tokens.unflatten(1, self.dynamic_feat_size(size))
         return grid if self.layout == "NHWC" else grid.permute(0, 3, 1, 2)
+
+
+parts.add(parts.PATCH_EMBEDS, PatchEmbed)

@@ -48,12 +48,27 @@ def last_block_unfusable(blocks: Part, norm: Part) -> str | None:
     """
     if not blocks._modules:
         return "there is no block"
-    reason = parts.touched(blocks)
+    reason = parts.unfusable(blocks, parts.SEQUENCES)
     if reason is not None:
         return f"the sequence of blocks {reason}"
-    reason = parts.touched(norm)
+    reason = last_norm_unfusable(norm)
     if reason is not None:
-        return f"the last norm {reason}"
+        return reason
     last = blocks._modules[next(reversed(blocks._modules))]
+    if used_again(blocks, last):
+        return "the last block is used more than once"
     reason = parts.unfusable(last, parts.BLOCKS) or guards.block_unfusable(last)
     return None if reason is None else f"the last block: {reason}"
+
+
+def last_norm_unfusable(norm: Part) -> str | None:
+    """Why rows of what `norm` gives may hang on rows that are not read, or None: LayerNorm works by rows."""
+    if parts.is_identity(norm):
+        return None
+    reason = parts.unfusable(norm, parts.LAYER_NORMS) or guards.layer_norm_unfusable(norm)
+    return None if reason is None else f"the last norm {reason}"
+
+
+def used_again(blocks: Part, last: Part) -> bool:
+    """Whether a module is not the last of `blocks` alone: the rows that are read are its last call's."""
+    return list(blocks._modules.values()).count(last) > 1

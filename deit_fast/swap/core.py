@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from torch.nn import Module
 from deit_fast.nn.options import check_memory
 from deit_fast.ops import backend
 from deit_fast.swap import layer_norm  # noqa: F401  (registers torch's LayerNorm)
+from deit_fast.swap.calls import CallReport, calls_in
+from deit_fast.swap.copies import OWN, RESTORED
 from deit_fast.swap.report import SwapReport
 from deit_fast.swap.rules import RULES, Rule
 
@@ -21,9 +24,6 @@ _SUPPORTED = (
     "timm's VisionTransformer models and their parts (deit, deit3, vit), transformers' DeiT and ViT models, "
     "and the models of the original DeiT repository"
 )
-
-# What a swapped module may carry beside its class.
-_OPTIONS = ("_deit_fast_memory", "_deit_fast_readout", "_deit_fast_compact", "_deit_fast_rows", "readout_rows")
 
 
 def swap(
@@ -65,6 +65,7 @@ def swap(
     for module, rule in found.values():
         if _is_stock(module, rule):
             _set_class(module, rule.stock, rule.swapped)
+        module.__dict__.pop(RESTORED, None)
         module.__dict__["_deit_fast_memory"] = memory
         module.__dict__["_deit_fast_readout"] = readout
         module.__dict__["_deit_fast_compact"] = compact_drop_path
@@ -80,6 +81,14 @@ def swap(
             if rule.readout_unfusable is not None:
                 report.readout[name] = reason or rule.readout_unfusable(module)
     return report
+
+
+def report(model: Module) -> CallReport:
+    """How often each swapped module of `model` ran on the operators since the swap, how often as stock, and why.
+
+    Print it after a step. Whatever people did to the model that an operator can't compute shows there.
+    """
+    return calls_in(model, lambda module: _swapped_rule(module) is not None)
 
 
 def restore(model: Module) -> None:
@@ -115,7 +124,9 @@ def as_stock(model: Module) -> Iterator[None]:
         yield
     finally:
         for module, rule, options in before:
-            _set_class(module, rule.stock, rule.swapped)
+            if _is_stock(module, rule):
+                _set_class(module, rule.stock, rule.swapped)
+            module.__dict__.pop(RESTORED, None)
             module.__dict__.update(options)
 
 
@@ -130,16 +141,21 @@ def swapped_parts(model: Module) -> dict[str, Module]:
 
 
 def _options(module: Module) -> dict[str, object]:
-    return {name: module.__dict__[name] for name in _OPTIONS if name in module.__dict__}
+    return {name: module.__dict__[name] for name in OWN if name in module.__dict__}
 
 
 def _restore(modules: Iterator[Module]) -> None:
     for module in modules:
         rule = _swapped_rule(module)
-        if rule is not None:
+        if rule is None:
+            continue
+        for name in OWN:
+            module.__dict__.pop(name, None)
+        if _unwrapped(type(module)) is rule.swapped:
             _set_class(module, rule.swapped, rule.stock)
-            for name in _OPTIONS:
-                module.__dict__.pop(name, None)
+        else:
+            # Somebody derived a class from ours: it stays, and ours is stock within it.
+            module.__dict__[RESTORED] = True
 
 
 def _lacking(model: Module) -> list[str]:
@@ -176,6 +192,8 @@ def _find_rule(module: Module) -> Rule | None:
 
 
 def _swapped_rule(module: Module) -> Rule | None:
+    if RESTORED in module.__dict__:
+        return None
     for base in type(module).__mro__:
         rule = RULES.get(base)
         if rule is not None:
@@ -192,8 +210,9 @@ def _obstacle(module: Module, rule: Rule) -> str | None:
     cls = _unwrapped(type(module))
     if cls is not rule.swapped:
         return f"{cls.__name__} is a subclass of {rule.stock.__name__} with code of its own"
-    if rule.method in module.__dict__ and _captured_forward(module) is None:
-        return f"has a {rule.method} of its own on the instance"
+    for method in rule.methods:
+        if method in module.__dict__ and (method != "forward" or _captured_forward(module) is None):
+            return f"has a {method} of its own on the instance"
     return None
 
 
@@ -247,22 +266,24 @@ def _captured_forward(module: Module) -> str | None:
 
 def _unwrapped(cls: type[Module]) -> type[Module]:
     """The class beneath those that torch makes at run time (fully_shard, replicate, parametrize)."""
-    return next(
-        base
-        for base in cls.__mro__
-        if issubclass(base, Module)
-        and not (
-            base.__module__.startswith("torch.")
-            and getattr(sys.modules.get(base.__module__), base.__qualname__, None) is not base
-        )
-    )
+    return next(base for base in cls.__mro__ if base in RULES or not _made_by_torch(base))
+
+
+def _made_by_torch(cls: type) -> bool:
+    """Whether it was made at run time, so that its own module does not have it, or is what such a class adds."""
+    if not issubclass(cls, Module):
+        return True
+    found: Any = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return cls.__module__.partition(".")[0] == "torch" and found is not cls
 
 
 _REBASED: dict[tuple[type, type], type] = {}
 
 
 def _rebased(cls: type, old: type, new: type) -> type:
-    """`cls` with `new` where it derives from `old`: the same wrapper around another class."""
+    """`cls` with `new` where it derives from `old`: torch's wrapper around another class."""
     if cls is old:
         return new
     if old not in cls.__mro__:

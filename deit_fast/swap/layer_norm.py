@@ -1,26 +1,20 @@
 """torch's own LayerNorm, which every library's models use somewhere."""
 
-import torch
 from torch import Tensor, nn
 
 from deit_fast.nn import guards, parts
 from deit_fast.nn.forward import layer_norm_forward
-from deit_fast.swap.rules import register, stock_method, stock_wanted
+from deit_fast.nn.parts import Part
+from deit_fast.swap.rules import Method, register, stock_wanted
 
 
-class LayerNorm(nn.LayerNorm):
-    _stock_forward = stock_method(nn.LayerNorm.forward)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(input)
-        elif not isinstance(self, LayerNorm):
-            return type(self).forward(self, input)
-        elif stock_wanted(input) or guards.layer_norm_unfusable(self) is not None:
-            return self._stock_forward(input)
-        else:
-            return layer_norm_forward(self, input)
+def _call(norm: Part, input: Tensor) -> str | None:
+    return stock_wanted(input) or guards.layer_norm_unfusable(norm)
 
 
-parts.LAYER_NORMS.add(LayerNorm)
-register(nn.LayerNorm, LayerNorm, guards.layer_norm_unfusable)
+def _forward(norm: Part, input: Tensor) -> Tensor:
+    return layer_norm_forward(norm, input)
+
+
+LayerNorm = register(nn.LayerNorm, guards.layer_norm_unfusable, {"forward": Method(_call, _forward)})
+parts.add(parts.LAYER_NORMS, LayerNorm, stock=nn.LayerNorm)

@@ -1,15 +1,17 @@
 """The original DeiT repository: models, blocks and attention whose classes are the user's own files.
 
 No module can be named in advance, and the same names and layouts are found in many repositories with small changes.
-So a class is recognised by its parts (names of children and parameters), and then by what it computes: its forward
-is run once, on a tiny double-precision stand-in, against the formula; and a model's with NaN in the rows that a
-classifier should not read. The swapped class is made on the spot from ours and the user's.
+So a class is recognised by its parts (names of children and parameters), by what its code reads (`swap.reading`): the
+parts and nothing else that could change; and by what it computes: its forward is run once, on a tiny double-precision
+stand-in, against the formula. Of a model a copy is run with NaN in the rows that a classifier should not read, anew
+whenever something changed that its code reads. The swapped class is made on the spot.
 """
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +21,17 @@ from torch.nn import Module
 from deit_fast.nn import guards, options, parts
 from deit_fast.nn.forward import attention_forward, both_branches
 from deit_fast.nn.parts import Part
-from deit_fast.nn.readout import reading, rows_read
-from deit_fast.swap.rules import RULES, Mixin, Rule, register, stock_method, stock_wanted
+from deit_fast.nn.readout import last_norm_unfusable, reading, rows_read, used_again
+from deit_fast.swap.reading import State, only_computes, state_read
+from deit_fast.swap.rules import RULES, Method, Rule, register, stock_wanted
 
 _ATTENTION_PARTS = {"qkv", "attn_drop", "proj", "proj_drop"}
 _BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
+_BLOCK_SCALES = {"gamma_1", "gamma_2"}
 _CLASSIFIER_PARTS = {"patch_embed", "blocks", "norm", "head"}
 _WIDTH = 8
+# The second is longer than any sequence of a DeiT: a formula may begin to differ somewhere.
+_LENGTHS = (5, 600)
 _NOT_RECOGNISED: set[type] = set()
 
 
@@ -33,76 +39,43 @@ def find_rule(cls: type[Module], module: Module) -> Rule | None:
     """The rule for a class seen for the first time, with a module of it; None if it is no block or attention."""
     if cls in _NOT_RECOGNISED:
         return None
-    mixin = _mixin(cls, module._modules.keys(), module._parameters.keys())
-    if mixin is None:
+    if len(inspect.signature(cls.forward).parameters) == 2:  # self and the tokens
+        _recognise(cls, module._modules.keys(), module._parameters.keys())
+    if cls not in RULES:
         _NOT_RECOGNISED.add(cls)
-        return None
-    return RULES[_combined(cls, mixin)]
+    return RULES.get(cls)
 
 
-def _mixin(cls: type[Module], children: Set[str], parameters: Set[str]) -> type | None:
-    if len(inspect.signature(cls.forward).parameters) != 2:  # self and the tokens
-        return None
+def _recognise(cls: type[Module], children: Set[str], parameters: Set[str]) -> None:
+    """Makes the rule of `cls`, if it computes what it should."""
     with torch.random.fork_rng(devices=()), torch.device("cpu"), torch.no_grad():
         if children == _ATTENTION_PARTS and not parameters:
-            return _Attention if _computes_attention(cls) else None
-        if children == _BLOCK_PARTS and (not parameters or parameters == {"gamma_1", "gamma_2"}):
-            return _Block if _computes_block(cls, layer_scale=bool(parameters)) else None
-    return _Classifier if children >= _CLASSIFIER_PARTS else None
+            if only_computes(cls.forward, _ATTENTION_PARTS | {"num_heads", "scale"}) and _computes_attention(cls):
+                methods = {"forward": Method(_attention_call, attention_forward)}
+                swapped = register(cls, attention_unfusable, methods, recognised=True)
+                parts.add(parts.ATTENTIONS, swapped, stock=cls, recognised=True)
+        elif children == _BLOCK_PARTS and (not parameters or parameters == _BLOCK_SCALES):
+            if only_computes(cls.forward, _BLOCK_PARTS | parameters) and _computes_block(cls, bool(parameters)):
+                methods = {"forward": Method(_block_call, _block_forward)}
+                register(cls, block_unfusable, methods, recognised=True, readout_rows=None)
+        elif children >= _CLASSIFIER_PARTS:
+            methods = {"forward": Method(_classifier_call, _classifier_forward)}
+            register(cls, readout_unfusable, methods, recognised=True, readout_unfusable=readout_unfusable)
 
 
-def _combined(stock: type[Module], mixin: type) -> type[Module]:
-    rule = RULES.get(stock)
-    if rule is None:
-        body = {
-            "__module__": stock.__module__,
-            "__qualname__": stock.__qualname__,
-            "_stock_forward": stock_method(stock.forward),
-        }
-        swapped = type(stock.__name__, (mixin, stock), body)
-        if mixin is _Attention:
-            parts.ATTENTIONS.add(swapped)
-            register(stock, swapped, guards.attention_unfusable)
-        elif mixin is _Block:
-            register(stock, swapped, block_unfusable)
-        else:
-            register(stock, swapped, readout_unfusable, readout_unfusable=readout_unfusable)
-        rule = RULES[stock]
-    return rule.swapped
+def attention_unfusable(attn: Part) -> str | None:
+    if "fused_attn" in attn.__dict__ or "head_dim" in attn.__dict__:
+        return "has attributes of another library's attention"
+    return guards.attention_unfusable(attn)
 
 
-def _blank(stock: type[Module], mixin: type) -> Module:
-    """What pickle and deepcopy fill: they can't find a class by name that has the name of the user's."""
-    swapped = _combined(stock, mixin)
-    return swapped.__new__(swapped)
-
-
-class _Swapped(Mixin):
-    """What the swapped classes share: pickled as the user's class and ours, to be combined again."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        mixin = next(mixin for mixin in (_Attention, _Block, _Classifier) if isinstance(self, mixin))
-        stock = next(rule.stock for base in type(self).__mro__ if (rule := RULES.get(base)))
-        return (_blank, (stock, mixin), *state)
-
-
-class _Attention(_Swapped):
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x)
-        elif not isinstance(self, _Attention):
-            return type(self).forward(self, x)
-        elif stock_wanted(x) or guards.attention_unfusable(self) is not None:
-            return self._stock_forward(x)
-        else:
-            return attention_forward(self, x)
+def _attention_call(attn: Part, x: Tensor) -> str | None:
+    return stock_wanted(x) or attention_unfusable(attn)
 
 
 def block_unfusable(block: Part) -> str | None:
     drop_path = block._modules["drop_path"]
-    idle = type(drop_path) in parts.IDENTITIES
-    reason = parts.touched(drop_path) if idle else parts.unfusable(drop_path, parts.DROP_PATHS)
+    reason = None if parts.is_identity(drop_path) else parts.unfusable(drop_path, parts.DROP_PATHS)
     if reason is not None:
         return f"drop_path {reason}"
     if not parts.plain_parameters(block):
@@ -110,28 +83,25 @@ def block_unfusable(block: Part) -> str | None:
     return guards.block_unfusable(block)
 
 
-class _Block(_Swapped):
-    readout_rows = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x)
-        elif not isinstance(self, _Block):
-            return type(self).forward(self, x)
-        elif stock_wanted(x) or block_unfusable(self) is not None:
-            return self._stock_forward(x)
-        else:
-            return _block_forward(self, x, rows_read(self))
+def _block_call(block: Part, x: Tensor) -> str | None:
+    return stock_wanted(x) or block_unfusable(block)
 
 
-def _block_forward(block: Part, x: Tensor, readout_rows: int) -> Tensor:
+def _block_forward(block: Part, x: Tensor) -> Tensor:
     """Here LayerScale's factors are the block's own, and one drop path serves both halves."""
     gammas = getattr(block, "gamma_1", None), getattr(block, "gamma_2", None)
     drop_path = block._modules["drop_path"]
-    return both_branches(block, x, gammas, (drop_path, drop_path), readout_rows)
+    return both_branches(block, x, gammas, (drop_path, drop_path), rows_read(block))
 
 
 # Models: what they read after the last block ------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """How many rows a model reads of its last block, 0 for all, as long as what its code reads is this."""
+
+    rows: int
+    state: State
 
 
 def readout_unfusable(model: Part) -> str | None:
@@ -139,73 +109,116 @@ def readout_unfusable(model: Part) -> str | None:
     if not options.readout_wanted(model):
         return "readout=False"
     blocks = model._modules["blocks"]
-    last = (
-        next(reversed(blocks._modules.values()), None) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else None
-    )
-    if last is None or not hasattr(type(last), "readout_rows"):
+    last = next(reversed(blocks._modules.values()), None) if type(blocks) in (nn.ModuleList, nn.Sequential) else None
+    if last is None or not hasattr(type(last), "readout_rows") or type(last) not in RULES:
         return f"the last block is a {parts.class_name(blocks if last is None else last)}"
-    if "_deit_fast_rows" not in model.__dict__:
-        model.__dict__["_deit_fast_rows"] = _rows_read(model, blocks)
-    for name, module in (("sequence of blocks", blocks), ("last block", last), ("last norm", model._modules["norm"])):
+    rows = _rows_read(model)
+    if used_again(blocks, last):
+        return "the last block is used more than once"
+    for name, module in (("sequence of blocks", blocks), ("last block", last)):
         reason = parts.touched(module)
         if reason is not None:
             return f"the {name} {reason}"
-    rule = next(rule for base in type(last).__mro__ if (rule := RULES.get(base)))
-    reason = rule.unfusable(last)
+    reason = RULES[type(last)].unfusable(last)
     if reason is not None:
         return f"the last block: {reason}"
-    return None if model.__dict__["_deit_fast_rows"] else "it reads more than one or two rows after the last block"
+    if rows == 0:
+        return "it reads more than one or two rows after the last block"
+    return last_norm_unfusable(model._modules["norm"])
 
 
-def _rows_read(model: Part, blocks: Part) -> int:
-    """1 or 2 where the model's result needs no more than the first rows of the last block's, else 0.
-
-    Found by calling it on one grey image, its blocks passed through and the last one's other rows NaN: its parts in
-    evaluation, that nothing is drawn or counted, itself in evaluation and in training, where it may give more.
-    """
-    size = getattr(model._modules["patch_embed"], "img_size", None)
-    parameter = next(model.parameters())
-    if not isinstance(size, tuple) or torch.compiler.is_compiling():
+def _rows_read(model: Part) -> int:
+    """1 or 2 where the model's result needs no more than the first rows of the last block's, else 0."""
+    found = model.__dict__.get("_deit_fast_rows")
+    if found is not None and found.state.holds(model):
+        return found.rows
+    if torch.compiler.is_compiling() or any(parameter.is_meta for parameter in model.parameters()):
         return 0
-    image = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
-    *others, last = blocks._modules.values()
-    modes = {module: module.training for module in model.modules()}
-
-    def finite(rows: int, training: bool) -> bool:
-        model.training = training
-        last.forward = lambda x: torch.cat((x[:, :rows], torch.full_like(x[:, rows:], torch.nan)), 1)
-        result = model._stock_forward(image)
-        results = result if isinstance(result, tuple) else (result,)
-        return all(isinstance(r, Tensor) and bool(torch.isfinite(r).all()) for r in results)
-
-    try:
-        for module in modes:
-            module.training = False
-        for block in others:
-            block.forward = lambda x: x
+    state = state_read(model._deit_fast_stock.forward, model)
+    rows = 0
+    if state.complete:
         with torch.random.fork_rng(devices=()), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return next((rows for rows in (1, 2) if finite(rows, False) and finite(rows, True)), 0)
-    except Exception:  # whatever a class that is not ours to know does with such an image
-        return 0
-    finally:
-        for block in (*others, last):
-            block.__dict__.pop("forward", None)
-        for module, training in modes.items():
-            module.training = training
+            rows = next((n for n in (1, 2) if all(_reads_no_more(model, n, mode) for mode in (False, True))), 0)
+    model.__dict__["_deit_fast_rows"] = _Found(rows, state)
+    return rows
 
 
-class _Classifier(_Swapped):
+class _Pass(Module):
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x)
-        elif not isinstance(self, _Classifier):
-            return type(self).forward(self, x)
-        elif stock_wanted(x) or readout_unfusable(self) is not None:
-            return self._stock_forward(x)
-        else:
-            with reading(self.blocks[-1], self._deit_fast_rows):
-                return self._stock_forward(x)
+        return x
+
+
+class _Cut(Module):
+    """The last block's stand-in: past its first rows it gives NaN. It notes who else would be given all rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.called, self.given_all = rows, False, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.called, self.draws = True, torch.get_rng_state()
+        return torch.cat((x[:, : self.rows], torch.full_like(x[:, self.rows :], torch.nan)), 1)
+
+    def note(self, module: Module, arguments: tuple[Any, ...]) -> None:
+        """A hook of the modules other than the last norm: what they do with the other rows may be seen or drawn."""
+        if self.called and any(isinstance(each, Tensor) and each.ndim > 2 for each in arguments):
+            self.given_all = True
+
+
+def _reads_no_more(model: Part, rows: int, training: bool) -> bool:
+    """Whether one grey image's result needs `rows` rows of the last block: a copy is called, without its blocks."""
+    size = getattr(model._modules["patch_embed"], "img_size", None)
+    if not isinstance(size, tuple):
+        return False
+    last = _Cut(rows)
+    try:
+        twin = _copy(model, last)
+        twin.training = training
+        result = model._deit_fast_stock.forward(twin, torch.zeros(1, 3, *size, dtype=next(twin.parameters()).dtype))
+    except Exception:  # whatever a class that is not ours to know does with such an image
+        return False
+    results = result if isinstance(result, tuple) else (result,)
+    finite = all(isinstance(each, Tensor) and bool(torch.isfinite(each).all()) for each in results)
+    return finite and not last.given_all and torch.equal(torch.get_rng_state(), last.draws)
+
+
+def _copy(model: Part, last: _Cut) -> Part:
+    """On the CPU, its parts in evaluation that nothing is drawn or counted, its blocks passed through."""
+    stock = model._deit_fast_stock
+    twin: Any = stock.__new__(stock)
+    twin.__dict__.update(model.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        twin.__dict__[kind] = {k: None if t is None else t.detach().cpu() for k, t in model.__dict__[kind].items()}
+    modules: dict[str, Module | None] = {}
+    for name, child in model._modules.items():
+        if name == "blocks":
+            blocks = [_Pass() for _ in child][:-1]
+            modules[name] = (
+                nn.Sequential(*blocks, last) if type(child) is nn.Sequential else nn.ModuleList([*blocks, last])
+            )
+        elif child is not None:
+            modules[name] = part = _without_hooks(copy.deepcopy(child).cpu().eval())
+            if name not in ("norm", "patch_embed"):
+                part.register_forward_pre_hook(last.note)
+    twin.__dict__["_modules"] = modules
+    return twin
+
+
+def _without_hooks(module: Module) -> Module:
+    for each in module.modules():
+        each._forward_hooks.clear()
+        each._forward_pre_hooks.clear()
+    return module
+
+
+def _classifier_call(model: Part, x: Tensor) -> str | None:
+    return stock_wanted(x) or readout_unfusable(model)
+
+
+def _classifier_forward(model: Part, x: Tensor) -> Any:
+    with reading(model.blocks[-1], model._deit_fast_rows.rows):
+        return model._deit_fast_stock.forward(model, x)
 
 
 # What a class computes ----------------------------------------------------------------------------------------------
@@ -251,13 +264,14 @@ def _agrees(cls: type[Module], formula: Callable[[Part, Tensor], Tensor], *attri
     for name, value in (item for group in attributes for item in group.items()):
         setattr(stand_in, name, value)
     stand_in.double()
-    x = torch.randn(2, 5, _WIDTH, dtype=torch.float64)
-    exact = formula(stand_in, x)
-    for training in (False, True):
-        try:
-            result = stand_in.train(training)(x)
-        except Exception:  # whatever a class that is not ours to know does without the attributes it wants
-            return False
-        if not isinstance(result, Tensor) or result.shape != x.shape or not torch.allclose(result, exact):
-            return False
+    for length in _LENGTHS:
+        x = torch.randn(2, length, _WIDTH, dtype=torch.float64)
+        exact = formula(stand_in, x)
+        for training in (False, True):
+            try:
+                result = stand_in.train(training)(x)
+            except Exception:  # whatever a class that is not ours to know does without the attributes it wants
+                return False
+            if not isinstance(result, Tensor) or result.shape != x.shape or not torch.allclose(result, exact):
+                return False
     return True

@@ -27,29 +27,38 @@ class SwapReport:
     lacking: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        # (name with its numbers left out, class, outcome) → the names it stands for
-        rows: dict[tuple[str, str, str], list[str]] = {}
-        for name, class_name in self.classes.items():
-            outcome = f"kept: {self.kept[name]}" if name in self.kept else "swapped"
-            rows.setdefault((_INDEX.sub("#", name), class_name, outcome), []).append(name)
-        table = [("module", "class", "number", "outcome")]
-        for (_, class_name, outcome), names in rows.items():
-            table.append((_joined(names), class_name, str(len(names)), outcome))
-        widths = [max(len(row[column]) for row in table) for column in range(3)]
-        lines = [
-            f"{module:<{widths[0]}}  {class_name:<{widths[1]}}  {number:>{widths[2]}}  {outcome}"
-            for module, class_name, number, outcome in table
-        ]
-        rule = "-" * max(map(len, lines))
+        rows: dict[str, tuple[str, ...]] = {
+            name: (class_name, f"kept: {self.kept[name]}" if name in self.kept else "swapped")
+            for name, class_name in self.classes.items()
+        }
+        modules = table(("module", "class", "number", "outcome"), rows)
         readout = [f"last block of {name or '(model)'}: {_readout(reason)}" for name, reason in self.readout.items()]
         stock = [f"stock operators run: {reason}" for reason in sorted(backend.lacking.union(self.lacking))]
         stock += [
             f"kernels of {op} failed for {asked} on {device}, stock operators run: {reason}"
             for op, asked, device, reason in backend.failed.values()
         ]
-        return "\n".join(
-            (f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", lines[0], rule, *lines[1:], *readout, *stock)
+        return "\n".join((f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", modules, *readout, *stock))
+
+
+def table(heads: tuple[str, ...], rows: dict[str, tuple[str, ...]]) -> str:
+    """Of modules by name, those that differ in a number alone in one line; heads: module, class, number, the rest."""
+    # (name with its numbers left out, the rest) → the names it stands for
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, row in rows.items():
+        groups.setdefault((_INDEX.sub("#", name), *row), []).append(name)
+    lines = [heads]
+    lines += [(_joined(names), kind, str(len(names)), *rest) for (_, kind, *rest), names in groups.items()]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads) - 1)]
+    # Numbers to the right.
+    texts = [
+        "  ".join(
+            f"{cell:{'<' if i < 2 else '>'}{width}}" for i, (cell, width) in enumerate(zip(line, widths, strict=False))
         )
+        + f"  {line[-1]}"
+        for line in lines
+    ]
+    return "\n".join((texts[0], "-" * max(map(len, texts)), *texts[1:]))
 
 
 def _readout(reason: str | None) -> str:

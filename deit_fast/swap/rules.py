@@ -1,40 +1,45 @@
-"""Which stock class has which swapped class, and what every swapped forward asks first.
+"""Which stock class has which swapped class, and what every swapped method asks first.
 
-A swapped class is a subclass of its stock class, so a module changes hands by `__class__` alone. Each of its
-forwards has three ways out:
-
-- `torch.jit.script` compiles the stock forward, the only branch it can read;
-- a wrapper that captured the bound forward before `restore` may call it on a module that is stock again: the
-  module's own class answers;
-- whenever the fused path would not be what stock computes right now, the stock forward runs, whose parts are
-  swapped by themselves.
-
-Where several stock classes have one forward, a mixin in front of each holds the swapped one.
+A swapped class is a subclass of its stock class, so a module changes hands by `__class__` alone. Its methods stand for
+the stock class's: whenever the fused path would not be what stock computes right now, the stock method runs, whose
+parts are swapped by themselves. Whoever replaces a method of the stock class, before the swap or after it, is obeyed.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as module_globals
 from torch.utils.module_tracker import ModuleTracker
 
-# The base of a mixin: none, though type checkers let it use whatever the stock class behind it has.
-Mixin: Any = object
+from deit_fast.nn import code
+from deit_fast.swap.calls import count
+from deit_fast.swap.copies import RESTORED, Swapped
+
+
+@dataclass(frozen=True)
+class Method:
+    """One that a swapped class computes itself. Both functions get the module and the arguments that stock takes."""
+
+    # Why the operators can't compute this call, or None.
+    unfusable: Callable[..., str | None]
+    fused: Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Rule:
     stock: type[Module]
     swapped: type[Module]
-    # Why the fused path may not be taken now, or None: asked for the report and at every call.
+    # Why the fused path may not be taken now, or None: asked for the report, and at every call by its methods.
     unfusable: Callable[[Module], str | None]
-    # The method that the swapped class overrides.
-    method: str = "forward"
+    # The names of the methods that the swapped class overrides; a call of the module begins in the last.
+    methods: tuple[str, ...]
     # Of a classifier: why its last block is computed for more than the rows that it reads, or None.
     readout_unfusable: Callable[[Module], str | None] | None = None
 
@@ -44,25 +49,72 @@ RULES: dict[type, Rule] = {}
 
 def register(
     stock: type[Module],
-    swapped: type[Module],
     unfusable: Callable[[Module], str | None],
-    method: str = "forward",
+    methods: dict[str, Method],
+    *,
+    bypassed: Sequence[str] = (),
     readout_unfusable: Callable[[Module], str | None] | None = None,
-) -> None:
-    RULES[stock] = RULES[swapped] = Rule(stock, swapped, unfusable, method, readout_unfusable)
+    recognised: bool = False,
+    **attributes: Any,
+) -> Any:
+    """Makes the swapped class of `stock`, with these class attributes, and its rule.
 
+    bypassed: methods of the stock class that a fused path computes without calling them. recognised: the methods are
+    as they should be; else they are where the class's library wrote them.
+    """
+    written = {
+        name: getattr(stock, name) if recognised else code.original(stock, name) for name in (*methods, *bypassed)
+    }
 
-def stock_method(method: Any) -> FunctionType:
-    """A stock method under another name, since `torch.jit.script` goes by the name a function was defined with."""
-    copy = FunctionType(
-        method.__code__,
-        method.__globals__,
-        f"_stock_{method.__name__}",
-        method.__defaults__,
-        method.__closure__,
+    def replaced(module: Module) -> str | None:
+        for name, method in written.items():
+            if method is None or getattr(stock, name) is not method:
+                return f"{stock.__name__}.{name} was replaced"
+        for name in bypassed:
+            if name in module.__dict__:
+                return f"has a {name} of its own on the instance"
+        return None
+
+    def standing_for(name: str, method: Method) -> Callable[..., Any]:
+        """The swapped class's method: `method.fused`, or the stock class's where that would be something else."""
+        counted, restored = count, RESTORED
+
+        def stands_for(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self, swapped):
+                # A wrapper that captured it before `restore` calls it on a module that is stock again.
+                return getattr(type(self), name)(self, *args, **kwargs)
+            if restored in self.__dict__:
+                return getattr(super(swapped, self), name)(*args, **kwargs)
+            reason = replaced(self) or method.unfusable(self, *args, **kwargs)
+            counted(self, reason)
+            if reason is None:
+                return method.fused(self, *args, **kwargs)
+            return getattr(super(swapped, self), name)(*args, **kwargs)
+
+        # Who reads it (torch.jit.script, torch.fx, inspect) finds the stock method's source, signature and globals;
+        # so it may use no global of this module.
+        stock_method = getattr(stock, name)
+        stands_for = FunctionType(
+            stands_for.__code__, stock_method.__globals__, name, stands_for.__defaults__, stands_for.__closure__
+        )
+        return functools.update_wrapper(stands_for, stock_method)
+
+    body = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__, **attributes}
+    body |= {name: standing_for(name, method) for name, method in methods.items()}
+    metaclass: Any = type(stock)
+    swapped = metaclass(stock.__name__, (Swapped, stock), {"_deit_fast_stock": stock, **body})
+    RULES[stock] = RULES[swapped] = Rule(
+        stock, swapped, lambda module: replaced(module) or unfusable(module), tuple(methods), readout_unfusable
     )
-    copy.__annotations__ = method.__annotations__
-    return copy
+    return swapped
+
+
+# What every call asks -----------------------------------------------------------------------------------------------
+
+_MODULE_CALL, _CALL_IMPL = Module.__call__, Module._call_impl
+_LAYER_NORM = F.layer_norm
+# Whoever puts another function in the place of one of these has every stock module call it.
+_FUNCTIONS = torch._C._nn.scaled_dot_product_attention, torch._C._nn.linear, torch._C._nn.gelu
 
 
 def _watched(hooks: dict[int, Any]) -> bool:
@@ -73,16 +125,22 @@ def _watched(hooks: dict[int, Any]) -> bool:
     return bool(hooks) and any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks.values())
 
 
-def stock_wanted(x: object) -> bool:
-    """Whether this call must run stock code whatever the module is: tracing, ONNX export, hooks on every module."""
-    return (
-        # torch.fx hands its proxies through.
-        not isinstance(x, Tensor)
-        or torch.jit.is_tracing()
-        # The exporter compiles, and asking it directly costs 2 µs.
-        or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
-        or _watched(module_globals._global_forward_hooks)
+def stock_wanted(x: object) -> str | None:
+    """Why this call must run stock code whatever the module is, or None."""
+    # torch.fx hands its proxies through.
+    if not isinstance(x, Tensor) or torch.jit.is_tracing():
+        return "is traced"
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        return "is exported"
+    if (
+        _watched(module_globals._global_forward_hooks)
         or _watched(module_globals._global_forward_pre_hooks)
-        or bool(module_globals._global_backward_hooks)
-        or bool(module_globals._global_backward_pre_hooks)
-    )
+        or module_globals._global_backward_hooks
+        or module_globals._global_backward_pre_hooks
+    ):
+        return "hooks watch every module"
+    if Module.__call__ is not _MODULE_CALL or Module._call_impl is not _CALL_IMPL:
+        return "Module.__call__ was replaced"
+    if (F.scaled_dot_product_attention, F.linear, F.gelu) != _FUNCTIONS or F.layer_norm is not _LAYER_NORM:
+        return "a function of torch.nn.functional was replaced"
+    return None

@@ -1,7 +1,7 @@
 """timm: its ViT block with all parts, and the VisionTransformer's embedding, which becomes one operator."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor
 from torch.nn import Module
 
-from deit_fast.nn import guards, options, parts
+from deit_fast.nn import code, guards, options, parts
 from deit_fast.nn.drop_path import drawn_ahead
 from deit_fast.nn.forward import (
     attention_forward,
@@ -26,8 +26,9 @@ from deit_fast.nn.forward import (
     patch_embed_forward,
 )
 from deit_fast.nn.parts import Part
-from deit_fast.nn.readout import last_block_unfusable, rows_read
-from deit_fast.swap.rules import Mixin, register, stock_method, stock_wanted
+from deit_fast.nn.readout import last_block_unfusable, last_norm_unfusable, rows_read
+from deit_fast.swap.calls import count
+from deit_fast.swap.rules import Method, register, stock_wanted
 
 if "is_causal" not in inspect.signature(vision_transformer.Block.forward).parameters:
     raise ImportError(f"deit_fast.swap needs timm 1.0.31 or newer, found {timm.__version__}")
@@ -39,63 +40,59 @@ def layer_norm_unfusable(norm: Part) -> str | None:
     return guards.layer_norm_unfusable(norm)
 
 
-class LayerNorm(StockLayerNorm):
-    _stock_forward = stock_method(StockLayerNorm.forward)
+def _of_x(unfusable: Callable[[Part], str | None], fused: Callable[[Part, Tensor], Tensor]) -> dict[str, Method]:
+    """A forward that takes x alone."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x)
-        elif not isinstance(self, LayerNorm):
-            return type(self).forward(self, x)
-        elif stock_wanted(x) or layer_norm_unfusable(self) is not None:
-            return self._stock_forward(x)
-        else:
-            return layer_norm_forward(self, x)
+    def now(module: Part, x: Tensor) -> str | None:
+        return stock_wanted(x) or unfusable(module)
+
+    return {"forward": Method(now, fused)}
 
 
-class Attention(vision_transformer.Attention):
-    _stock_forward = stock_method(vision_transformer.Attention.forward)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x, attn_mask, is_causal)
-        elif not isinstance(self, Attention):
-            return type(self).forward(self, x, attn_mask, is_causal)
-        elif attn_mask is not None or is_causal or stock_wanted(x) or guards.attention_unfusable(self) is not None:
-            return self._stock_forward(x, attn_mask, is_causal)
-        else:
-            return attention_forward(self, x)
+def _masked(attn_mask: Tensor | None, is_causal: bool) -> str | None:
+    return "is called with an attention mask" if attn_mask is not None or is_causal else None
 
 
-class Mlp(StockMlp):
-    _stock_forward = stock_method(StockMlp.forward)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x)
-        elif not isinstance(self, Mlp):
-            return type(self).forward(self, x)
-        elif stock_wanted(x) or guards.mlp_unfusable(self) is not None:
-            return self._stock_forward(x)
-        else:
-            return mlp_forward(self, x)
+def _attention_call(attn: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+    return _masked(attn_mask, is_causal) or stock_wanted(x) or guards.attention_unfusable(attn)
 
 
-class Block(vision_transformer.Block):
+def _block_call(block: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+    return _masked(attn_mask, is_causal) or stock_wanted(x) or guards.block_unfusable(block)
+
+
+def _run_block(block: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    return block_forward(block, x, rows_read(block))
+
+
+def _run_attention(attn: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    return attention_forward(attn, x)
+
+
+LayerNorm = register(StockLayerNorm, layer_norm_unfusable, _of_x(layer_norm_unfusable, layer_norm_forward))
+Attention = register(
+    vision_transformer.Attention,
+    guards.attention_unfusable,
+    {"forward": Method(_attention_call, _run_attention)},
+)
+Mlp = register(StockMlp, guards.mlp_unfusable, _of_x(guards.mlp_unfusable, mlp_forward))
+Block = register(
+    vision_transformer.Block,
+    guards.block_unfusable,
+    {"forward": Method(_block_call, _run_block)},
     # Set where a model that is not timm's reads no more of the last block (`nn.readout.reading`).
-    readout_rows = None
-    _stock_forward = stock_method(vision_transformer.Block.forward)
+    readout_rows=None,
+)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x, attn_mask, is_causal)
-        elif not isinstance(self, Block):
-            return type(self).forward(self, x, attn_mask, is_causal)
-        elif attn_mask is not None or is_causal or stock_wanted(x) or guards.block_unfusable(self) is not None:
-            return self._stock_forward(x, attn_mask, is_causal)
-        else:
-            return block_forward(self, x, rows_read(self))
-
+parts.add(parts.LAYER_NORMS, StockLayerNorm)
+parts.add(parts.LAYER_NORMS, LayerNorm, stock=StockLayerNorm)
+parts.add(parts.ATTENTIONS, Attention, stock=vision_transformer.Attention)
+parts.add(parts.MLPS, Mlp, stock=StockMlp)
+parts.add(parts.BLOCKS, Block, stock=vision_transformer.Block)
+parts.add(parts.LAYER_SCALES, LayerScale)
+parts.add(parts.DROP_PATHS, DropPath)
+parts.add(parts.ACTIVATIONS, activations.GELU, activations.GELUTanh)
+parts.GELUS.update({activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"})
 
 # Patch embedding --------------------------------------------------------------------------------------------------
 
@@ -118,21 +115,18 @@ def _whole_patches(patch_embed: Part, images: Tensor) -> bool:
     return height % patch_embed.patch_size[0] == 0 and width % patch_embed.patch_size[1] == 0
 
 
-class PatchEmbed(StockPatchEmbed):
-    _stock_forward = stock_method(StockPatchEmbed.forward)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x)
-        elif not isinstance(self, PatchEmbed):
-            return type(self).forward(self, x)
-        elif stock_wanted(x) or patch_embed_unfusable(self) is not None or not _whole_patches(self, x):
-            return self._stock_forward(x)
-        else:
-            return patch_embed_forward(self, x)
+def _patch_embed_call(patch_embed: Part, x: Tensor) -> str | None:
+    reason = stock_wanted(x) or patch_embed_unfusable(patch_embed)
+    if reason is None and not _whole_patches(patch_embed, x):
+        return "images of another size, or that leave pixels over"
+    return reason
 
 
-_PATCH_EMBEDS: set[type] = {PatchEmbed}
+PatchEmbed = register(
+    StockPatchEmbed, patch_embed_unfusable, {"forward": Method(_patch_embed_call, patch_embed_forward)}
+)
+
+parts.add(parts.PATCH_EMBEDS, PatchEmbed, stock=StockPatchEmbed)
 
 # The model: its embedding in one operator, then blocks and norm as modules ------------------------------------------
 
@@ -140,7 +134,7 @@ _PATCH_EMBEDS: set[type] = {PatchEmbed}
 def vision_transformer_unfusable(model: Part) -> str | None:
     modules = model._modules
     patch_embed = modules["patch_embed"]
-    reason = parts.unfusable(patch_embed, _PATCH_EMBEDS)
+    reason = parts.unfusable(patch_embed, parts.PATCH_EMBEDS)
     if reason is not None:
         return f"patch_embed {reason}"
     reason = patch_embed_unfusable(patch_embed)
@@ -152,33 +146,53 @@ def vision_transformer_unfusable(model: Part) -> str | None:
         return "has register tokens"
     if not parts.plain_parameters(model):
         return "has a tensor subclass for a parameter"
-    if "_pos_embed" in model.__dict__:
-        return "has a _pos_embed of its own on the instance"
+    if model.cls_token is not None and not _positions_fit(model, patch_embed):
+        return "its positions are not what no_embed_class says"
     for name in ("pos_drop", "patch_drop", "norm_pre"):
         if not parts.idle_dropout(modules[name]):
             return f"{name} is in the way ({type(modules[name]).__name__})"
     return None
 
 
-def _embeds(model: Part, images: Any) -> bool:
-    return (
-        not stock_wanted(images)
-        and vision_transformer_unfusable(model) is None
-        and images.ndim == 4
-        and tuple(images.shape[2:]) == tuple(model._modules["patch_embed"].img_size)
-    )
+def _positions_fit(model: Part, patch_embed: Part) -> bool:
+    """Whether the number of positions tells, as the operator takes it to, if prefix tokens have one."""
+    positions = model.pos_embed
+    # Sharded parameters have no shape until they are gathered.
+    if positions is None or positions.ndim != 3:
+        return True
+    return (positions.shape[1] == patch_embed.num_patches) is bool(model.no_embed_class)
 
 
-def _reads_prefix_only(model: Part) -> bool:
-    """Whether the last norm's rows beyond the prefix tokens' reach no logit, and nobody else sees them."""
-    return (
-        model.global_pool == "token"
-        and model.attn_pool is None
-        and parts.touched(model._modules["norm"]) is None
-        and "forward_features" not in model.__dict__
-        and "forward_head" not in model.__dict__
-        and "pool" not in model.__dict__
-    )
+def _embedding_call(model: Part, images: Any) -> str | None:
+    reason = stock_wanted(images) or vision_transformer_unfusable(model)
+    if reason is not None:
+        return reason
+    if images.ndim != 4 or tuple(images.shape[2:]) != tuple(model._modules["patch_embed"].img_size):
+        return "images of another size"
+    return None
+
+
+def _reads_more(model: Part) -> str | None:
+    """Why the last norm's rows beyond the prefix tokens' may reach a logit, or somebody who looks, or None."""
+    if (
+        model.global_pool != "token"
+        or model.attn_pool is not None
+        or not _READ_BY.isdisjoint(model.__dict__)
+        or any(
+            getattr(model._deit_fast_stock, name) is not method
+            for name, method in _HEADS[model._deit_fast_stock].items()
+        )
+    ):
+        return "more than the prefix tokens is read after the last block"
+    return last_norm_unfusable(model._modules["norm"])
+
+
+# The methods through which the last norm's rows are read.
+_READ_BY = {"forward_features", "forward_head", "pool"}
+_ROWS_READ: dict[type, int] = {vision_transformer.VisionTransformer: 1, deit.VisionTransformerDistilled: 2}
+
+
+_HEADS = {stock: {name: code.original(stock, name) for name in ("forward_head", "pool")} for stock in _ROWS_READ}
 
 
 def readout_unfusable(model: Part) -> str | None:
@@ -187,20 +201,22 @@ def readout_unfusable(model: Part) -> str | None:
         return "readout=False"
     if model.num_prefix_tokens == 0:
         return "there is no prefix token"
-    if not _reads_prefix_only(model):
-        return "more than the prefix tokens is read after the last block"
+    reason = _reads_more(model)
+    if reason is not None:
+        return reason
     return last_block_unfusable(model._modules["blocks"], model._modules["norm"])
 
 
-def _logits(model: Part, images: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    prefix, x = model.num_prefix_tokens, _embed(model, images)
+def _logits(model: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    rows, x = _ROWS_READ[model._deit_fast_stock], _embed(model, x)
     with _drawn_ahead(model, x):
         if attn_mask is None and not is_causal and readout_unfusable(model) is None:
             *blocks, last = model.blocks
-            x = block_forward(last, _run(model, blocks, x, None, False), prefix)
+            count(last, None)
+            x = block_forward(last, _run(model, blocks, x, None, False), rows)
         else:
             # LayerNorm works by rows: what is left out changes nothing.
-            x = _run(model, model.blocks, x, attn_mask, is_causal)[:, :prefix].contiguous()
+            x = _run(model, model.blocks, x, attn_mask, is_causal)[:, :rows].contiguous()
     return model.forward_head(model.norm(x))
 
 
@@ -211,6 +227,7 @@ def _drawn_ahead(model: Part, x: Tensor) -> AbstractContextManager:
         and model.training
         and not model.grad_checkpointing
         and not torch.compiler.is_compiling()
+        and len(set(blocks)) == len(blocks)
         and all(parts.unfusable(b, parts.BLOCKS) is None and guards.block_unfusable(b) is None for b in blocks)
     ):
         return drawn_ahead(blocks, x)
@@ -241,55 +258,23 @@ def _run(model: Part, blocks: Iterable[Module], x: Tensor, attn_mask: Tensor | N
     return x
 
 
-class _VisionTransformer(Mixin):
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward(x, attn_mask, is_causal)
-        elif not isinstance(self, _VisionTransformer):
-            return type(self).forward(self, x, attn_mask, is_causal)
-        elif not _embeds(self, x) or not _reads_prefix_only(self):
-            return self._stock_forward(x, attn_mask, is_causal)
-        else:
-            return _logits(self, x, attn_mask, is_causal)
-
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._stock_forward_features(x, attn_mask, is_causal)
-        elif not isinstance(self, _VisionTransformer):
-            return type(self).forward_features(self, x, attn_mask, is_causal)
-        elif not _embeds(self, x):
-            return self._stock_forward_features(x, attn_mask, is_causal)
-        else:
-            return self.norm(_run(self, self.blocks, _embed(self, x), attn_mask, is_causal))
+def _features(model: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    return model.norm(_run(model, model.blocks, _embed(model, x), attn_mask, is_causal))
 
 
-class VisionTransformer(_VisionTransformer, vision_transformer.VisionTransformer):
-    _stock_forward = stock_method(vision_transformer.VisionTransformer.forward)
-    _stock_forward_features = stock_method(vision_transformer.VisionTransformer.forward_features)
+def _logits_call(model: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+    return _embedding_call(model, x) or _reads_more(model)
 
 
-class VisionTransformerDistilled(_VisionTransformer, deit.VisionTransformerDistilled):
-    _stock_forward = stock_method(deit.VisionTransformerDistilled.forward)
-    _stock_forward_features = stock_method(deit.VisionTransformerDistilled.forward_features)
+def _features_call(model: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+    return _embedding_call(model, x)
 
 
-parts.LAYER_NORMS.update((StockLayerNorm, LayerNorm))
-parts.ATTENTIONS.add(Attention)
-parts.MLPS.add(Mlp)
-parts.BLOCKS.add(Block)
-parts.LAYER_SCALES.add(LayerScale)
-parts.DROP_PATHS.add(DropPath)
-parts.GELUS.update({activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"})
-
-register(StockLayerNorm, LayerNorm, layer_norm_unfusable)
-register(vision_transformer.Attention, Attention, guards.attention_unfusable)
-register(StockMlp, Mlp, guards.mlp_unfusable)
-register(vision_transformer.Block, Block, guards.block_unfusable)
-register(StockPatchEmbed, PatchEmbed, patch_embed_unfusable)
-for _stock, _swapped in (
-    (vision_transformer.VisionTransformer, VisionTransformer),
-    (deit.VisionTransformerDistilled, VisionTransformerDistilled),
-):
+for _stock in (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled):
     register(
-        _stock, _swapped, vision_transformer_unfusable, method="forward_features", readout_unfusable=readout_unfusable
+        _stock,
+        vision_transformer_unfusable,
+        {"forward_features": Method(_features_call, _features), "forward": Method(_logits_call, _logits)},
+        bypassed=("_pos_embed",),
+        readout_unfusable=readout_unfusable,
     )

@@ -5,6 +5,8 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
+from types import MethodType
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from deit_fast.swap import restore, swap, swapped
 from tests.swap.helpers import assert_close, assert_same_gradients, block_calls, gradients, operator_calls, randomise
 
-pytest.importorskip("timm")
-from tests.swap.original_models import (
+timm = pytest.importorskip("timm")
+from tests.swap.original_models import (  # noqa: E402
     Attention,
     Block,
     DeiT3,
@@ -148,7 +150,7 @@ def test_hooks_on_inner_modules_fire() -> None:
     assert seen == ["drop_path", "drop_path", "attn"]
 
 
-def test_copies_pickles_and_saved_models_are_swapped() -> None:
+def test_copies_are_swapped_and_pickles_are_stock() -> None:
     model, x = deit3(), images()
     with torch.inference_mode():
         stock = model(x)
@@ -156,33 +158,34 @@ def test_copies_pickles_and_saved_models_are_swapped() -> None:
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
-        for twin in (
-            copy.deepcopy(model),
+        twin = copy.deepcopy(model)
+        assert type(twin.blocks[0]) is type(model.blocks[0])
+        assert torch.equal(twin(x), model(x))
+        restore(twin)
+        for stock_again in (
+            twin,
             *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (2, pickle.HIGHEST_PROTOCOL)),
             torch.load(buffer, weights_only=False),
         ):
-            assert type(twin.blocks[0]) is type(model.blocks[0])
-            assert torch.equal(twin(x), model(x))
-            restore(twin)
-            assert type(twin.blocks[0]) is LayerScaleBlock
-            assert torch.equal(twin(x), stock)
+            assert type(stock_again) is DeiT3 and type(stock_again.blocks[0]) is LayerScaleBlock
+            assert torch.equal(stock_again(x), stock)
 
 
-def test_a_pickled_swapped_model_opens_in_a_process_that_has_swapped_nothing(tmp_path) -> None:
-    model = deit3()
+@pytest.mark.parametrize(
+    "build", [deit3, lambda: randomise(timm.create_model("deit_tiny_patch16_224", depth=1)).eval()]
+)
+def test_a_pickled_swapped_model_opens_where_this_library_is_not(build, tmp_path) -> None:
+    model = build()
     swap(model)
     torch.save(model, tmp_path / "model.pt")
     program = (
-        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
-        "from deit_fast.swap import restore;"
-        "swapped = model(torch.ones(1, 3, 32, 32)); restore(model);"
-        "print(type(model.blocks[0]).__mro__[1].__name__,"
-        " (swapped - model(torch.ones(1, 3, 32, 32))).abs().max().item() < 1e-4)"
+        "import sys, torch; sys.modules['deit_fast'] = None;"
+        "print(type(torch.load(sys.argv[1], weights_only=False).blocks[0]).__name__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "model.pt")], capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["Block", "True"], done.stderr
+    assert done.stdout.split() == [type(model.blocks[0]).__name__], done.stderr
 
 
 class PostNormBlock(Block):
@@ -277,3 +280,88 @@ def test_a_swapped_model_can_be_scripted() -> None:
     attention, x = randomise(Attention(64, 2)).eval(), torch.randn(2, 5, 64)
     swap(attention)
     assert_close(torch.jit.script(attention)(x), attention(x))
+
+
+def test_a_forward_rewritten_on_the_instance_after_the_swap_is_obeyed() -> None:
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model, x = randomise(DistilledVisionTransformer(**options)).eval(), images()
+    stock = copy.deepcopy(model)
+    swap(model)
+    model(x)
+
+    def averaged(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.patch_embed(x) + self.pos_embed[:, 2:]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).mean(1), self.norm(x)[:, -1]
+
+    for each in (model, stock):
+        each.forward_features = MethodType(averaged, each)
+    with torch.inference_mode():
+        assert_close(model(x), stock(x))
+
+
+class Flagged(DeiT3):
+    average = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x.mean(1) if self.average else x[:, 0])
+
+
+@pytest.mark.parametrize("on", ["class", "instance"])
+def test_a_flag_that_the_forward_reads_is_read_at_each_call(on, monkeypatch) -> None:
+    model, x = randomise(Flagged()).eval(), images()
+    stock = copy.deepcopy(model)
+    swap(model)
+    with torch.inference_mode():
+        assert operator_calls(lambda: model(x)) == block_calls(2)
+        for value in (True, False):
+            for each in (model, stock):
+                monkeypatch.setattr(Flagged if on == "class" else each, "average", value)
+            assert_close(model(x), stock(x))
+    assert operator_calls(lambda: model(x)) == block_calls(2)
+
+
+class Tempered(Attention):
+    """Reads what an instance has none of, and a class may change."""
+
+    temperature = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.temperature * super().forward(x)
+
+
+def test_an_attention_that_reads_more_than_its_parts_is_left_alone() -> None:
+    model = deit3(attention=Tempered)
+    swap(model)
+    assert type(model.blocks[0].attn) is Tempered
+
+
+def test_swapping_while_others_call_the_model_changes_no_answer() -> None:
+    model, x = deit3(), images()
+    with torch.inference_mode():
+        stock = model(x)
+    stop, wrong = threading.Event(), []
+
+    def call() -> None:
+        with torch.inference_mode():
+            while not stop.is_set():
+                result = model(x)
+                if not torch.allclose(result, stock, atol=1e-4):
+                    wrong.append(result)
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for _ in range(10):
+        swap(model)
+        restore(model)
+    stop.set()
+    for caller in callers:
+        caller.join()
+    assert not wrong

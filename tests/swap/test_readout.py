@@ -107,7 +107,7 @@ def test_calls_that_read_more_get_the_whole_block(call) -> None:
         ("blocks.1.norm1", "the last block: norm1 has a hook"),
         ("blocks.1.attn", "the last block: attn has a hook"),
         ("blocks.1.mlp.act", "the last block: mlp: act has a hook"),
-        ("norm", "more than the prefix tokens is read after the last block"),
+        ("norm", "the last norm has a hook"),
         ("blocks", "the sequence of blocks has a hook"),
     ],
 )
@@ -211,13 +211,14 @@ def test_readout_can_be_refused_and_asked_for_again(build) -> None:
 def test_copies_keep_the_choice_and_restored_models_keep_no_flag(build, readout) -> None:
     model, stock = pair(build(), readout=readout)
     model(images())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_follows_stock(twin, stock, readout=readout)
-        restore(twin)
-        assert not flags(twin)
-        assert_follows_stock(twin, stock, readout=False)
-        swap(twin)
-        assert_follows_stock(twin, stock, readout=True)
+    twin = copy.deepcopy(model)
+    assert_follows_stock(twin, stock, readout=readout)
+    restore(twin)
+    for stock_again in (twin, pickle.loads(pickle.dumps(model))):
+        assert not flags(stock_again)
+        assert_follows_stock(stock_again, stock, readout=False)
+        swap(stock_again)
+        assert_follows_stock(stock_again, stock, readout=True)
 
 
 @of_every_library
@@ -389,3 +390,36 @@ def test_finding_what_a_model_reads_leaves_it_and_the_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
     assert [m.training for m in model.modules()] == modes
+
+
+class OverTokens(nn.BatchNorm1d):
+    """A norm whose rows hang on one another: its channels are the tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+
+
+@of_every_library
+@pytest.mark.parametrize("training", [True, False])
+def test_a_last_norm_that_does_not_work_by_rows_gets_every_row(build, training) -> None:
+    model = build()
+    # transformers' has a distillation token.
+    place, tokens = ("deit.layernorm", 18) if hasattr(model, "deit") else ("norm", 17)
+    model.set_submodule(place, OverTokens(tokens))
+    model, stock = pair(model.train(training))
+    assert_follows_stock(model, stock, readout=False)
+    model, stock = pair(model)
+    for each in (model, stock):
+        torch.manual_seed(1)
+        each(images())
+    for ours, theirs in zip(model.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@of_every_library
+def test_a_last_block_used_before_is_whole(build) -> None:
+    model = build()
+    blocks = model.deit.layers if hasattr(model, "deit") else model.blocks
+    blocks[0] = blocks[1]
+    model, stock = pair(model)
+    assert_follows_stock(model, stock, readout=False)

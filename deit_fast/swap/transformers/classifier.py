@@ -1,7 +1,5 @@
 """The classifiers of DeiT and ViT, which compute their last layer for the rows that they read alone."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch.nn import Module
@@ -11,11 +9,18 @@ from transformers.models.vit import modeling_vit
 from deit_fast.nn import parts
 from deit_fast.nn.options import readout_wanted
 from deit_fast.nn.parts import Part
-from deit_fast.nn.readout import reading
-from deit_fast.swap.rules import Mixin, register
+from deit_fast.nn.readout import last_norm_unfusable, reading, used_again
+from deit_fast.swap.rules import Method, register
 from deit_fast.swap.transformers.layer import last_layer_unfusable
 
-_MODELS: set[type] = {modeling_deit.DeiTModel, modeling_vit.ViTModel}
+_MODELS: parts.Classes = {}
+parts.add(_MODELS, modeling_deit.DeiTModel, modeling_vit.ViTModel)
+# How many rows of its last layer each reads.
+_ROWS: dict[type[Module], int] = {
+    modeling_deit.DeiTForImageClassification: 1,
+    modeling_deit.DeiTForImageClassificationWithTeacher: 2,
+    modeling_vit.ViTForImageClassification: 1,
+}
 
 
 def readout_unfusable(classifier: Part) -> str | None:
@@ -24,58 +29,39 @@ def readout_unfusable(classifier: Part) -> str | None:
         return "readout=False"
     model = classifier._modules[classifier.base_model_prefix]
     modules = model._modules
-    if type(model) not in _MODELS:
-        return f"the model is a {parts.class_name(model)}"
+    reason = parts.unfusable(model, _MODELS)
+    if reason is not None:
+        return f"the model {reason}"
     if model.pooler is not None:
         return "a pooler reads the last layer"
     layers = modules["layers"]
     if not layers._modules:
         return "there is no layer"
-    for name, module in (("model", model), ("last norm", modules["layernorm"])):
-        reason = parts.touched(module)
-        if reason is not None:
-            return f"the {name} {reason}"
-    return last_layer_unfusable(layers[-1])
+    last = layers[-1]
+    if used_again(layers, last):
+        return "the last layer is used more than once"
+    return last_norm_unfusable(modules["layernorm"]) or last_layer_unfusable(last)
 
 
-class _Classifier(Mixin):
-    """Marks a swapped classifier; each has a forward of its own, with the stock signature that the Trainer reads."""
+def _call(classifier: Part, *args: Any, **kwargs: Any) -> str | None:
+    return readout_unfusable(classifier)
 
 
-def _reading(rows: int, stock: type[Module]) -> Callable:
-    """`stock.forward`, in which the last layer gives no more than its first `rows` rows.
+def _forward(classifier: Part, *args: Any, **kwargs: Any) -> Any:
+    """Stock's, in which the last layer gives no more than the rows that are read.
 
     The model between the two hands them on unchanged: to its norm, which works by rows.
     """
-
-    @functools.wraps(stock.forward)
-    def forward(self: Part, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, _Classifier):
-            return type(self).forward(self, *args, **kwargs)
-        if readout_unfusable(self) is not None:
-            return stock.forward(self, *args, **kwargs)
-        last = self._modules[self.base_model_prefix]._modules["layers"][-1]
-        with reading(last, rows):
-            return stock.forward(self, *args, **kwargs)
-
-    return forward
+    stock = classifier._deit_fast_stock
+    last = classifier._modules[classifier.base_model_prefix]._modules["layers"][-1]
+    with reading(last, _ROWS[stock]):
+        return stock.forward(classifier, *args, **kwargs)
 
 
-class DeiTForImageClassification(_Classifier, modeling_deit.DeiTForImageClassification):
-    forward = _reading(1, modeling_deit.DeiTForImageClassification)
-
-
-class DeiTForImageClassificationWithTeacher(_Classifier, modeling_deit.DeiTForImageClassificationWithTeacher):
-    forward = _reading(2, modeling_deit.DeiTForImageClassificationWithTeacher)
-
-
-class ViTForImageClassification(_Classifier, modeling_vit.ViTForImageClassification):
-    forward = _reading(1, modeling_vit.ViTForImageClassification)
-
-
-for _stock, _swapped in (
-    (modeling_deit.DeiTForImageClassification, DeiTForImageClassification),
-    (modeling_deit.DeiTForImageClassificationWithTeacher, DeiTForImageClassificationWithTeacher),
-    (modeling_vit.ViTForImageClassification, ViTForImageClassification),
-):
-    register(_stock, _swapped, lambda classifier: None, readout_unfusable=readout_unfusable)
+for _stock in _ROWS:
+    register(
+        _stock,
+        lambda classifier: None,
+        {"forward": Method(_call, _forward)},
+        readout_unfusable=readout_unfusable,
+    )

@@ -6,14 +6,20 @@ from torch import Tensor
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
-from deit_fast.nn import parts
+from deit_fast.nn import guards, parts
 from deit_fast.nn.branches import attention_residual, mlp_residual
 from deit_fast.nn.drop_path import NO_DROP_PATH
 from deit_fast.nn.options import memory_of
 from deit_fast.nn.parts import Part
 from deit_fast.nn.readout import rows_read
-from deit_fast.swap.rules import Mixin, register, stock_wanted
-from deit_fast.swap.transformers.attention import ATTENTIONS, plain_call, projections_of, projections_unfusable
+from deit_fast.swap.rules import Method, register, stock_wanted
+from deit_fast.swap.transformers.attention import (
+    ATTENTIONS,
+    call_unfusable,
+    heads_of,
+    projections_of,
+    projections_unfusable,
+)
 from deit_fast.swap.transformers.mlp import MLPS, gelu_name, mlp_unfusable
 from deit_fast.swap.transformers.recording import touched
 
@@ -26,10 +32,12 @@ def layer_unfusable(layer: Part) -> str | None:
         reason = parts.unfusable(modules[name], classes)
         if reason is not None:
             return f"{name} {reason}"
+    for name in ("layernorm_before", "layernorm_after"):
+        reason = guards.layer_norm_unfusable(modules[name])
+        if reason is not None:
+            return f"{name} {reason}"
     attention = modules["attention"]
-    if type(attention) not in ATTENTIONS:
-        return f"attention is a {type(attention).__name__}"
-    reason = touched(attention, "attentions")
+    reason = touched(attention, ATTENTIONS, "attentions")
     if reason is not None:
         return f"attention {reason}"
     reason = projections_unfusable(attention)
@@ -48,7 +56,7 @@ def last_layer_unfusable(layer: Part) -> str | None:
         return f"the last layer is a {parts.class_name(layer)}"
     if layer.gradient_checkpointing and layer.training:
         return "the last layer is checkpointed"
-    reason = touched(layer, "hidden_states")
+    reason = touched(layer, LAYERS, "hidden_states")
     if reason is not None:
         return f"the last layer {reason}"
     reason = layer_unfusable(layer)
@@ -58,7 +66,7 @@ def last_layer_unfusable(layer: Part) -> str | None:
 def _readout_rows(layer: Part) -> int:
     """How many rows of this call's result are read; 0 for all."""
     rows = rows_read(layer)
-    return rows if rows and touched(layer, "hidden_states") is None else 0
+    return rows if rows and touched(layer, LAYERS, "hidden_states") is None else 0
 
 
 def _layer_forward(layer: Part, x: Tensor, readout_rows: int) -> Tensor:
@@ -69,7 +77,7 @@ def _layer_forward(layer: Part, x: Tensor, readout_rows: int) -> Tensor:
         modules["layernorm_before"],
         projections_of(attention),
         attention._modules["o_proj"],
-        attention.num_attention_heads,
+        heads_of(attention),
         attention.scaling,
         None,
         NO_DROP_PATH,
@@ -80,27 +88,21 @@ def _layer_forward(layer: Part, x: Tensor, readout_rows: int) -> Tensor:
     return mlp_residual(x, norm, mlp["fc1"], mlp["fc2"], None, NO_DROP_PATH, activation, memory_of(layer))
 
 
-class _Layer(Mixin):
-    # Set where a classifier reads no more of its last layer (`nn.readout.reading`).
-    readout_rows = None
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if not isinstance(self, _Layer):
-            return type(self).forward(self, hidden_states, attention_mask, **kwargs)
-        if not plain_call(attention_mask, kwargs) or stock_wanted(hidden_states) or layer_unfusable(self) is not None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        return _layer_forward(self, hidden_states, _readout_rows(self))
+def _call(layer: Part, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> str | None:
+    return (
+        stock_wanted(hidden_states)
+        or layer_unfusable(layer)
+        or call_unfusable(layer._modules["attention"], attention_mask, kwargs)
+    )
 
 
-class DeiTLayer(_Layer, modeling_deit.DeiTLayer):
-    pass
+def _forward(layer: Part, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _layer_forward(layer, hidden_states, _readout_rows(layer))
 
 
-class ViTLayer(_Layer, modeling_vit.ViTLayer):
-    pass
+LAYERS: parts.Classes = {}
 
-
-LAYERS = {DeiTLayer, ViTLayer}
-
-register(modeling_deit.DeiTLayer, DeiTLayer, layer_unfusable)
-register(modeling_vit.ViTLayer, ViTLayer, layer_unfusable)
+for _stock in (modeling_deit.DeiTLayer, modeling_vit.ViTLayer):
+    # readout_rows: set where a classifier reads no more of its last layer (`nn.readout.reading`).
+    _swapped = register(_stock, layer_unfusable, {"forward": Method(_call, _forward)}, readout_rows=None)
+    parts.add(LAYERS, _swapped, stock=_stock)

@@ -12,7 +12,7 @@ from transformers.models.vit import modeling_vit
 from deit_fast.nn import parts
 from deit_fast.nn.forward import mlp_linears
 from deit_fast.nn.parts import Part
-from deit_fast.swap.rules import Mixin, register, stock_wanted
+from deit_fast.swap.rules import Method, register, stock_wanted
 
 
 def gelu_name(activation: Part) -> str | None:
@@ -32,31 +32,23 @@ def mlp_unfusable(mlp: Part) -> str | None:
     activation = modules["activation_fn"]
     if gelu_name(activation) is None:
         return f"its activation is not torch's GELU ({type(activation).__name__})"
-    if parts.touched(activation) is not None:
-        return f"activation_fn {parts.touched(activation)}"
-    return None
+    reason = parts.unfusable(activation, parts.ACTIVATIONS)
+    return None if reason is None else f"activation_fn {reason}"
 
 
-class _MLP(Mixin):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not isinstance(self, _MLP):
-            return type(self).forward(self, hidden_states)
-        if stock_wanted(hidden_states) or mlp_unfusable(self) is not None:
-            return super().forward(hidden_states)
-        modules = self._modules
-        activation: Any = gelu_name(modules["activation_fn"])  # a name: the guard has asked
-        return mlp_linears(hidden_states, modules["fc1"], modules["fc2"], activation)
+def _call(mlp: Part, hidden_states: Tensor) -> str | None:
+    return stock_wanted(hidden_states) or mlp_unfusable(mlp)
 
 
-class DeiTMLP(_MLP, modeling_deit.DeiTMLP):
-    pass
+def _forward(mlp: Part, hidden_states: Tensor) -> Tensor:
+    modules = mlp._modules
+    activation: Any = gelu_name(modules["activation_fn"])  # a name: the guard has asked
+    return mlp_linears(hidden_states, modules["fc1"], modules["fc2"], activation)
 
 
-class ViTMLP(_MLP, modeling_vit.ViTMLP):
-    pass
+MLPS: parts.Classes = {}
 
-
-MLPS = {DeiTMLP, ViTMLP}
-
-register(modeling_deit.DeiTMLP, DeiTMLP, mlp_unfusable)
-register(modeling_vit.ViTMLP, ViTMLP, mlp_unfusable)
+parts.add(parts.ACTIVATIONS, activations.GELUActivation, activations.GELUTanh)
+for _stock in (modeling_deit.DeiTMLP, modeling_vit.ViTMLP):
+    _swapped = register(_stock, mlp_unfusable, {"forward": Method(_call, _forward)})
+    parts.add(MLPS, _swapped, stock=_stock)

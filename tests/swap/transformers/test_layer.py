@@ -1,13 +1,19 @@
 import pytest
 import torch
 
+import deit_fast
 from deit_fast.swap import swap
 from tests.swap.helpers import LoraLinear, assert_close, assert_same_gradients, gradients, operator_calls
 
-pytest.importorskip("transformers")
-from transformers.models.deit import modeling_deit
+transformers = pytest.importorskip("transformers")
+from transformers.models.deit import modeling_deit  # noqa: E402
 
-from tests.swap.transformers_models import assert_outputs_close, build, layer_calls, pixels
+from tests.swap.transformers_models import (  # noqa: E402
+    assert_outputs_close,
+    build,
+    layer_calls,
+    pixels,
+)
 
 
 @pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
@@ -75,3 +81,39 @@ def test_an_unknown_keyword_goes_to_stock_layers() -> None:
         swap(model)
         assert_outputs_close(model(x, is_causal=True), stock)
         assert operator_calls(lambda: model(x, num_items_in_batch=3)) == layer_calls(readout=False)
+
+
+@pytest.mark.parametrize("keywords", [{"use_cache": False}, {"use_cache": True, "labels": torch.tensor([1, 2])}])
+def test_keywords_that_no_layer_reads_change_nothing(keywords: dict) -> None:
+    model, x = build("DeiTForImageClassificationWithTeacher"), pixels()
+    with torch.no_grad():
+        stock = model(x, **keywords).logits
+        swap(model)
+        assert_close(model(x, **keywords).logits, stock)
+    assert deit_fast.report(model).stock == {}
+    assert deit_fast.report(model).calls["deit.layers.0"].fused == 1
+
+
+def test_a_keyword_that_attention_reads_goes_to_stock_layers() -> None:
+    model, tokens = build(), torch.randn(2, 5, 64)
+    layer = model.base_model.layers[0]
+    with torch.no_grad():
+        expected = layer(tokens, is_causal=True)
+        swap(model)
+        assert_close(layer(tokens, is_causal=True), expected)
+    assert deit_fast.report(layer).stock[""] == "is called with is_causal"
+
+
+def test_a_model_that_the_trainer_trains_runs_on_the_operators(tmp_path) -> None:
+    pytest.importorskip("accelerate")
+    model = build("ViTForImageClassification")
+    swap(model)
+    data = [{"pixel_values": image, "labels": i % 2} for i, image in enumerate(torch.randn(8, *pixels().shape[1:]))]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    transformers.Trainer(model, arguments, train_dataset=data).train()
+    report = deit_fast.report(model)
+    assert report.stock == {}
+    assert all(report.calls[name].fused == 2 for name in ("", "vit.embeddings", "vit.layers.0", "vit.layernorm"))
