@@ -14,7 +14,7 @@ from deit_fast.check.targets import Target
 from deit_fast.kernels.launching.hardware import NO_FLOAT32_PRODUCTS
 from evidence.models import build
 
-# timm's names and image sizes.
+# timm's names and image sizes; what OPTIONS changes of them.
 MODELS = {
     "tiny": ("deit_tiny_distilled_patch16_224", 224),
     "small": ("deit_small_distilled_patch16_224", 224),
@@ -24,8 +24,18 @@ MODELS = {
     "base-384": ("deit_base_distilled_patch16_384", 384),
     "3-large": ("deit3_large_patch16_224", 224),
     "3-huge": ("deit3_huge_patch14_224", 224),
+    # Other heads at widths that are here already: attention and what is read out are all that differs.
+    "heads-96": ("deit_tiny_distilled_patch16_224", 224),
+    "heads-128": ("deit_small_distilled_patch16_224", 224),
+    # Heads of 32, of few tokens.
+    "micro": ("deit_tiny_distilled_patch16_224", 64),
     # Separate queries, keys and values.
     "transformers-small": ("small", 224),
+}
+OPTIONS = {
+    "heads-96": {"num_heads": 2},
+    "heads-128": {"num_heads": 3},
+    "micro": {"embed_dim": 96, "num_heads": 3},
 }
 # The dtype of the dots, and whether the model is float32 and under autocast, or cast as a whole.
 PRECISIONS = {
@@ -95,11 +105,17 @@ def _build(name: str, depth: int, **options) -> nn.Module:
     if name.startswith("transformers-"):
         model = build("transformers", MODELS[name][0], depth)
     else:
-        import timm
-
-        model = timm.create_model(MODELS[name][0], img_size=MODELS[name][1], depth=depth, **options)
+        model = timm_model(name, depth, **options)
     deit_fast.swap(model)
     return model
+
+
+def timm_model(name: str, depth: int, **options) -> nn.Module:
+    """One of MODELS that is timm's, not swapped."""
+    import timm
+
+    model, size = MODELS[name]
+    return timm.create_model(model, img_size=size, depth=depth, **OPTIONS.get(name, {}), **options)
 
 
 def _infer(model: nn.Module, images: Tensor, dtype: torch.dtype, autocast: bool) -> None:

@@ -10,7 +10,7 @@ from deit_fast.check.targets import TARGETS
 from evidence.clocks.gpus import GPUS
 from evidence.clocks.launch import Sizes, count, floor, modelled
 from evidence.clocks.source import Uncounted
-from evidence.launches import MODELS, PRECISIONS
+from evidence.launches import PRECISIONS, timm_model
 from evidence.resources import resources
 
 STEPS = {"inference": ("inference",), "training": ("forward", "backward")}
@@ -67,16 +67,13 @@ class Line:
 
 def recorded(block: Block, suites: Sequence[str]) -> list[Recorded]:
     """In order; in a process of its own, since the product remembers its device."""
-    import timm
-
     import deit_fast
     from deit_fast.ops import backend
 
     torch.set_num_threads(1)
-    name, size = MODELS[block.model]
     dtype, autocast = PRECISIONS[block.precision]
     # Two, since the last would be read out.
-    model = timm.create_model(name, img_size=size, depth=2).to(torch.float32 if autocast else dtype)
+    model = timm_model(block.model, 2).to(torch.float32 if autocast else dtype)
     deit_fast.swap(model)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     x = torch.zeros(block.batch, tokens, model.embed_dim, dtype=torch.float32 if autocast else dtype)
