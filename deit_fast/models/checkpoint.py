@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from deit_fast.models.deit import VisionTransformer
 from deit_fast.models.key_maps import Entry, to_timm_names
 from deit_fast.models.pos_embed import resample_pos_embed
 
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # timm writes .pth.tar, Lightning .ckpt
+# Where training checkpoints keep the weights, in the order in which timm looks.
+_EMA_KEYS, _KEYS = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 _FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -37,11 +40,12 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any] | None
 
 
-def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Read a `.safetensors`, `.pth`, `.pt` or `.bin` file, or a transformers folder, on the CPU.
+def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
+    """Read a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.ckpt` or `.bin` file, or a transformers folder, on the CPU.
 
-    A pickle is read as weights only: no code of it runs. A training checkpoint gives its `"model"` (the
-    original repository) or `"state_dict"` (timm).
+    A pickle is read as weights only: no code of it runs. A training checkpoint gives the first that it holds of
+    `"state_dict_ema"`, `"model_ema"`, `"state_dict"` and `"model"`, as timm's loader does, and a warning says so
+    where that is a moving average beside other weights. use_ema=False passes over the averages.
 
     Raises:
         FileNotFoundError: nothing there, or a folder without one of its files.
@@ -51,7 +55,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return Checkpoint(path, _read_folder(path), _read_json(path / "config.json"))
-    return Checkpoint(path, _read_file(path), None)
+    return Checkpoint(path, _read_file(path, use_ema), None)
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
@@ -86,14 +90,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path, use_ema: bool = True) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix not in _SUFFIXES:
         suffixes = ", ".join(_SUFFIXES)
         raise ValueError(f"{path} is no checkpoint: expected a file in {suffixes}, or a transformers folder")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    return _state_dict_in(content, path)
+    return _state_dict_in(content, path, use_ema)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -119,11 +123,19 @@ def _read_pickle(path: Path) -> object:
             raise ValueError(f"{path} is no readable PyTorch checkpoint: truncated, or another kind of file") from error
 
 
-def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
+def _state_dict_in(content: Any, path: Path, use_ema: bool) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
-        for key in ("model", "state_dict"):
-            if isinstance(content.get(key), Mapping):
-                content = content[key]
+        averaged, plain = (
+            [key for key in keys if isinstance(content.get(key), Mapping)] for keys in (_EMA_KEYS, _KEYS)
+        )
+        if use_ema and averaged and plain:
+            warnings.warn(
+                f"{path} holds trained weights ({plain[0]!r}) and their moving average ({averaged[0]!r}): the average "
+                f"is taken, as timm does; use_ema=False takes the others",
+                stacklevel=2,
+            )
+        keys = (averaged if use_ema else []) + plain
+        content = content[keys[0]] if keys else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     others = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]

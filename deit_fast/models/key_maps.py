@@ -31,6 +31,10 @@ _TRANSFORMERS = (
 )
 
 
+# What torch.compile and DistributedDataParallel put before a name, in the orders that timm knows.
+_WRAPPERS = r"^(?:_orig_mod\.)?(?:module\.)?(?:_orig_mod\.)?"
+
+
 class Entry(NamedTuple):
     """A tensor of a checkpoint and what the file calls it."""
 
@@ -41,19 +45,27 @@ class Entry(NamedTuple):
 def to_timm_names(state_dict: Mapping[str, Tensor]) -> dict[str, Entry]:
     """The tensors of a state dict of timm, the original repository or transformers, by timm's names.
 
-    Separate q, k and v become one qkv, [3·D, D] or [3·D]. Names that no library of the three uses stay as they
-    are; so does a second claim to the same name. transformers' `pooler`, which no classifier of these reads, is left
-    out.
+    The prefixes of wrappers (`module.`, `_orig_mod.`) are taken off, and `model.` where all names have it, as those
+    of a Lightning module do. Separate q, k and v become one qkv, [3·D, D] or [3·D]. Names that no library of the
+    three uses stay as they are; so does a second claim to the same name. transformers' `pooler`, which no classifier
+    of these reads, is left out.
     """
     transformers = any("embeddings.patch_embeddings." in name for name in state_dict)
     entries: dict[str, Entry] = {}
-    for source, tensor in state_dict.items():
-        bare = re.sub(r"^(?:deit|vit)\.", "", source) if transformers else source
+    for (source, tensor), bare in zip(state_dict.items(), _unwrapped(list(state_dict)), strict=True):
+        bare = re.sub(r"^(?:deit|vit)\.", "", bare) if transformers else bare
         if transformers and bare.startswith("pooler."):
             continue
         name = _rename(bare, _TRANSFORMERS if transformers else _ORIGINAL)
         entries[source if name in entries else name] = Entry(source, tensor)
     return _merge_qkv(entries)
+
+
+def _unwrapped(names: list[str]) -> list[str]:
+    names = [re.sub(_WRAPPERS, "", name) for name in names]
+    if names and all(name.startswith("model.") for name in names):
+        return _unwrapped([name.removeprefix("model.") for name in names])
+    return names
 
 
 def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -72,6 +72,7 @@ def create_model(
     img_size: int | None = None,
     drop_path_rate: float = 0.0,
     checkpoint: str | os.PathLike | None = None,
+    use_ema: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> VisionTransformer:
@@ -84,8 +85,11 @@ def create_model(
         img_size: side of the square input images in pixels; by default the one in the name. Position
             embeddings of a checkpoint with another grid are interpolated, bicubically as timm does.
         drop_path_rate: of the last block in training; it rises linearly from 0 at the first.
-        checkpoint: a `.safetensors`, `.pth`, `.pt` or `.bin` file, or a transformers folder; names of the
-            original DeiT repository, timm or transformers. A folder's `config.json` sets LayerNorm's epsilon.
+        checkpoint: a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.ckpt` or `.bin` file, or a transformers folder;
+            names of the original DeiT repository, timm or transformers, with or without the prefixes of
+            `DistributedDataParallel`, `torch.compile` or Lightning. A folder's `config.json` sets LayerNorm's epsilon.
+        use_ema: from a training checkpoint that holds them, take the averaged weights, as timm does (and a
+            warning says so); False takes the others.
         device, dtype: of the parameters; torch's defaults.
 
     Raises:
@@ -99,7 +103,7 @@ def create_model(
     if checkpoint is None:
         return VisionTransformer(config, drop_path_rate=drop_path_rate, device=device, dtype=dtype)
 
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, use_ema)
     return _with_weights(follow_config(config, loaded), loaded, drop_path_rate, device, dtype)
 
 

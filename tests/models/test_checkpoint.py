@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from deit_fast.models import VisionTransformer, create_model
 from deit_fast.models.checkpoint import follow_config, load_checkpoint, load_weights
+from deit_fast.models.key_maps import to_timm_names
 
 TINY, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 
@@ -76,6 +78,45 @@ def test_training_checkpoints_of_timm_load(tmp_path, load, timm_model, images):
     }
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
     assert_same_logits(load(tmp_path / "x.pth"), stock, images)
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+@pytest.mark.parametrize("keys", [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("state_dict", None)])
+def test_averaged_weights_are_taken_where_timm_takes_them_and_that_is_said(keys, use_ema, tmp_path, timm_model):
+    helpers = pytest.importorskip("timm.models")
+    plain = timm_model(TINY).state_dict()
+    averaged = {f"module.{name}": 2 * tensor for name, tensor in plain.items()}
+    path = tmp_path / "model_best.pth.tar"  # timm's own name
+    torch.save({keys[0]: plain, keys[1] or "model_ema": averaged if keys[1] else None, "epoch": 3}, path)
+    expected = helpers.load_state_dict(str(path), use_ema=use_ema)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        entries = to_timm_names(load_checkpoint(path, use_ema).state_dict)
+    assert {name: entry.tensor.sum() for name, entry in entries.items()} == {k: v.sum() for k, v in expected.items()}
+    assert [str(each.message).partition("; ")[2] for each in said] == (
+        ["use_ema=False takes the others"] if use_ema and keys[1] else []
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_the_names_of_wrapped_models_are_timms_after_its_cleaning(prefix, tmp_path, load, timm_model, images):
+    helpers = pytest.importorskip("timm.models")
+    stock = timm_model(DISTILLED)
+    wrapped = {prefix + name: tensor for name, tensor in stock.state_dict().items()}
+    torch.save(wrapped, tmp_path / "x.pth")
+    assert list(to_timm_names(wrapped)) == list(helpers.load_state_dict(str(tmp_path / "x.pth")))
+    assert_same_logits(load(tmp_path / "x.pth", DISTILLED), stock, images)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.model.", "model._orig_mod."])
+def test_the_checkpoint_of_a_lightning_module_loads(prefix, tmp_path, load, timm_model, images):
+    stock = timm_model(TINY)
+    state_dict = {prefix + name: tensor for name, tensor in stock.state_dict().items()}
+    torch.save({"epoch": 1, "pytorch-lightning_version": "2.5", "state_dict": state_dict}, tmp_path / "last.ckpt")
+    assert_same_logits(load(tmp_path / "last.ckpt"), stock, images)
+    torch.save({"state_dict": state_dict | {"criterion.weight": torch.ones(10)}}, tmp_path / "more.ckpt")
+    with pytest.raises(ValueError, match=r"unexpected: criterion\.weight"):
+        load(tmp_path / "more.ckpt")
 
 
 @pytest.mark.parametrize("save", ["save_pretrained", "in_memory_names", "sharded", "pickle", "sharded_pickle"])
