@@ -94,9 +94,9 @@ def register(
         # Who reads it (torch.jit.script, torch.fx, inspect) finds the stock method's source, signature and globals;
         # so it may use no global of this module.
         stock_method = getattr(stock, name)
-        stands_for = FunctionType(
-            stands_for.__code__, stock_method.__globals__, name, stands_for.__defaults__, stands_for.__closure__
-        )
+        # Somebody may have put no function in its place.
+        variables = getattr(stock_method, "__globals__", globals())
+        stands_for = FunctionType(stands_for.__code__, variables, name, stands_for.__defaults__, stands_for.__closure__)
         return functools.update_wrapper(stands_for, stock_method)
 
     body = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__, **attributes}
@@ -111,8 +111,8 @@ def register(
 
 # What every call asks -----------------------------------------------------------------------------------------------
 
-_MODULE_CALL, _CALL_IMPL = Module.__call__, Module._call_impl
-_LAYER_NORM = F.layer_norm
+_MODULE_CALL, _CALL_IMPL = (code.original(Module, name) for name in ("_wrapped_call_impl", "_call_impl"))
+_LAYER_NORM = F.layer_norm if code.written_by(F.layer_norm, "torch") else None
 # Whoever puts another function in the place of one of these has every stock module call it.
 _FUNCTIONS = torch._C._nn.scaled_dot_product_attention, torch._C._nn.linear, torch._C._nn.gelu
 

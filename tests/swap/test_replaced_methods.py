@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -208,3 +210,26 @@ def test_a_replaced_attention_is_called_in_a_compiled_model(monkeypatch) -> None
     monkeypatch.setattr(attention, "forward", lambda self, x, **_: self.proj(self.qkv(x)[..., : x.shape[-1]]))
     assert_close(numbers(compiled, x), numbers(stock, x))
     torch.compiler.reset()
+
+
+def test_what_was_replaced_before_this_library_was_imported_is_called() -> None:
+    """By a function, and by what is none."""
+    program = """
+import copy, functools, timm, torch
+from torch import nn
+from timm.models.vision_transformer import Attention, Block
+
+old = Attention.forward
+Attention.forward = lambda self, *args, **kwargs: 2 * old(self, *args, **kwargs)
+Block.forward = functools.partialmethod(Block.forward)
+old_linear = nn.Linear.forward
+nn.Linear.forward = lambda self, x: 1.5 * old_linear(self, x)
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10).eval()
+stock, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+
+import deit_fast
+deit_fast.swap(model)
+print(torch.allclose(model(x), stock(x), atol=1e-5), type(model.blocks[0].attn) is not Attention)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "True"], done.stderr
