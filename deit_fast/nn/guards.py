@@ -43,7 +43,7 @@ def attention_unfusable(attn: Part) -> str | None:
     head_dim = attn.__dict__.get("head_dim")
     if head_dim is not None and parts.out_features(modules["qkv"]) not in (3 * attn.num_heads * head_dim, None):
         return "its heads are not what its qkv gives"
-    if not isinstance(softmax_scale(attn), (float, int)):
+    if not attn.__dict__.get("fused_attn") and not isinstance(attn.scale, (float, int)):
         return "its scale is no plain number"
     return None
 

@@ -22,7 +22,8 @@ class Calls:
 
 def calls_of(module: Module) -> Calls:
     """Those of a swapped module."""
-    return module.__dict__.setdefault(_ATTRIBUTE, Calls())
+    calls = module.__dict__.get(_ATTRIBUTE)
+    return module.__dict__.setdefault(_ATTRIBUTE, Calls()) if calls is None else calls
 
 
 def count(module: Module, reason: str | None) -> None:

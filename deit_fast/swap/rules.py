@@ -114,7 +114,7 @@ def register(
 _MODULE_CALL, _CALL_IMPL = (code.original(Module, name) for name in ("_wrapped_call_impl", "_call_impl"))
 _LAYER_NORM = F.layer_norm if code.written_by(F.layer_norm, "torch") else None
 # Whoever puts another function in the place of one of these has every stock module call it.
-_FUNCTIONS = torch._C._nn.scaled_dot_product_attention, torch._C._nn.linear, torch._C._nn.gelu
+_ATTENTION, _LINEAR, _GELU = torch._C._nn.scaled_dot_product_attention, torch._C._nn.linear, torch._C._nn.gelu
 
 
 def _watched(hooks: dict[int, Any]) -> bool:
@@ -141,6 +141,11 @@ def stock_wanted(x: object) -> str | None:
         return "hooks watch every module"
     if Module.__call__ is not _MODULE_CALL or Module._call_impl is not _CALL_IMPL:
         return "Module.__call__ was replaced"
-    if (F.scaled_dot_product_attention, F.linear, F.gelu) != _FUNCTIONS or F.layer_norm is not _LAYER_NORM:
+    if (
+        F.scaled_dot_product_attention is not _ATTENTION
+        or F.linear is not _LINEAR
+        or F.gelu is not _GELU
+        or F.layer_norm is not _LAYER_NORM
+    ):
         return "a function of torch.nn.functional was replaced"
     return None

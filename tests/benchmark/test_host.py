@@ -9,7 +9,7 @@ BLOCK = f"""
 import json
 from deit_fast.benchmark.host import block_times
 MOST, least = {MOST}, {{}}
-for _ in range(8):
+for _ in range(16):
     for t in block_times(rounds=9, calls=10):
         stock, swapped = least.get(t.step, (t.stock, t.swapped))
         least[t.step] = min(stock, t.stock), min(swapped, t.swapped)
