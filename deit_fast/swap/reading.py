@@ -61,17 +61,20 @@ def only_computes(function: Callable, attributes: set[str]) -> bool:
     return (
         read.straight
         and all(name in attributes or any(hasattr(each, name) for each in libraries) for name in read.attributes)
-        and all(_torchs_own(value) for value in read.variables.values())
+        and all(_torchs_or_pythons(name, value) for name, value in read.variables.items())
     )
 
 
-def _torchs_own(value: Any) -> bool:
+def _torchs_or_pythons(name: str, value: Any) -> bool:
     home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
-    return callable(getattr(builtins, getattr(value, "__name__", ""), None)) or home.partition(".")[0] == "torch"
+    return value is getattr(builtins, name, ()) or home.partition(".")[0] == "torch"
 
 
 class State(NamedTuple):
-    """Everything plain that a call reads beside its arguments, when it was looked at; whether it reads nothing else."""
+    """Everything plain that a call reads beside its arguments, when it was looked at; whether it reads nothing else.
+
+    Functions are plain: they are told by which they are.
+    """
 
     attributes: dict[str, Any]
     variables: list[tuple[dict[str, Any], str, Any]]
@@ -87,34 +90,41 @@ class State(NamedTuple):
 
 def _attribute(module: Any, name: str) -> Any:
     state = module.__dict__
-    value = state[name] if name in state else getattr(module._deit_fast_stock, name, None)
-    # Tensors and modules are asked about by those who compute with them.
-    return value if isinstance(value, _PLAIN) else None
+    return state[name] if name in state else getattr(module._deit_fast_stock, name, None)
 
 
-_PLAIN = (FunctionType, MethodType, bool, int, float, str, tuple)
+_PLAIN = (FunctionType, MethodType, property, bool, int, float, str, tuple, type(None))
 
 
 def state_read(method: Any, module: Any) -> State:
     """What a call of `method`, of the class of a swapped `module`, reads: of the module, its class and globals.
 
-    The methods of the class that it calls are gone through too, and stand here themselves.
+    The methods and properties of the class that it reads are gone through too, and stand here themselves, as do the
+    functions of the same file.
     """
     attributes: dict[str, Any] = {}
     variables: list[tuple[dict[str, Any], str, Any]] = []
-    complete, waiting = isinstance(method, FunctionType), [method]
+    complete, waiting, seen = isinstance(method, FunctionType), [method], set()
     while waiting:
         function = waiting.pop()
-        if not isinstance(function, FunctionType):
+        if not isinstance(function, FunctionType) or function in seen:
             continue
+        seen.add(function)
         read = read_by(function)
         for name in read.attributes - attributes.keys():
-            attributes[name] = value = _attribute(module, name)
-            waiting.append(value)
+            value = _attribute(module, name)
+            if isinstance(value, Tensor):
+                continue  # what is in it changes values, not rows
+            attributes[name] = value
+            waiting.append(value.fget if isinstance(value, property) else getattr(value, "__func__", value))
             # A method put on the instance belongs to it: a copy can't call it.
-            complete = complete and not (name in module.__dict__ and callable(value))
+            of_instance = name in module.__dict__ and callable(value)
+            complete = complete and not of_instance and (isinstance(value, _PLAIN) or callable(value))
         for name, value in read.variables.items():
-            if name in function.__globals__ and not (isinstance(value, (ModuleType, type)) or callable(value)):
-                variables.append((function.__globals__, name, value))
-                complete = complete and isinstance(value, _PLAIN)
+            if name not in function.__globals__ or isinstance(value, ModuleType):
+                continue
+            variables.append((function.__globals__, name, value))
+            complete = complete and (isinstance(value, _PLAIN) or callable(value))
+            if getattr(value, "__globals__", None) is function.__globals__:
+                waiting.append(value)
     return State(attributes, variables, complete)

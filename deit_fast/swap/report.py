@@ -50,14 +50,9 @@ def table(heads: tuple[str, ...], rows: dict[str, tuple[str, ...]]) -> str:
     lines = [heads]
     lines += [(_joined(names), kind, str(len(names)), *rest) for (_, kind, *rest), names in groups.items()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads) - 1)]
-    # Numbers to the right.
-    texts = [
-        "  ".join(
-            f"{cell:{'<' if i < 2 else '>'}{width}}" for i, (cell, width) in enumerate(zip(line, widths, strict=False))
-        )
-        + f"  {line[-1]}"
-        for line in lines
-    ]
+    # Numbers to the right, the last column as it comes.
+    layout = "  ".join([*(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths)), "{}"])
+    texts = [layout.format(*line) for line in lines]
     return "\n".join((texts[0], "-" * max(map(len, texts)), *texts[1:]))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast.swap import restore, swap, swapped
+from deit_fast.swap.reading import only_computes
 from tests.swap.helpers import assert_close, assert_same_gradients, block_calls, gradients, operator_calls, randomise
 
 timm = pytest.importorskip("timm")
@@ -325,6 +326,75 @@ def test_a_flag_that_the_forward_reads_is_read_at_each_call(on, monkeypatch) -> 
                 monkeypatch.setattr(Flagged if on == "class" else each, "average", value)
             assert_close(model(x), stock(x))
     assert operator_calls(lambda: model(x)) == block_calls(2)
+
+
+READS_AVERAGE = False
+
+
+def pooled(x: Tensor) -> Tensor:
+    return x.mean(1) if READS_AVERAGE else x[:, 0]
+
+
+class Pooled(DeiT3):
+    """Reads rows through a property and a function of its file."""
+
+    settings = (False,)
+
+    @property
+    def averages(self) -> bool:
+        return self.settings[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x.mean(1) if self.averages else pooled(x))
+
+
+@pytest.mark.parametrize("change", ["property", "global", "function"])
+def test_what_a_forward_reads_by_way_of_others_is_read_at_each_call(change, monkeypatch) -> None:
+    model, x = randomise(Pooled()).eval(), images()
+    stock = copy.deepcopy(model)
+    swap(model)
+    module = sys.modules[__name__]
+    with torch.inference_mode():
+        assert operator_calls(lambda: model(x)) == block_calls(2)
+        if change == "property":
+            model.settings = stock.settings = (True,)
+        elif change == "global":
+            monkeypatch.setattr(module, "READS_AVERAGE", True)
+        else:
+            monkeypatch.setattr(module, "pooled", lambda x: x.mean(1))
+        assert_close(model(x), stock(x))
+
+
+class ListedSettings(Pooled):
+    """What is in a list may change where nobody sees it."""
+
+    settings = [False]  # noqa: RUF012
+
+
+def test_a_model_that_reads_a_list_gets_every_row() -> None:
+    model, x = randomise(ListedSettings()).eval(), images()
+    swap(model)
+    assert operator_calls(lambda: model(x)) == block_calls(2, readout=False)
+
+
+def sum(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+class NamedLikePythons(Attention):
+    """Calls a function that may be another tomorrow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(0.5 * self.proj(self.qkv(x)[..., : x.shape[-1]]))
+
+
+def test_a_function_named_like_one_of_pythons_is_not_taken_for_it() -> None:
+    assert not only_computes(NamedLikePythons.forward, {"proj", "qkv"})
 
 
 class Tempered(Attention):

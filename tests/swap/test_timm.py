@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import deit_fast
 from deit_fast.swap import restore, swap
 from tests.swap.helpers import (
     LoraLinear,
@@ -560,6 +561,7 @@ def test_a_changed_scale_counts_where_stock_reads_it(factor, fused) -> None:
             block.attn.fused_attn = fused
     with torch.inference_mode():
         assert_close(model(x), stock(x))
+    assert bool(deit_fast.report(model).stock) == (isinstance(factor, torch.Tensor) and not fused)
 
 
 def test_pruned_heads_are_stocks() -> None:
@@ -574,6 +576,7 @@ def test_pruned_heads_are_stocks() -> None:
         attn.num_heads, attn.attn_dim = 2, 128
     with torch.inference_mode():
         assert_close(model(x), stock(x))
+    assert deit_fast.report(model).stock == {}
 
 
 def test_positions_follow_no_embed_class() -> None:
