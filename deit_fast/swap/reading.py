@@ -80,6 +80,10 @@ class State(NamedTuple):
     variables: list[tuple[dict[str, Any], str, Any]]
     complete: bool
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        """Itself: a copied model reads the same globals."""
+        return self
+
     def holds(self, module: Any) -> bool:
         """Whether all of it is as it was."""
         for name, value in self.attributes.items():

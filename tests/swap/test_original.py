@@ -370,6 +370,16 @@ def test_what_a_forward_reads_by_way_of_others_is_read_at_each_call(change, monk
         assert_close(model(x), stock(x))
 
 
+def test_a_copy_reads_the_same_globals(monkeypatch) -> None:
+    model, x = randomise(Pooled()).eval(), images()
+    stock = copy.deepcopy(model)
+    swap(model)
+    twin = copy.deepcopy(model)
+    monkeypatch.setattr(sys.modules[__name__], "READS_AVERAGE", True)
+    with torch.inference_mode():
+        assert_close(twin(x), stock(x))
+
+
 class ListedSettings(Pooled):
     """What is in a list may change where nobody sees it."""
 
