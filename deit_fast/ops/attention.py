@@ -26,7 +26,7 @@ def log_sum_exp_dtype(q: Tensor) -> torch.dtype:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
+    if q.numel() == 0 or k.numel() == 0 or _math_is_asked_for(q):
         out, log_sum_exp = _explicit(q, k, v, scale)
     elif q.device.type == "cpu":
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
@@ -40,13 +40,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim).contiguous(), log_sum_exp
 
 
+def _math_is_asked_for(q: Tensor) -> bool:
+    """Whether `torch.nn.attention.sdpa_kernel` leaves the plain formula alone, which has every derivative."""
+    if torch.compiler.is_dynamo_compiling() or not torch.backends.cuda.math_sdp_enabled():
+        return False
+    sdp = torch.backends.cuda
+    return not (sdp.flash_sdp_enabled() if q.device.type == "cpu" else sdp.mem_efficient_sdp_enabled())
+
+
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = (q @ k.transpose(-2, -1)) * scale
     return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
 
 
 def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    explicit: bool = False,
 ) -> list[Tensor]:
     batch, tokens, heads, head_dim = q.shape
     if q.numel() == 0 or k.numel() == 0:
@@ -54,7 +69,7 @@ def _gradients(
     dtype, wide = q.dtype, product_dtype(q)
     grad, out = (t.view(batch, tokens, heads, head_dim) for t in (grad.contiguous(), out))
     grad, q, k, v, out = (as_dtype(t, wide).transpose(1, 2) for t in (grad, q, k, v, out))
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not explicit:
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, log_sum_exp, 0.0, False, scale=scale
         )
@@ -83,6 +98,12 @@ def _flops(qkv: Sequence[Tensor], kept: Tensor | None, products: int) -> int:
     return 2 * products * samples_computed(q, kept) * q[:1].numel() * k.shape[1] if q.numel() else 0
 
 
+def _as_given(gradients: list[Tensor], qkv: list[Tensor]) -> list[Tensor]:
+    """Those of q, k and v, packed as `qkv` is and with its room."""
+    found = [torch.stack(gradients, dim=2)] if len(qkv) == 1 else gradients
+    return [drop_path.with_room(t.contiguous(), qkv[0].shape[0]) for t in found]
+
+
 class _AttentionBackward(BackwardOperator):
     """Returns the gradients of all of qkv, in one tensor or three."""
 
@@ -98,13 +119,18 @@ class _AttentionBackward(BackwardOperator):
         scale: float,
         kept: Shared | None,
     ) -> list[Tensor]:
-        capacity = qkv[0].shape[0]
         grad, out, log_sum_exp = (drop_path.filled(t, kept) for t in (grad, out, log_sum_exp))
         q, k, v = kernels.separate([drop_path.filled(t, kept) for t in qkv])
-        found = _gradients(grad, q, k, v, out, log_sum_exp, scale)
-        if len(qkv) == 1:
-            found = [torch.stack(found, dim=2)]
-        return [drop_path.with_room(t.contiguous(), capacity) for t in found]
+        return _as_given(_gradients(grad, q, k, v, out, log_sum_exp, scale), qkv)
+
+    def differentiable(
+        self, grad: Tensor, qkv: list[Tensor], out: Tensor, log_sum_exp: Tensor, scale: float, kept: Tensor | None
+    ) -> list[Tensor]:
+        q, k, v = kernels.separate([drop_path.filled(t, kept) for t in qkv])
+        out, log_sum_exp = _explicit(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+        out, log_sum_exp = out.transpose(1, 2).flatten(2), log_sum_exp.to(log_sum_exp_dtype(q))
+        grad = drop_path.filled(grad, kept)
+        return _as_given(_gradients(grad, q, k, v, out, log_sum_exp, scale, explicit=True), qkv)
 
     def unsupported(self, a: Any) -> str | None:
         return _unsupported(a.qkv, a.scale, a.grad)

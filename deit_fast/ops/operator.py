@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from deit_fast.kernels.launching.replay import Replayed
@@ -26,6 +27,10 @@ _AUTOCAST_KEYS = {
     "cpu": torch._C.DispatchKey.AutocastCPU,
     "cuda": torch._C.DispatchKey.AutocastCUDA,
 }
+
+# Within `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own.
+_batches_gradients = torch._C._dispatch_tls_is_dispatch_key_included
+_VMAP_KEY: Any = torch._C._parse_dispatch_key("VmapMode")
 
 OPERATORS: "dict[str, Operator]" = {}
 
@@ -113,7 +118,11 @@ class Operator:
         torch.library.register_fake(f"deit_fast::{self.name}", self._checked_fake, lib=_LIBRARY)
         for device_type in _AUTOCAST_KEYS:
             _LIBRARY.impl(self.name, self._autocast(device_type), _AUTOCAST_KEYS[device_type].name)
-        self._apply, self._apply_branching = _functions(self)
+        self._apply, self._apply_branching = self._make_functions()
+
+    def _make_functions(self) -> tuple[Callable, Any]:
+        """What `__call__` and `branching` apply where a gradient is wanted."""
+        return _functions(self)
 
     def __call__(self, *args: Any, dispatched: bool = False) -> Any:
         """The operator, with a node in the graph where a gradient is wanted.
@@ -121,8 +130,8 @@ class Operator:
         dispatched: whether the dispatcher has chosen this, at its Autograd key.
         """
         if not dispatched:
-            # torch.func transforms do not see through Python-registered operators.
-            if torch._C._are_functorch_transforms_active():
+            # torch.func transforms do not see through Python-registered operators, nor do dual numbers.
+            if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
                 return self.stock(*args)
             if torch._C._is_any_autocast_enabled():
                 return self.op(*args)
@@ -149,6 +158,7 @@ class Operator:
             not torch.is_grad_enabled()
             or torch.compiler.is_dynamo_compiling()
             or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
             or self.transparent(args)
         ):
             return self(*args), x
@@ -230,23 +240,31 @@ class Operator:
 
 
 class BackwardOperator(Operator):
-    """Gradients as an operator: without gradients of its own, which it refuses loudly.
+    """Gradients as an operator. Their own derivatives are those of `differentiable`, computed only where they are used.
 
     Its last argument is `needs`, a flag for each gradient that it knows: it returns those asked for, in that order, so
     that a frozen weight costs nothing. Forward has checked its arguments and autocast has cast them.
     """
 
+    def differentiable(self, *args: Any) -> list[Tensor]:
+        """`stock` as a function of what forward was given: its outputs, if they are arguments, are computed again."""
+        return self.stock(*args)
+
     def __call__(self, *args: Any, dispatched: bool = False) -> Any:
-        # Inside an autocast block the CPU path's own products would be cast again.
-        if not dispatched and (torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled()):
-            return self.op(*args)
+        if not dispatched:
+            # Batched gradients: neither vmap sees through Python-registered operators.
+            if torch._C._are_functorch_transforms_active() or _batches_gradients(_VMAP_KEY):
+                return self.differentiable(*args) if torch.is_grad_enabled() else self.stock(*args)
+            # Inside an autocast block the CPU path's own products would be cast again.
+            if torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled():
+                return self.op(*args)
         layout, flat = self.flatten(*args)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
-            raise NotImplementedError(
-                f"deit_fast.{self.name} has no derivative: second derivatives need the stock model "
-                f"(deit_fast.restore) or a torch.func transform"
-            )
+            return list(self._apply(layout, *flat))
         return route(self, layout, flat)
+
+    def _make_functions(self) -> tuple[Callable, Any]:
+        return _second_derivative(self), None
 
 
 def _functions(operator: Operator) -> tuple[Callable, Callable]:
@@ -275,6 +293,38 @@ def _functions(operator: Operator) -> tuple[Callable, Callable]:
 
     # Past what Function does for torch.func alone, whose transforms never come here.
     return super(torch.autograd.Function, Function).apply, super(torch.autograd.Function, Branching).apply
+
+
+def _second_derivative(operator: BackwardOperator) -> Callable:
+    """`apply` of the autograd function of gradients, where `create_graph=True` asks for a graph of them."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, layout: Layout, *flat: Any) -> Any:
+            ctx.save_for_backward(*(each if isinstance(each, Tensor) else None for each in flat))
+            ctx.layout, ctx.numbers = layout, [None if isinstance(each, Tensor) else each for each in flat]
+            ctx.set_materialize_grads(False)
+            return tuple(route(operator, layout, flat))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            needs, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()
+            flat = [t if t is not None else n for t, n in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+            with torch.enable_grad(), torch.autocast(flat[0].device.type, enabled=False):
+                for i, need in enumerate(needs):
+                    if need:
+                        # Of its own, so that no way from one argument to another is counted.
+                        flat[i] = flat[i].view_as(flat[i]) if again else flat[i].detach().requires_grad_()
+                outputs = operator.differentiable(*ctx.layout.gather(*flat))
+                given = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+                wanted = [each for each, need in zip(flat, needs, strict=True) if need]
+                if not given:
+                    return (None,) * (1 + len(needs))
+                ys, gs = zip(*given, strict=True)
+                found = torch.autograd.grad(ys, wanted, gs, create_graph=again, allow_unused=True)
+            return None, *distribute(list(found), needs)
+
+    return super(torch.autograd.Function, Function).apply
 
 
 def _as_tuple(outputs: Any) -> tuple:

@@ -254,6 +254,17 @@ class _ReadoutAttentionBackward(BackwardOperator):
             norm_bias, eps, weights, biases, q, absorbed, summed, log_sum_exp, num_heads, scale, needs,
         )  # fmt: skip
 
+    def differentiable(self, *args: Any) -> list[Tensor]:
+        grad, residual_grad, x, norm_weight, norm_bias, eps, weights, biases, q, *_, num_heads, scale, needs = args
+        _, _, q, absorbed, summed, log_sum_exp = _forward(
+            type(normalised_linear).stock, _stock_readout, x, norm_weight, norm_bias, eps, weights, biases, q.shape[1],
+            num_heads, scale,
+        )  # fmt: skip
+        return self.stock(
+            grad, residual_grad, x, norm_weight, norm_bias, eps, weights, biases, q, absorbed, summed, log_sum_exp,
+            num_heads, scale, needs,
+        )  # fmt: skip
+
     def unsupported(self, a: Any) -> str | None:
         return kernels.unsupported(a.x.shape[-1], a.weights[0].dtype) or checks.kernel_products(
             *a.weights, a.grad, a.residual_grad, a.x, a.norm_weight, a.norm_bias

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -390,31 +391,37 @@ def test_gradients_of_any_strides_enter_a_block_of_kernels(read: str, triton_bac
 # Second derivatives ---------------------------------------------------------------------------------------------------
 
 
-def assert_no_second_derivative(model: nn.Module) -> None:
+def penalised(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of a loss with a gradient penalty."""
     images, labels = batch(2)
     images.requires_grad_()
-    with pytest.raises(NotImplementedError, match="has no derivative: second derivatives need the stock model"):
-        loss = loss_of(model, images, labels)
-        (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
-        gradient.square().sum().backward()
+    loss = loss_of(model, images, labels)
+    (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+    return gradients(model, loss + gradient.square().sum())
 
 
+@pytest.mark.parametrize("chosen", [None, "torch", "triton"])
 @pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_second_derivatives_raise(library: str) -> None:
-    assert_no_second_derivative(swapped(vit() if library == "timm" else deit()))
+def test_a_gradient_penalty_is_stocks(library: str, chosen: str | None) -> None:
+    model = vit() if library == "timm" else deit()
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = penalised(model)
+        # The kernels' second derivative is the plain formula's whatever attention is allowed.
+        with backend.forced(chosen):
+            assert_same_gradients(penalised(swapped(model)), expected)
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_second_derivatives_of_the_kernels_raise(library: str, triton_backend) -> None:
-    assert_no_second_derivative(swapped(vit() if library == "timm" else deit()))
-
-
-def test_second_derivatives_of_a_frozen_block_raise(triton_backend) -> None:
-    block = swapped(vit().blocks[0])
-    block.requires_grad_(False)
+def test_second_derivatives_of_a_frozen_block_are_stocks(triton_backend) -> None:
+    block = vit().blocks[0].requires_grad_(False)
     x = torch.randn(1, 3, 64, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="has no derivative"):
-        torch.autograd.functional.hessian(lambda x: block(x).square().sum(), x)
+
+    def hessian() -> Tensor:
+        return torch.autograd.functional.hessian(lambda x: block(x).square().sum(), x)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = hessian()
+    swapped(block)
+    torch.testing.assert_close(hessian(), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
