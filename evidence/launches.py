@@ -133,18 +133,24 @@ def _train(model: nn.Module, images: Tensor, dtype: torch.dtype, autocast: bool)
 
 
 def _around_the_vendors_gemm(dtype: torch.dtype, autocast: bool) -> None:
-    """What `deit-fast tune` may choose. The GEMM runs on the CPU, so there is little of it."""
+    """Forward and backward, whether the shipped table chooses it or `deit-fast tune` may."""
     from deit_fast import ops
     from deit_fast.kernels.linear import settings
 
     wide = torch.float32 if autocast else dtype
-    with mock.patch.object(settings, "gemm", lambda *_: None), torch.no_grad(), torch.autocast("cpu", dtype, autocast):
+    with mock.patch.object(settings, "vendor", lambda *_: True), torch.autocast("cpu", dtype, enabled=autocast):
         x, vector, factors = torch.zeros(2, 16, 64, dtype=wide), torch.zeros(64, dtype=wide), torch.ones(2, dtype=wide)
-        hidden, weight = x.to(dtype), torch.zeros(64, 64, dtype=dtype)
+        hidden, weight = torch.zeros(2, 16, 64, dtype=dtype), torch.zeros(64, 64, dtype=dtype)
         ops.linear(hidden, weight, vector, "gelu")
-        ops.layer_norm_fc1(x, vector, vector, 1e-6, weight, vector)
-        for scales in ((None, None), (None, factors), (vector, factors)):
-            ops.linear_residual(hidden, weight, vector, x, *scales)
+        for leaf in (x, vector, hidden, weight):
+            leaf.requires_grad_()
+        outputs = []
+        for kept in (None, ops.keep_samples(factors)):
+            of_fc1 = ops.layer_norm_fc1(x, vector, vector, 1e-6, weight, vector, "gelu", kept)
+            for scales in ((None, None), (None, factors), (vector, factors)):
+                outputs.append(ops.linear_residual(hidden, weight, vector, x, *scales, kept))
+                outputs.append(ops.fc2_residual(*of_fc1, weight, vector, x, *scales, "gelu", kept))
+        summed(outputs).backward()
 
 
 def _train_loss(dtype: torch.dtype, batch: int) -> None:

@@ -39,19 +39,14 @@ def tunable(asked: str) -> bool:
     return _function(asked) in _FIELDS
 
 
-def may_be_none(asked: str) -> bool:
-    """Whether None is an answer as well: the vendor's GEMM."""
-    return _function(asked) == "gemm"
+def leads_elsewhere(asked: str) -> bool:
+    """Whether `asked` is answered by yes or no, and then by settings of another kernel: the vendor's GEMM, or ours."""
+    return _function(asked) == "vendor"
 
 
 def neighbours(asked: str, setting: Any) -> Iterator[object]:
-    """Settings a step away: one size halved or doubled, alone or together with the warps, one stage more or less.
-
-    Nothing lies beside None.
-    """
+    """Settings a step away: one size halved or doubled, alone or together with the warps, one stage more or less."""
     fields = _FIELDS[_function(asked)]
-    if setting is None:
-        return
     if hasattr(setting, "_fields"):
         yield from _of_tile(setting, fields)
     elif hasattr(setting[0], "_fields"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from deit_fast.benchmark.candidates import may_be_none, neighbours, tunable
+from deit_fast.benchmark.candidates import leads_elsewhere, neighbours, tunable
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.operator_cases import OperatorCase
 from deit_fast.check.accuracy import relative_error
@@ -80,7 +80,8 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int, ends: float) -> Tuned:
 
     tries = _Tries(case, clock, expected, shipped, shipped_call, ends)
     best: dict[str, object] = {}
-    for asked, setting in shipped.items():
+    # Which kernel it is comes last, when those there are have their best settings.
+    for asked, setting in sorted(shipped.items(), key=lambda item: leads_elsewhere(item[0])):
         best = _settled(tries, asked, setting, best)
 
     finalists = sorted(tries.timed, key=tries.timed.__getitem__)[:_FINALISTS]
@@ -100,7 +101,7 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int, ends: float) -> Tuned:
         fastest = ()
     found = {"stock": medians["stock"], "shipped": medians[()], "tuned": medians[fastest]}
     stock_wins = medians["stock"] < medians[fastest]
-    choice = Choice(stock_wins, {} if stock_wins else dict(fastest))
+    choice = Choice(stock_wins, {} if stock_wins else tries.heeded(fastest))
     return Tuned(case, _as_json(choice), found, len(tries.timed) - 1)
 
 
@@ -139,6 +140,10 @@ class _Tries:
         asked = self.asked[self._key(settings)]
         return {each: answer for each, answer in asked.items() if each not in settings and each not in self.shipped}
 
+    def heeded(self, key: tuple) -> dict[str, object]:
+        """Of a key's settings, those that the launcher asks for: not the tile of what the vendor's GEMM computes."""
+        return {each: setting for each, setting in key if each in self.asked[key]}
+
     @staticmethod
     def _key(settings: dict[str, object]) -> tuple:
         return tuple(sorted(settings.items(), key=lambda item: item[0]))
@@ -148,11 +153,11 @@ class _Tries:
 
 
 def _settled(tries: _Tries, asked: str, setting: object, best: dict[str, object]) -> dict[str, object]:
-    """`best`, with the fastest answer to `asked`; None leads to other kernels, with questions of their own."""
+    """`best`, with the fastest answer to `asked`; that of another kernel leads to questions of its own."""
     if tunable(asked):
         best = _climb(tries, asked, setting, best)
-    if setting is not None and may_be_none(asked):
-        other = {**best, asked: None}
+    if leads_elsewhere(asked):
+        other = {**best, asked: not setting}
         if tries.seconds(other) < float("inf"):
             for instead, answer in tries.further(other).items():
                 other = _settled(tries, instead, answer, other)

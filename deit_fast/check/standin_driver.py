@@ -4,9 +4,9 @@
         model(images)               # tensors on the CPU, the Triton backend forced
 
 Within, `kernel[grid](…)` does on CPU tensors what it does on a GPU's, down to the cubin or hsaco, except that
-nothing runs: outputs keep whatever memory they were given, and drop path keeps no sample. With `compiling=False` it
-stops before the compiler, which `compile_launch` then calls, in another process if need be. Needs a process without
-TRITON_INTERPRET.
+nothing runs, nor does the vendor's GEMM: outputs keep whatever memory they were given, and drop path keeps no sample.
+With `compiling=False` it stops before the compiler, which `compile_launch` then calls, in another process if need be.
+Needs a process without TRITON_INTERPRET.
 """
 
 import importlib
@@ -28,6 +28,7 @@ from triton.runtime import driver, jit
 from deit_fast.check.targets import Target
 from deit_fast.kernels.drop_path import keep_samples_kernel
 from deit_fast.kernels.launching import replay
+from deit_fast.kernels.linear import vendor_gemm
 
 _DEVICE = 0
 _MAX_THREADS = 1024
@@ -190,6 +191,7 @@ def recording(target: Target, compiling: bool = True) -> Iterator[list[RecordedL
         replay.enabled(False),
         current_device(target),
         mock.patch.object(jit.JITFunction, "run", _run_and_record(target, launches, compiling)),
+        mock.patch.object(vendor_gemm, "multiply", lambda *_: None),
     ):
         yield launches
 

@@ -51,7 +51,7 @@ def keep_samples(drop_path_scale: Tensor) -> Tensor:
 
     Kernels that are given it find kept sample i as row block i of a packed tensor, [capacity, N, …] with any
     capacity ≥ kept[0], and as row block kept[1 + i] of a full one, [B, N, …]. What a packed tensor holds beyond
-    kept[0] is never read and never written.
+    kept[0] is never read, and never written but by a product of the vendor's (vendor_gemm.py).
     """
     batch = drop_path_scale.shape[0]
     kept = torch.empty(1 + batch, dtype=torch.int32, device=drop_path_scale.device)

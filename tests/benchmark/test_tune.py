@@ -54,17 +54,23 @@ def test_a_setting_that_does_not_run_gives_way_to_the_shipped_one_and_says_so_on
 
 def test_the_vendors_gemm_is_tried_and_where_it_is_fastest_heeded(seen):
     assert {with_kept for _, with_kept, _ in seen["vendor"]["choices"]} == {False, True}
-    for failure, with_kept, settings in seen["vendor"]["choices"]:
+    for failure, _, settings in seen["vendor"]["choices"]:
         assert failure is None
-        # It computes every sample, the dropped ones too.
-        assert (None in settings.values()) is not with_kept
+        # By it alone, without a tile that it has no use for.
+        assert {asked.partition("(")[0]: setting for asked, setting in settings.items()} == {"vendor": True}
     assert "epilogue_kernel" in {kernel for kernel, *_ in seen["vendor"]["launches"]}
 
 
 def test_other_kernels_than_the_shipped_one_are_tried_with_settings_of_their_own(seen):
-    gemm = "gemm(16384, 576, 192, 2, sm_90, activated)"
-    assert seen["narrow"]["linear_kernel"].get(gemm, "shipped") is not None
-    assert seen["narrow"]["epilogue_kernel"][gemm] is None
+    assert {asked.partition("(")[0] for asked in seen["narrow"]["linear_kernel"]} <= {"gemm"}
+    assert seen["narrow"]["epilogue_kernel"] == {"vendor(linear, activated, 16384, 576, 192, 2, sm_90, 1, False)": True}
+
+
+def test_our_kernel_is_tried_where_the_vendors_gemm_is_shipped_and_heeded_where_it_is_faster(seen):
+    ours, theirs = seen["wide"]["linear_kernel"], seen["wide"]["epilogue_kernel"]
+    asked = "vendor(linear, residual, 16384, 768, 3072, 2, sm_90, 1, False)"
+    assert ours[asked] is False and {each.partition("(")[0] for each in ours} <= {"vendor", "gemm"}
+    assert theirs == {} and seen["wide"]["launched"] == ["linear_kernel"]
 
 
 def test_neighbours_are_a_step_away_and_within_bounds():

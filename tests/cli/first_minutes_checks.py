@@ -103,7 +103,7 @@ def a_gpu():
         stack.enter_context(mock.patch.object(profile, "profiled", lambda step: step() or []))
         # Every candidate would be compiled.
         stack.enter_context(mock.patch.object(tune, "neighbours", lambda asked, setting: ()))
-        stack.enter_context(mock.patch.object(tune, "may_be_none", lambda asked: False))
+        stack.enter_context(mock.patch.object(tune, "leads_elsewhere", lambda asked: False))
         stack.enter_context(mock.patch.object(torch.nn.Module, "compile", lambda self, dynamic: None))
         # A worker would not find what stands in here.
         stack.enter_context(

@@ -147,12 +147,15 @@ def test_linear_residual(with_kept):
 
 
 def test_what_follows_the_vendors_gemm(monkeypatch):
-    product, residual, factors = tail((TOKENS, 64)), tail((1, TOKENS, 64)), tail((1,))
+    product, residual, factors = tail((1, TOKENS, 64)), tail((1, TOKENS, 64)), tail((1,))
     weight, bias = tail((64, 64)), tail((64,))
+
+    def multiply(name, a, b, out, plus=None):
+        out[-TOKENS:] = product.view(TOKENS, 64)
 
     def finished(samples: int) -> tuple[Tensor, list[str]]:
         rows = filled(samples, residual).view(-1, 64)
-        monkeypatch.setattr(torch, "mm", lambda x, w: filled(samples, product.view(1, TOKENS, 64)).view(-1, 64))
+        monkeypatch.setattr(vendor_gemm, "multiply", multiply)
         with huge.last_programs(1) as names:
             y = torch.empty((len(rows), 64), dtype=DTYPE)
             scales = bias, filled(samples, factors)
@@ -162,6 +165,18 @@ def test_what_follows_the_vendors_gemm(monkeypatch):
     y, names = finished(samples_of(TOKENS * 64))
     assert names == ["epilogue_kernel"]
     assert_same(y[-16:], finished(1)[0][-16:])
+
+    def differentiated(samples: int) -> tuple[Tensor, Tensor, list[str]]:
+        x, dx, activated = filled(samples, residual), *(torch.empty((samples, TOKENS, 64), dtype=DTYPE) for _ in "ab")
+        monkeypatch.setattr(vendor_gemm, "multiply", multiply)
+        with huge.last_programs(1) as names:
+            vendor_gemm.input_gradient((x,), (weight,), dx, None, x.view(-1, 64), "gelu", activated, TOKENS, None)
+        return dx, activated, names
+
+    dx, activated, names = differentiated(samples_of(TOKENS * 64))
+    assert names == ["input_gradient_epilogue_kernel"]
+    for found, expected in zip((dx, activated), differentiated(1), strict=False):
+        assert_same(found[-1, -16:], expected[-1, -16:])
 
 
 def test_mlp(monkeypatch):

@@ -261,21 +261,24 @@ def mlp_branch(t: Arguments):
     return ops.fc2_residual(*hidden, *fc2, x, t.normal(t.width), factors, "gelu", kept)
 
 
-def _where_none(op: Callable, suffix: str, *functions: str) -> Callable:
-    """`op` by the kernels that compute it where these settings of linear/settings.py are None."""
+def _by_vendor(op: Callable) -> Callable:
+    """`op` and its backward by the vendor's GEMM, with the rest in a kernel after it."""
 
     def call(t: Arguments):
-        with mock.patch.multiple(settings, **dict.fromkeys(functions, lambda *_: None)):
-            return op(t)
+        with mock.patch.object(settings, "vendor", lambda *_: True):
+            results = op(t)
+            outputs = [results] if isinstance(results, Tensor) else list(results)
+            gradients = torch.autograd.grad(outputs, t.leaves, t.cotangents(outputs), allow_unused=True)
+        return [*(output.detach() for output in outputs), *(each for each in gradients if each is not None)]
 
-    call.__name__ = f"{op.__name__}_{suffix}"
+    call.__name__ = f"{op.__name__}_by_vendor"
     return call
 
 
-# The vendor's GEMM with the rest in a kernel after it; in backward nothing differs.
-linear_residual_by_vendor, layer_norm_linear_by_vendor, layer_norm_fc1_by_vendor = (
-    _where_none(op, "by_vendor", "gemm") for op in (linear_residual, layer_norm_linear, layer_norm_fc1)
-)
+BY_VENDOR = [
+    _by_vendor(op) for op in (linear_residual, layer_norm_linear, layer_norm_qkv, layer_norm_fc1, fc2_residual)
+]
+linear_residual_by_vendor, *_, fc2_residual_by_vendor = BY_VENDOR
 _ANY = Size.of_model(32, 1, 8, 4, 8, 1)
 CALLED = (
     *(
@@ -294,9 +297,7 @@ CALLED = (
     hard_distillation,
     soft_targets,
     keep_samples,
-    linear_residual_by_vendor,
-    layer_norm_linear_by_vendor,
-    layer_norm_fc1_by_vendor,
+    *BY_VENDOR,
 )
 KEEPING = (attention_branch, mlp_branch, mlp_of_kept)
 

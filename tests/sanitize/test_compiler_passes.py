@@ -47,6 +47,7 @@ LAUNCHED_BY = {
     "readout_kernel": cases.readout_attention,
     "readout_backward_kernel": cases.readout_attention,
     "epilogue_kernel": cases.linear_residual_by_vendor,
+    "input_gradient_epilogue_kernel": cases.fc2_residual_by_vendor,
 }
 
 

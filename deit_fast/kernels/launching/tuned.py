@@ -4,13 +4,13 @@ A file holds one operator at one shape on one device, which it says; its other k
 whatever the device is called, and has a hash of all three:
 
     layer_norm_linear,NVIDIA_A100-SXM4-80GB,4bb6af279bfd5b50.json
-    {"format": 3, "operator": "layer_norm_linear",
+    {"format": 4, "operator": "layer_norm_linear",
      "shape": "x=198x384bf16,norm_weight,norm_bias,weights=1152x384bf16,biases",
      "device": "NVIDIA A100-SXM4-80GB", "triton": "3.9.0", "driver": "12080",
      "64": {"runs": "triton", "settings": {"gemm(16384, 1152, 384, 2, sm_80, none)": {"rows": 128, …}}},
      "256": {"runs": "stock"}}
 
-A setting of null is the None that some settings may be. Files are looked for in the user's folder,
+Settings are tiles, numbers, or true and false. Files are looked for in the user's folder,
 then among those that the package ships. Between the batches that were measured, the nearest one answers, by its ratio.
 What was measured with another Triton or driver, is not what its name says, or can't be read, is left alone, and said
 once.
@@ -32,7 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
-FORMAT = 3
+FORMAT = 4
 SHIPPED = Path(__file__).with_name("tuned")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 # Of a device's name, as far as a file is named by it.

@@ -164,15 +164,14 @@ def _launch(
     residual = None if residual is None else as_rows(residual)
     arch, itemsize = hardware.architecture(x), weights[0].element_size()
     fused = settings.fused(activation, activated is not None, residual is not None)
-    tile = settings.gemm(settings.rows_asked(rows), columns, depth, itemsize, arch, fused)
-    if tile is None:
-        if kept is not None:
-            raise ValueError("the vendor's GEMM does not know which samples are kept")
+    asked = settings.rows_asked(rows), columns, depth, itemsize, arch
+    if settings.vendor("linear", fused, *asked, len(weights), kept is not None):
         for y, weight, bias in zip(outputs, weights, biases, strict=True):
             vendor_gemm.linear(
-                x, y, weight, bias, activation, activated, residual, layer_scale, drop_path_scale, tokens
+                x, y, weight, bias, activation, activated, residual, layer_scale, drop_path_scale, tokens, kept
             )  # fmt: skip
         return
+    tile = settings.gemm(*asked, fused)
     run.run(
         linear_kernel,
         triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) * len(weights),

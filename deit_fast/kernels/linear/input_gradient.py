@@ -11,7 +11,7 @@ from deit_fast.kernels.device import gelu_and_derivative, halves, tile_of_progra
 from deit_fast.kernels.launching import hardware, run, tiles
 from deit_fast.kernels.launching.layout import as_rows, one_stride
 from deit_fast.kernels.launching.metadata import described_product, linear_shape
-from deit_fast.kernels.linear import settings
+from deit_fast.kernels.linear import settings, vendor_gemm
 
 
 def _input_gradient_shape(arguments: dict) -> tuple[int, int, int]:
@@ -180,6 +180,19 @@ def input_gradient(
     rows = dx.numel() // in_features
     arch = hardware.architecture(grad)
     asked = settings.rows_asked(rows)
+    if settings.vendor(
+        "input_gradient",
+        activation,
+        asked,
+        in_features,
+        out_features,
+        dtype.itemsize,
+        arch,
+        len(grads),
+        kept is not None,
+    ):
+        vendor_gemm.input_gradient(grads, weights, dx, layer_scale, x, activation, activated, tokens, kept)
+        return dx, activated
     tile = settings.input_gradient(asked, in_features, dtype.itemsize, arch, activation, len(grads))
     run.run(
         input_gradient_kernel,

@@ -33,12 +33,46 @@ def fused(activation: str, with_activated: bool, with_residual: bool) -> str:
     return "residual" if with_residual else "activated" if with_activated else activation
 
 
-@setting("gemm")
-def gemm(rows: int, columns: int, depth: int, itemsize: int, arch: str, fused: str) -> Tile | None:
-    """The tile for a [rows, depth] × [depth, columns] product; rows: `rows_asked`, fused: what follows it.
+@setting("vendor")
+def vendor(
+    product: str,
+    fused: str,
+    rows: int,
+    columns: int,
+    depth: int,
+    itemsize: int,
+    arch: str,
+    projections: int,
+    kept: bool,
+) -> bool:
+    """Whether the vendor's GEMM (vendor_gemm.py) makes the [rows, depth] × [depth, columns] product, or three of them.
 
-    None, which only `settings` answers, is the vendor's GEMM (vendor_gemm.py).
+    product: "linear", "input_gradient" or "weight_gradient"; fused: what follows it. The tokens, which are `rows` or a
+    weight gradient's `depth`, are given as `rows_asked`. kept: only of samples that drop path keeps, where the vendor's
+    GEMM computes the others too.
+
+    By an estimate, at many tokens of 16 bits: where NVIDIA's heuristic for its own GEMMs, nvMatmulHeuristics, says a
+    tenth less time than ours is modelled with. `deit-fast tune` measures both.
     """
+    of_weight = product == "weight_gradient"
+    if itemsize != 2 or kept or (depth if of_weight else rows) < _MOST_ROWS or (projections > 1 and not of_weight):
+        return False
+    if arch == "sm_89":
+        if of_weight:
+            return min(rows, columns) >= (384 if rows >= columns else 192)
+        if product == "input_gradient":
+            return columns >= (192 if depth > columns else 384) and depth >= columns
+        return (columns >= 384 and depth > columns) or (fused == "none" and depth >= 768)
+    if of_weight:
+        # On sm_80 of FC2 and the attention's projection.
+        return min(rows, columns) >= 768 and (arch == "sm_90" or (arch == "sm_80" and rows <= columns))
+    # FC2, and the input's gradient of FC1 and QKV: the longest sums.
+    return arch in ("sm_90", "sm_80") and columns >= 768 and depth > columns
+
+
+@setting("gemm")
+def gemm(rows: int, columns: int, depth: int, itemsize: int, arch: str, fused: str) -> Tile:
+    """The tile for a [rows, depth] × [depth, columns] product; rows: `rows_asked`, fused: what follows it."""
     if itemsize == 4:
         if arch in MMA_SYNC:
             return Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)

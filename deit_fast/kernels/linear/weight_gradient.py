@@ -15,7 +15,7 @@ from deit_fast.kernels.device import sum_rows
 from deit_fast.kernels.launching import hardware, run
 from deit_fast.kernels.launching.layout import as_rows, one_stride
 from deit_fast.kernels.launching.metadata import described_product
-from deit_fast.kernels.linear import settings
+from deit_fast.kernels.linear import settings, vendor_gemm
 
 
 def _weight_gradient_shape(arguments: dict) -> tuple[int, int, int]:
@@ -115,6 +115,12 @@ def weight_gradient_partials(
     absent = (None,) * (3 - len(grads))
     rows = x.shape[0]
     arch = hardware.architecture(x)
+    # A setting that a kept samples' gradient does not have: the vendor's GEMM would add up what no sample has written.
+    if kept is None and settings.vendor(
+        "weight_gradient", "none", out_features, in_features, settings.rows_asked(rows), x.element_size(), arch,
+        len(grads), False,
+    ):  # fmt: skip
+        return vendor_gemm.weight_gradient(grads, x, need_sum)
     tile = settings.weight_gradient(out_features, in_features, x.element_size(), arch)
     out_tiles = len(grads) * triton.cdiv(out_features, tile.rows)
     programs = out_tiles * (triton.cdiv(in_features, tile.columns) + need_sum)

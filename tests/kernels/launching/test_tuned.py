@@ -65,7 +65,7 @@ def test_a_file_says_what_it_is_of_and_its_other_keys_are_batches(user_folder):
     (file,) = user_folder.iterdir()
     assert re.fullmatch(r"layer_norm_linear,NVIDIA_A100-SXM4-80GB,[0-9a-f]{16}\.json", file.name)
     assert json.loads(file.read_text()) == {
-        "format": 3,
+        "format": 4,
         "operator": "layer_norm_linear",
         "shape": "x=198x384bf16,norm_weight,weights=1152x384bf16,biases,activation=none",
         "device": "NVIDIA A100-SXM4-80GB",

@@ -302,3 +302,55 @@ def test_layer_norm_of_no_rows():
     dx, *rest = run_layer_norm()(inputs, grads)
     assert dx.shape == inputs[0].shape
     assert not any(gradient.any() for gradient in rest)
+
+
+# The vendor's GEMM ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_vendor(monkeypatch):
+    monkeypatch.setattr(settings, "vendor", lambda *_: True)
+
+
+@pytest.mark.usefixtures("by_vendor")
+@in_every_mixture
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("with_scales", [False, True])
+def test_by_the_vendors_gemm(activation, with_scales, mixture):
+    x, weight, bias, layer_scale, grad = branch_inputs(3, 11, 80, 48, mixture)
+    drop_path_scale = torch.tensor([1.25, 0.0, 1.25], dtype=mixture[1])
+    scales = (layer_scale, drop_path_scale) if with_scales else (None, None)
+    check_branch(x, weight, bias, scales[0], grad, activation, scales[1])
+
+
+@pytest.mark.usefixtures("by_vendor")
+@in_every_mixture
+@pytest.mark.parametrize("width", (64, 50))
+def test_layer_norm_by_the_vendors_gemm(width, mixture):
+    check_layer_norm(*layer_norm_inputs(2, 9, (96,), width, mixture))
+    check_layer_norm(*layer_norm_inputs(2, 9, (width,) * 3, width, mixture))
+
+
+@pytest.mark.usefixtures("by_vendor")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_and_expanded_inputs_of_the_vendors_gemm(dtype):
+    x, weight, bias, layer_scale, grad = branch_inputs(3, 7, 50, 50, (dtype, dtype))
+    check_branch(strided(x), strided(weight), strided(bias), strided(layer_scale), strided(grad), "gelu")
+    check_branch(x[:1].expand(3, 7, 50), weight, None, None, grad[0, 0].expand(3, 7, 50), "gelu")
+    check_branch(x, weight[:1].expand(50, 50), bias, None, grad[:, :1].expand(3, 7, 50))
+    inputs, grads = layer_norm_inputs(2, 5, (50,) * 3, 50, (dtype, dtype))
+    check_layer_norm([strided(t) for t in inputs], torch.stack(grads, dim=2).unbind(2))
+
+
+@pytest.mark.usefixtures("by_vendor")
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+def test_only_what_is_asked_for_by_the_vendors_gemm(needs):
+    x, weight, bias, layer_scale, grad = branch_inputs(2, 9, 24, 40, (torch.float32,) * 2)
+    run, stock, reference = branch("gelu", torch.tensor([1.25, 0.0]), needs)
+    assert_right(run, (x, weight, bias, layer_scale), (grad,), stock, reference, needs=needs)
+
+
+@pytest.mark.usefixtures("by_vendor")
+def test_no_rows_for_the_vendors_gemm():
+    test_no_rows((0, 5, 16))
+    test_layer_norm_of_no_rows()

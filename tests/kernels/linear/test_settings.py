@@ -71,3 +71,58 @@ def test_every_tile_computes_the_same(tile, quarters, monkeypatch):
     monkeypatch.setattr(settings, "quarters", lambda *_: quarters)
     for mine, other in zip(found(), shipped, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+# By the name of a layer: outputs and inputs in units of the width, and what follows its product.
+LAYERS = {"qkv": (3, 1, "none"), "projection": (1, 1, "residual"), "fc1": (4, 1, "gelu"), "fc2": (1, 4, "residual")}
+
+
+def by_vendor(arch, width, product, tokens=16384, itemsize=2, projections=1, kept=False):
+    """Layers whose product of this kind, in a block of this width, the shipped table gives to the vendor's GEMM."""
+
+    def asked(n, k, fused):
+        if product == "linear":
+            return fused, tokens, n, k
+        if product == "input_gradient":
+            return "gelu" if k > n else "none", tokens, k, n
+        return "none", n, k, tokens
+
+    layers = {name: asked(n * width, k * width, fused) for name, (n, k, fused) in LAYERS.items()}
+    return {
+        name
+        for name, shape in layers.items()
+        if settings.vendor(product, *shape, itemsize, arch, projections, kept)
+    }  # fmt: skip
+
+
+ALL = set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "linear", "input_gradient", "weight_gradient"),
+    [
+        ("sm_90", 192, set(), set(), set()),
+        ("sm_90", 384, set(), set(), set()),
+        ("sm_90", 768, {"fc2"}, {"qkv", "fc1"}, ALL),
+        ("sm_80", 192, set(), set(), set()),
+        ("sm_80", 384, set(), set(), set()),
+        ("sm_80", 768, {"fc2"}, {"qkv", "fc1"}, {"fc2", "projection"}),
+        ("sm_89", 192, set(), {"qkv", "fc1"}, {"fc2"}),
+        ("sm_89", 384, {"fc2"}, {"qkv", "projection", "fc1"}, ALL),
+        ("sm_89", 768, {"qkv", "fc2"}, {"qkv", "projection", "fc1"}, ALL),
+        ("sm_86", 768, set(), set(), set()),
+        ("sm_100", 768, set(), set(), set()),
+        ("gfx942", 768, set(), set(), set()),
+    ],
+)
+def test_what_the_vendors_gemm_computes(arch, width, linear, input_gradient, weight_gradient):
+    assert by_vendor(arch, width, "linear") == linear
+    assert by_vendor(arch, width, "input_gradient") == input_gradient
+    assert by_vendor(arch, width, "weight_gradient") == weight_gradient
+
+
+@pytest.mark.parametrize("product", ["linear", "input_gradient", "weight_gradient"])
+def test_nothing_by_the_vendors_gemm_where_no_estimate_is(product):
+    for given in ({"tokens": 8192}, {"itemsize": 4}, {"kept": True}):
+        assert by_vendor("sm_90", 768, product, **given) == set()
+    assert bool(by_vendor("sm_90", 768, product, projections=3)) == (product == "weight_gradient")
