@@ -150,7 +150,7 @@ def _around_the_vendors_gemm(dtype: torch.dtype, autocast: bool) -> None:
             for scales in ((None, None), (None, factors), (vector, factors)):
                 outputs.append(ops.linear_residual(hidden, weight, vector, x, *scales, kept))
                 outputs.append(ops.fc2_residual(*of_fc1, weight, vector, x, *scales, "gelu", kept))
-        summed(outputs).backward()
+        summed(tuple(outputs)).backward()
 
 
 def _train_loss(dtype: torch.dtype, batch: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from deit_fast.kernels.launching import hardware
 from deit_fast.kernels.launching.hardware import lacking
+from deit_fast.kernels.linear import vendor_gemm
 
 _CHOICES = ("triton", "torch")
 
@@ -26,6 +27,10 @@ _forced: str | None = _from_environment()
 said: set[str] = set()
 # One for each `fallbacks` block: operators' backwards run in threads of autograd's own, so they belong to none.
 _listening: dict[int, dict[str, bool]] = {}
+
+
+# Products that the vendor's GEMM has computed in this process.
+by_vendor = vendor_gemm.used
 
 
 class Failure(NamedTuple):

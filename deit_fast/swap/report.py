@@ -17,7 +17,7 @@ class SwapReport:
     The root module's name is the empty string, as in `named_modules()`. `classes`: name → class, of both.
     `lacking`: why the stock operators run on the GPUs that the model is on, where they do.
     Printed, it is a table in which numbered modules (`blocks.0` … `blocks.11`) share a row, with what GPUs were found
-    to lack, and the operators whose kernels have failed, in this process so far.
+    to lack, the operators whose kernels have failed, and what the vendor's GEMM has computed, in this process so far.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -38,6 +38,8 @@ class SwapReport:
             f"kernels of {op} failed for {asked} on {device}, stock operators run: {reason}"
             for op, asked, device, reason in backend.failed.values()
         ]
+        if backend.by_vendor:
+            stock.append(f"by the vendor's GEMM: {', '.join(backend.by_vendor)}")
         return "\n".join((f"{len(self.swapped)} swapped, {len(self.kept)} kept", "", modules, *readout, *stock))
 
 

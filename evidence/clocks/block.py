@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from deit_fast.check.standin_driver import compile_launch, recording
 from deit_fast.check.targets import TARGETS
+from deit_fast.kernels.linear import vendor_gemm
+from evidence.clocks import stock
 from evidence.clocks.gpus import GPUS
 from evidence.clocks.launch import Sizes, count, floor, modelled
 from evidence.clocks.source import Uncounted
@@ -39,6 +44,17 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class ByVendor:
+    """A product that is left to the vendor's GEMM. shape: its rows, columns and depth; bytes: of its three matrices."""
+
+    step: str
+    product: str
+    shape: tuple[int, int, int]
+    itemsize: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Line:
     """A launch, counted. Clocks are of one program, the mean of all; waves: how often the GPU is filled with programs.
 
@@ -65,8 +81,11 @@ class Line:
     uncounted: str | None = None
 
 
-def recorded(block: Block, suites: Sequence[str]) -> list[Recorded]:
-    """In order; in a process of its own, since the product remembers its device."""
+def recorded(block: Block, suites: Sequence[str]) -> list[Recorded | ByVendor]:
+    """In order, but a step's products by the vendor's GEMM before its launches.
+
+    In a process of its own, since the product remembers its device.
+    """
     import deit_fast
     from deit_fast.ops import backend
 
@@ -77,10 +96,23 @@ def recorded(block: Block, suites: Sequence[str]) -> list[Recorded]:
     deit_fast.swap(model)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     x = torch.zeros(block.batch, tokens, model.embed_dim, dtype=torch.float32 if autocast else dtype)
-    found: list[Recorded] = []
-    with backend.forced("triton"), recording(TARGETS[block.target], compiling=False) as launches:
+    found: list[Recorded | ByVendor] = []
+    products: list[partial[ByVendor]] = []
+
+    def multiply(product: str, a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
+        moved = sum(t.numel() * t.element_size() for t in (a, b, out))
+        shape = (a.shape[0], b.shape[1], b.shape[0])
+        products.append(partial(ByVendor, product=product, shape=shape, itemsize=a.element_size(), bytes=moved))
+
+    with (
+        backend.forced("triton"),
+        recording(TARGETS[block.target], compiling=False) as launches,
+        mock.patch.object(vendor_gemm, "multiply", multiply),
+    ):
 
         def take(step: str) -> None:
+            found.extend(product(step) for product in products)
+            products.clear()
             for launch in launches:
                 if launch.error is not None:
                     raise launch.error
@@ -104,8 +136,37 @@ def recorded(block: Block, suites: Sequence[str]) -> list[Recorded]:
     return found
 
 
-def counted(target: str, launch: Recorded) -> Line:
+def by_vendor(target: str, launch: ByVendor) -> Line:
+    """Its code is not counted: the floor is the data sheet's, and the time, where there is one, the heuristic's."""
+    rows, columns, depth = launch.shape
+    flops = 2 * rows * columns * depth
+    name = f"vendor's GEMM, {launch.product} {rows}x{columns}x{depth}"
+    line = Line(launch.step, "vendor's GEMM", name, 0, flops, 0, 0, 0, launch.bytes)
+    if target not in GPUS or launch.itemsize != 2:
+        return replace(line, uncounted="the vendor's, not counted")
+    gpu = GPUS[target]
+    times = {
+        "tensor": gpu.microseconds(flops / gpu.flops("16 bits") / gpu.multiprocessors),
+        "memory": launch.bytes / (gpu.device.bandwidth * 1e3),
+    }
+    bound = max(times, key=times.__getitem__)
+    n, k = (rows, columns) if launch.product == "weight_gradient" else (columns, depth)
+    # The heuristic was asked for as many tokens.
+    tokens = depth if launch.product == "weight_gradient" else rows
+    time = stock.by_vendor(gpu, launch.product, n, k, launch.itemsize) if tokens == stock.ROWS else None
+    return replace(
+        line,
+        floor=times[bound],
+        floor_bound=f"{bound}, data sheet: not counted",
+        modelled=time,
+        modelled_bound=None if time is None else "NVIDIA's heuristic",
+    )
+
+
+def counted(target: str, launch: Recorded | ByVendor) -> Line:
     """Compiles it. Runs in a worker."""
+    if isinstance(launch, ByVendor):
+        return by_vendor(target, launch)
     kernel = compile_launch(TARGETS[target], *launch.binary)
     taken = resources(kernel, TARGETS[target])
     line = Line(

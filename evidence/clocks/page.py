@@ -19,6 +19,8 @@ None was measured.
   {launch.REACHED_OF_MEMORY:.0%} of the memory's; {launch.NOT_HIDDEN:g} of the shorter of memory's and all other time
   not hidden, {launch.NOT_OVERLAPPED:g} of the shorter of issue and tensor time where they wait for each other;
   {launch.LAUNCH:g} µs a launch.
+- vendor's GEMM: a product that the shipped settings leave to it. Its code is not counted: the floor is its operations
+  or its bytes at the data sheet's rates; the time is NVIDIA's heuristic's, nvMatmulHeuristics, where that was asked.
 - P: programs; R: programs that a multiprocessor holds at once; waves: P / (R × multiprocessors).
 - issue, tensor: clocks of one program's instructions and products, all four quarters of a multiprocessor full.
 """

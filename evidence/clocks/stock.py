@@ -66,6 +66,20 @@ def estimate(gpu: Gpu, width: int, kind: str = "compiled") -> dict[str, float]:
     return {"inference": forward, "forward": forward, "backward": backward}
 
 
+def by_vendor(gpu: Gpu, product: str, columns: int, depth: int, itemsize: int) -> float | None:
+    """µs of a product that our block leaves to the vendor's GEMM, as `settings.vendor` is asked; None where no rate is.
+
+    By the rate of the layer whose sum is as long. Of a weight's gradient, columns and depth are outputs and inputs.
+    """
+    width = min(columns, depth)
+    if itemsize != 2 or not known(gpu, width):
+        return None
+    if product == "weight_gradient":
+        return _product(gpu, width, _FC2, columns, depth, _WEIGHT_GRADIENT)
+    like = _FC2 if depth > columns else _PROJECTION if depth == columns else _QKV
+    return _product(gpu, width, like, columns, depth)
+
+
 def _product(gpu: Gpu, width: int, like: int, n: int, k: int, share: float = 1.0) -> float:
     rates = _RATES[gpu.name]
     flops = 2 * ROWS * n * k

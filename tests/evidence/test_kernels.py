@@ -21,7 +21,6 @@ FORWARD = {
     "patch_embed_kernel",
     "readout_kernel",
 }
-# Without scaled_weight_kernel: these models have no LayerScale.
 BACKWARD = {
     "branch_gradient_kernel",
     "column_sums_kernel",
@@ -29,6 +28,7 @@ BACKWARD = {
     "finish_layer_norm_linear_kernel",
     "finish_linear_kernel",
     "image_gradient_kernel",
+    "input_gradient_epilogue_kernel",
     "input_gradient_kernel",
     "keep_samples_kernel",
     "key_gradient_kernel",
@@ -36,6 +36,7 @@ BACKWARD = {
     "patch_weight_gradient_kernel",
     "query_gradient_kernel",
     "readout_backward_kernel",
+    "scaled_weight_kernel",
     "sum_partials_kernel",
     "sum_splits_kernel",
     "token_gradients_kernel",

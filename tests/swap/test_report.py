@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from deit_fast.kernels.linear import vendor_gemm
+from deit_fast.ops import backend
 from deit_fast.swap import SwapReport, restore, swap, swapped
 from tests.swap.helpers import operator_calls, randomise
 
@@ -48,6 +50,15 @@ def test_the_report_prints_as_a_table_with_numbered_modules_in_one_row() -> None
     assert rows["blocks.0,2.mlp", "Mlp", "2"] == "swapped"
     assert rows["blocks.1.mlp", "Mlp", "1"] == "kept: its activation is ReLU, not GELU"
     assert rows["blocks.0-2.norm2", "LayerNorm", "3"] == "swapped"
+
+
+def test_the_report_says_what_the_vendors_gemm_has_computed(monkeypatch) -> None:
+    report = swap(vit(depth=1))
+    monkeypatch.setattr(vendor_gemm, "used", {})
+    monkeypatch.setattr(backend, "by_vendor", vendor_gemm.used)
+    assert "vendor" not in str(report)
+    vendor_gemm.multiply("linear", torch.ones(2, 3), torch.ones(3, 4), torch.empty(2, 4))
+    assert str(report).splitlines()[-1] == "by the vendor's GEMM: linear 3×4"
 
 
 def test_swapping_twice_changes_nothing_and_reports_the_same() -> None:

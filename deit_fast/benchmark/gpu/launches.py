@@ -15,6 +15,7 @@ from deit_fast.benchmark.gpu.blocks import Shape, steps
 from deit_fast.benchmark.operator_cases import OperatorCase, calls_of
 from deit_fast.kernels.attention import separate
 from deit_fast.kernels.launching import replay, run, tuned
+from deit_fast.kernels.linear import vendor_gemm
 from deit_fast.ops import backend
 
 # The vendor's whole attention, which computes what ours does.
@@ -47,6 +48,7 @@ def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, 
     with torch.no_grad(), tuned.enabled(False):
         with backend.fallbacks() as fallbacks:
             seconds["deit_fast"] = clock.graph_seconds(lambda: case.operator.op(*case.arguments))
+        vendor_gemm.used.clear()
         launched, failed = _launches(case)
         not_timed |= failed
         for name, call in (("stock", lambda: case.operator.stock(*case.arguments)), *_peers(case)):
@@ -67,6 +69,7 @@ def operator_times(device: torch.device, shape: Shape, place: int) -> dict[str, 
         "flops": counter.get_total_flops(),
         "bytes": sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values()),
         "launches": launched,
+        "by the vendor": list(vendor_gemm.used),
         "fallbacks": list(fallbacks),
     }
 

@@ -23,6 +23,8 @@ def summary(record: Record) -> str:
     parts += ["## What failed", _listed(failures(record)) or "Nothing that was reached."]
     fallbacks = sorted({reason for found in _results(record) for reason in found.get("fallbacks", ())})
     parts += ["## Left to stock operators by design", _listed(fallbacks) or "Nothing that was reached."]
+    by_vendor = dict.fromkeys(product for found in _results(record, "launches") for product in found["by the vendor"])
+    parts += ["## By the vendor's GEMM, as shipped", _listed(by_vendor) or "Nothing that was reached."]
     parts += [f"## {title}\n\n{found}" for title, found in measured(record).items()]
     tuned = [found for found in _results(record, "tuning") if found.get("file")]
     files = [f"{found['file']}: {found['operator']} {found['shape']}, batch {found['batch']}" for found in tuned]
