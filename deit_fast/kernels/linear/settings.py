@@ -125,7 +125,9 @@ def input_gradient(rows: int, columns: int, itemsize: int, arch: str, activation
     if is_amd(arch):
         return Tile(128, 64, 64, 8, 2)
     if arch == "sm_100":
-        return Tile(128, 128 if columns % 128 == 0 and activation == "none" else 64, 64, 8, 3)
+        if activation != "none":
+            return Tile(128, 64, 64, 4, 3)
+        return Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)
     if arch == "sm_90":
         whole = Tile(128, 64, 64, 8, 3) if columns <= 64 else _least_padding(_WIDE, 1, columns)
         return _first_that_fills(rows, columns, whole, Tile(128, 128, 64, 8, 3), *_FEW_ROWS)
