@@ -63,10 +63,10 @@ class CallReport:
 
 
 def calls_in(model: Module, is_swapped: Callable[[Module], bool]) -> CallReport:
-    """Of the swapped modules of `model`."""
+    """Of the swapped modules of `model`; they count on."""
     report = CallReport()
     for name, module in model.named_modules():
         if is_swapped(module):
-            report.calls[name] = module.__dict__.get(_ATTRIBUTE, Calls())
+            report.calls[name] = calls_of(module)
             report.classes[name] = type(module).__name__
     return report
