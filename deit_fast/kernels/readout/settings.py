@@ -19,8 +19,8 @@ class ReadoutTile(NamedTuple):
 
 
 def _readout_chunk(width: int) -> int:
-    """128, or 64 where that pads a row less; the power of two that covers narrower rows."""
-    chunk = min((128, 64), key=lambda chunk: triton.cdiv(width, chunk) * chunk)
+    """128, or 64 where that pads a row less, or is half of it; the power of two that covers narrower rows."""
+    chunk = min((128, 64), key=lambda chunk: triton.cdiv(width, chunk) * chunk) if width > 128 else 64
     return min(chunk, max(16, triton.next_power_of_2(width)))
 
 
