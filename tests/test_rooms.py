@@ -17,7 +17,7 @@ LOWER = {
     "nn": {"ops"},
     "models": {"nn"},
     "swap": {"nn", "ops"},
-    **{library: {"swap", "models"} for library in OF_OTHER_LIBRARIES},
+    **{library: {"swap", "models", "ops"} for library in OF_OTHER_LIBRARIES},
     # The stand-in driver knows how launches are repeated.
     "check": {"ops", "kernels"},
 }

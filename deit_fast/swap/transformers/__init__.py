@@ -11,7 +11,10 @@ from transformers.models.vit import modeling_vit
 
 for _library, _prefix in ((modeling_deit, "DeiT"), (modeling_vit, "ViT")):
     if not hasattr(_library, f"{_prefix}MLP"):
-        raise ImportError(f"deit_fast.swap needs transformers 5.16 or newer, found {transformers.__version__}")
+        raise ImportError(
+            f"deit_fast needs transformers 5.16 or newer, found {transformers.__version__}: "
+            f'pip install "deit_fast[transformers]"'
+        )
 
 # Importing them registers their classes; the layer imports its attention and its MLP.
 from deit_fast.swap.transformers import classifier, embeddings, layer  # noqa: E402, F401

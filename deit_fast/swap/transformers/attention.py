@@ -1,7 +1,7 @@
 """DeiTAttention and ViTAttention."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -22,16 +22,16 @@ _LIBRARIES: dict[type[Module], ModuleType] = {
     modeling_vit.ViTAttention: modeling_vit,
 }
 # Softmax attention over all tokens, whichever backend computes it; another name may mean anything.
-_SOFTMAX_ATTENTIONS = (
+_SOFTMAX_ATTENTIONS = [
     "sdpa",
     "flash_attention_2",
     "flash_attention_3",
     "flash_attention_4",
     "flex_attention",
-)
+]
 
 
-def _keywords_read(function: Any, seen: set[Any]) -> set[str]:
+def keywords_read(function: Any, seen: set[Any]) -> set[str]:
     """The keyword arguments that change what `function` computes, as its code reads them.
 
     Those are its parameters, the names that it looks up among the others, and what the functions read to which it may
@@ -47,19 +47,31 @@ def _keywords_read(function: Any, seen: set[Any]) -> set[str]:
     read = {parameter.name for parameter in parameters}
     read |= {each for each in function.__code__.co_consts if isinstance(each, str) and each.isidentifier()}
     for name in function.__code__.co_names:
-        read |= _keywords_read(function.__globals__.get(name), seen)
+        read |= keywords_read(function.__globals__.get(name), seen)
     return read
 
 
 # The functions that transformers wrote for these names, and the keywords that each reads.
 _READ: dict[Callable | None, set[str]] = {
-    function: _keywords_read(function, set())
+    function: keywords_read(function, set())
     for function in (
         *(ALL_ATTENTION_FUNCTIONS.get(name) for name in _SOFTMAX_ATTENTIONS),
         *(library.eager_attention_forward for library in _LIBRARIES.values()),
     )
     if function is not None and code.written_by(function, "transformers")
 }
+
+
+def add_softmax_attention(name: str, function: Callable, read: set[str]) -> None:
+    """Another name for softmax attention, whose function reads these keywords."""
+    _SOFTMAX_ATTENTIONS.append(name)
+    _READ[function] = read
+
+
+def changing(kwargs: dict[str, Any], read: Collection[str]) -> str | None:
+    """Which of these keywords changes what is computed, where those in `read` can, or None."""
+    asked = (name for name, value in kwargs.items() if value is not None and value is not False)
+    return next((name for name in asked if name in read), None)
 
 
 def _function_of(attention: Part) -> Callable | None:
@@ -74,13 +86,8 @@ def call_unfusable(attention: Part, attention_mask: Tensor | None, kwargs: dict[
     """Why a call with these arguments is not plain attention, or None."""
     if attention_mask is not None:
         return "is called with an attention mask"
-    if not kwargs:
-        return None
-    read = _READ.get(_function_of(attention), ())
-    for name, value in kwargs.items():
-        if value is not None and value is not False and name in read:
-            return f"is called with {name}"
-    return None
+    name = changing(kwargs, _READ.get(_function_of(attention), ())) if kwargs else None
+    return None if name is None else f"is called with {name}"
 
 
 def projections_unfusable(attention: Part) -> str | None:

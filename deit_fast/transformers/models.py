@@ -1,0 +1,89 @@
+"""Subclasses of transformers' DeiT and ViT classes whose modules are swapped when they are built.
+
+Loading, saving, outputs and training are transformers' own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.nn import Module
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.deit import modeling_deit
+from transformers.models.vit import modeling_vit
+
+from deit_fast.swap import swap
+from deit_fast.swap.copies import Swapped
+from deit_fast.swap.rules import RULES
+
+
+class BornSwapped(Swapped):
+    """In front of a class of transformers'. Takes its arguments, and swaps what it has built.
+
+    Copies and pickles are of this class. `deit_fast.restore` and `deit_fast.swap` work as on any model.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        swap(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        swap(self)  # the modules within were pickled as stock
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """It is not: older checkpoints' names are translated for transformers' own classes alone."""
+        return False
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As stock's, and takes the names that `save_pretrained` writes, which are those from before transformers 5.
+
+        `Trainer` loads its checkpoints in this way. Stock models skip those names there, and keep their weights.
+        """
+        return super().load_state_dict(_with_names_of(self, state_dict), *args, **kwargs)
+
+
+def _with_names_of(model: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    own = model.state_dict().keys()
+    if not isinstance(state_dict, Mapping) or state_dict.keys() <= own:
+        return state_dict  # torch says what is wrong with anything else
+    found = get_model_conversion_mapping(model)
+    renamings = [each for each in found if isinstance(each, WeightRenaming)]
+    converters = [each for each in found if isinstance(each, WeightConverter)]
+    return {
+        name if name in own else rename_source_key(name, renamings, converters)[0]: value
+        for name, value in state_dict.items()
+    }
+
+
+def swapped_class(stock: type[Module]) -> Any:
+    """What `swap` makes of it, which is itself where only its modules change."""
+    return RULES[stock].swapped if stock in RULES else stock
+
+
+_DeiTModel: Any = swapped_class(modeling_deit.DeiTModel)
+_DeiTForMaskedImageModeling: Any = swapped_class(modeling_deit.DeiTForMaskedImageModeling)
+_DeiTForImageClassification: Any = swapped_class(modeling_deit.DeiTForImageClassification)
+_ViTModel: Any = swapped_class(modeling_vit.ViTModel)
+_ViTForImageClassification: Any = swapped_class(modeling_vit.ViTForImageClassification)
+
+
+class DeiTModel(BornSwapped, _DeiTModel):
+    pass
+
+
+class DeiTForMaskedImageModeling(BornSwapped, _DeiTForMaskedImageModeling):
+    pass
+
+
+class DeiTForImageClassification(BornSwapped, _DeiTForImageClassification):
+    pass
+
+
+class ViTModel(BornSwapped, _ViTModel):
+    pass
+
+
+class ViTForImageClassification(BornSwapped, _ViTForImageClassification):
+    pass
