@@ -91,7 +91,7 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
         config.keys_to_ignore_at_inference = ["cls_logits", "distillation_logits"]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "teacher":  # no submodule
+        if name in ("teacher", "teacher_inputs"):  # no submodules
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -230,8 +230,10 @@ def _check_classes(config: Any, teacher: Module) -> None:
     remedy = "give teacher_classes, the teacher's number for each class of the model"
     if count is not None and count != config.num_labels:
         raise ValueError(f"the teacher has {count} classes and the model {config.num_labels}: {remedy}")
-    if not theirs or "LABEL_0" in (theirs[0], ours[0]):
+    if not theirs or "LABEL_0" in (theirs.get(0), ours.get(0)):
         return
     for number, name in ours.items():
-        if theirs[number] != name:
-            raise ValueError(f"class {number} is {theirs[number]!r} to the teacher and {name!r} to the model: {remedy}")
+        if theirs.get(number) != name:
+            raise ValueError(
+                f"class {number} is {theirs.get(number)!r} to the teacher and {name!r} to the model: {remedy}"
+            )
