@@ -181,7 +181,8 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
         parameter = next(teacher.parameters(), pixel_values)
         if parameter.device != pixel_values.device and not hasattr(teacher, "hf_device_map"):
             teacher.to(pixel_values.device)
-        with torch.inference_mode():
+        # A compiled graph holds the student's gradients, too, and knows no inference mode.
+        with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
             images = pixel_values if self.teacher_inputs is None else self.teacher_inputs(pixel_values)
             answer = teacher(images.to(parameter.dtype))
         # A tensor of inference mode can't be saved for backward.

@@ -242,3 +242,13 @@ def test_training_without_a_teacher_says_what_is_missing() -> None:
 def test_a_teacher_without_labels_is_not_silent() -> None:
     with pytest.warns(UserWarning, match="a teacher without labels gives no loss"):
         assert student(Teacher())(pixels()).loss is None
+
+
+def test_a_training_step_compiles_whole() -> None:
+    model, x = student(stock("ViTForImageClassification"), distillation="soft"), pixels()
+    expected = model(x, labels=LABELS).loss
+    control = gradients(model, expected)
+    result = torch.compile(model, fullgraph=True, backend="aot_eager")(x, labels=LABELS).loss
+    assert_close(result, expected)
+    assert_same_gradients(gradients(model, result), control)
+    torch.compiler.reset()
