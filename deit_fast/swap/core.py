@@ -217,8 +217,8 @@ def _obstacle(module: Module, rule: Rule) -> str | None:
 
 
 def _derived_here(cls: type, rule: Rule) -> bool:
-    """Whether it is this library's own subclass of the swapped one (deit_fast.transformers), and calls its methods."""
-    return issubclass(cls, rule.swapped) and cls.__module__.partition(".")[0] == "deit_fast"
+    """Whether it is deit_fast.transformers' subclass of the swapped one, which calls its methods."""
+    return issubclass(cls, rule.swapped) and cls.__module__ == rule.stock.__module__
 
 
 @contextmanager

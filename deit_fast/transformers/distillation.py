@@ -57,6 +57,8 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
             in training with labels, no teacher where one is needed.
     """
 
+    __module__ = modeling_deit.__name__
+
     def __init__(
         self,
         config: Any,

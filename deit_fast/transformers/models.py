@@ -12,6 +12,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
+import deit_fast.transformers
 from deit_fast.swap import swap
 from deit_fast.swap.copies import Swapped
 from deit_fast.swap.rules import RULES
@@ -21,6 +22,8 @@ class BornSwapped(Swapped):
     """In front of a class of transformers'. Takes its arguments, and swaps what it has built.
 
     Copies and pickles are of this class. `deit_fast.restore` and `deit_fast.swap` work as on any model.
+    The subclasses bear the module of transformers' class, as swapped ones do: PEFT writes it into an adapter's folder,
+    and transformers translates the names in older checkpoints for its own classes alone.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -31,10 +34,12 @@ class BornSwapped(Swapped):
         super().__setstate__(state)
         swap(self)  # the modules within were pickled as stock
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """It is not: older checkpoints' names are translated for transformers' own classes alone."""
-        return False
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made_by, arguments, *rest = super().__reduce_ex__(protocol)
+        name = type(self).__name__
+        if getattr(deit_fast.transformers, name, None) is type(self):  # not where its module says
+            made_by, arguments = _unborn, (name,)
+        return made_by, arguments, *rest
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As stock's, and takes the names that `save_pretrained` writes, which are those from before transformers 5.
@@ -42,6 +47,12 @@ class BornSwapped(Swapped):
         `Trainer` loads its checkpoints in this way. Stock models skip those names there, and keep their weights.
         """
         return super().load_state_dict(_with_names_of(self, state_dict), *args, **kwargs)
+
+
+def _unborn(name: str) -> Any:
+    """For `pickle`: an empty instance."""
+    cls = getattr(deit_fast.transformers, name)
+    return cls.__new__(cls)
 
 
 def _with_names_of(model: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -70,20 +81,20 @@ _ViTForImageClassification: Any = swapped_class(modeling_vit.ViTForImageClassifi
 
 
 class DeiTModel(BornSwapped, _DeiTModel):
-    pass
+    __module__ = modeling_deit.__name__
 
 
 class DeiTForMaskedImageModeling(BornSwapped, _DeiTForMaskedImageModeling):
-    pass
+    __module__ = modeling_deit.__name__
 
 
 class DeiTForImageClassification(BornSwapped, _DeiTForImageClassification):
-    pass
+    __module__ = modeling_deit.__name__
 
 
 class ViTModel(BornSwapped, _ViTModel):
-    pass
+    __module__ = modeling_vit.__name__
 
 
 class ViTForImageClassification(BornSwapped, _ViTForImageClassification):
-    pass
+    __module__ = modeling_vit.__name__
