@@ -42,7 +42,7 @@ class BornSwapped(Swapped):
         return made_by, arguments, *rest
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As stock's, and takes the names that `save_pretrained` writes, which are those from before transformers 5.
+        """As stock's, and takes the names that `save_pretrained` writes, which are older than today's modules.
 
         `Trainer` loads its checkpoints in this way. Stock models skip those names there, and keep their weights.
         """
@@ -56,12 +56,13 @@ def _unborn(name: str) -> Any:
 
 
 def _with_names_of(model: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    own = model.state_dict().keys()
+    # Not state_dict(), for which sharded models gather their weights.
+    own = {name for found in (model.named_parameters, model.named_buffers) for name, _ in found(remove_duplicate=False)}
     if not isinstance(state_dict, Mapping) or state_dict.keys() <= own:
         return state_dict  # torch says what is wrong with anything else
-    found = get_model_conversion_mapping(model)
-    renamings = [each for each in found if isinstance(each, WeightRenaming)]
-    converters = [each for each in found if isinstance(each, WeightConverter)]
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [each for each in changes if isinstance(each, WeightRenaming)]
+    converters = [each for each in changes if isinstance(each, WeightConverter)]
     return {
         name if name in own else rename_source_key(name, renamings, converters)[0]: value
         for name, value in state_dict.items()
