@@ -85,24 +85,28 @@ def check_array(name: str, image: np.ndarray | torch.Tensor, data_format: str | 
     """Refuse an array that is no image; return its (channels, height, width).
 
     Raises:
-        ValueError: its shape is neither [C, H, W] nor [H, W, C], or `check_pixels` refuses it.
+        ValueError: its shape is neither [C, H, W], [H, W, C] nor [H, W], or `check_pixels` refuses it.
         TypeError: its dtype is neither uint8 nor floating point.
     """
     shape = tuple(image.shape)
-    if len(shape) != 3:
-        raise ValueError(f"{name} has shape {shape}; expected [C, H, W] or [H, W, C]")
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{name} has shape {shape}; expected [C, H, W], [H, W, C] or [H, W]")
     if str(image.dtype).removeprefix("torch.") not in _DTYPES:
         raise TypeError(f"{name} has dtype {image.dtype}; expected uint8 or floating point")
     axis = channel_axis(shape, data_format)
     if axis is None:
         raise ValueError(f"{name} has shape {shape}; expected 1, 3 or 4 channels, {data_format or 'first or last'}")
-    height, width = shape[1:] if axis == 0 else shape[:2]
+    height, width = shape[-2:] if axis <= 0 else shape[:2]
     check_pixels(name, height, width)
-    return shape[axis], height, width
+    return 1 if axis < 0 else shape[axis], height, width
 
 
 def channel_axis(shape: tuple[int, ...], data_format: str | None) -> int | None:
-    """0 or 2; the first axis where both could be. None where neither can."""
+    """0 or 2; the first axis where both could be. -1 of an image [H, W], which has none; None where neither can."""
+    if len(shape) == 2:
+        return -1
+    if data_format == "none":
+        data_format = "channels_first"
     if data_format != "channels_last" and shape[0] in _CHANNELS:
         return 0
     if data_format != "channels_first" and shape[2] in _CHANNELS:
@@ -125,17 +129,21 @@ def pil_to_tensor(image: "PIL.Image.Image", rgb: bool) -> torch.Tensor:
 
 
 def array_to_tensor(image: np.ndarray | torch.Tensor, data_format: str | None, rgb: bool) -> torch.Tensor:
-    """[C, H, W], uint8 or float32; with `rgb`, grey is repeated and alpha blended onto white."""
+    """[C, H, W] in the array's dtype; with `rgb`, grey is repeated and alpha blended onto white.
+
+    Raises:
+        ValueError: alpha is to be blended into floating-point values outside 0 to 1, whose white is unknown.
+    """
     # Copied, since an array may be read-only or have negative strides.
-    pixels = image.detach() if isinstance(image, torch.Tensor) else torch.from_numpy(image.copy())
-    if channel_axis(tuple(pixels.shape), data_format) == 2:
-        pixels = pixels.permute(2, 0, 1)
-    if pixels.is_floating_point():
-        pixels = pixels.float()
+    pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(image.copy())
+    axis = channel_axis(tuple(pixels.shape), data_format)
+    pixels = pixels[None] if axis == -1 else pixels.permute(2, 0, 1) if axis == 2 else pixels
     if not rgb or pixels.shape[0] == 3:
         return pixels
     if pixels.shape[0] == 1:
         return pixels.expand(3, -1, -1)
+    if pixels.is_floating_point() and (pixels.min() < 0 or pixels.max() > 1):
+        raise ValueError("to blend alpha onto white, floating-point values must be from 0 to 1")
     white = 1.0 if pixels.is_floating_point() else 255.0
     alpha = pixels[3:] / white
     blended = pixels[:3] * alpha + white * (1 - alpha)

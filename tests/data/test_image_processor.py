@@ -1,6 +1,6 @@
 """The processor against transformers' own, on real photographs and on what is hard for it."""
 
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +11,10 @@ from deit_fast.data import DeiTImageProcessor
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("sklearn.datasets")
+pytest.importorskip("torchvision")
+from torchvision.transforms import InterpolationMode  # noqa: E402
+from transformers.image_utils import ChannelDimension, SizeDict  # noqa: E402
+from transformers.utils import TensorType  # noqa: E402
 
 # One level of an 8-bit image: the rounding of the resize is the only freedom two implementations have.
 LEVEL = 1 / 255
@@ -136,6 +140,186 @@ def test_arrays_convert_to_rgb_as_in_transformers(photographs, channels):
     assert_same(ours, theirs, image, level=2.01 * LEVEL)
 
 
+BACKENDS = [transformers.DeiTImageProcessor, transformers.DeiTImageProcessorPil]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 256, "longest_edge": 300}},  # 427 x 640 would be 383 long
+        {"size": {"shortest_edge": 256, "longest_edge": 1000}},
+        {"size": {"shortest_edge": 427, "longest_edge": 1000}},  # the edge it has
+        {"size": {"max_height": 300, "max_width": 250}},
+        {"size": {"longest_edge": 300}, "do_resize": False},
+        {"size": None, "do_resize": None},
+        {"crop_size": {"shortest_edge": 200}, "do_center_crop": False},
+        {"crop_size": None, "do_center_crop": None},
+        {"rescale_factor": None, "do_rescale": None},
+        {"resample": InterpolationMode.NEAREST_EXACT},
+        {"resample": InterpolationMode.BILINEAR},
+        {"resample": InterpolationMode.BICUBIC},
+        {"resample": InterpolationMode.LANCZOS},
+        {"data_format": "channels_last"},  # read by neither: channels come first
+        {"data_format": ChannelDimension.FIRST},
+        {"disable_grouping": True},
+        {"image_seq_length": 196},
+    ],
+    ids=str,
+)
+def test_more_settings_match_both_backends_of_transformers(photographs, settings, turned):
+    photograph = photographs[1].transpose(1, 0, 2) if turned else photographs[1]
+    level = 1.0 if settings.get("do_rescale", 0) is None else LEVEL
+    torchvision, pillow = (backend(**settings) for backend in BACKENDS)
+    pixels = assert_same(DeiTImageProcessor(**settings), torchvision, photograph, std=0.5, level=level)
+    # The two differ from each other by levels, where Pillow rounds between rows and columns.
+    expected, other = (each(photograph, return_tensors="pt").pixel_values for each in (pillow, torchvision))
+    assert pixels.shape == expected.shape and pixels.dtype == expected.dtype
+    between = (other.float() - expected.float()).abs().max()
+    assert (pixels.float() - expected.float()).abs().max() <= between + (level + ROUNDING) / 0.5
+
+
+def test_settings_of_the_call_may_be_those_of_the_constructor(photographs):
+    ours, theirs = (
+        kind(return_tensors="pt", input_data_format="channels_last", device="cpu", size=200, default_to_square=False)
+        for kind in (DeiTImageProcessor, transformers.DeiTImageProcessor)
+    )
+    for overrides in ({}, {"size": 150}, {"return_tensors": None}, {"do_center_crop": None, "do_normalize": None}):
+        actual, expected = (list(each(photographs[:1], **overrides).pixel_values) for each in (ours, theirs))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=(LEVEL + ROUNDING) / 0.5)
+    assert isinstance(ours(photographs).pixel_values, torch.Tensor)
+
+
+@pytest.mark.parametrize("resample", [InterpolationMode.NEAREST, "nearest", "bicubic"])
+def test_filters_that_only_torchvision_has_match_its_backend(photographs, resample):
+    ours, theirs = DeiTImageProcessor(resample=resample), transformers.DeiTImageProcessor(resample=resample)
+    assert_same(ours, theirs, photographs[0], std=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("do_rescale", [True, False])
+def test_images_that_nothing_normalises_keep_their_dtype_as_in_transformers(photographs, do_rescale, dtype):
+    image = torch.from_numpy(photographs[0]).permute(2, 0, 1).to(dtype)
+    settings = {"do_normalize": False, "do_rescale": do_rescale}
+    ours, theirs = (kind(**settings)(image) for kind in (DeiTImageProcessor, transformers.DeiTImageProcessor))
+    assert ours.pixel_values[0].dtype == dtype
+    torch.testing.assert_close(ours.pixel_values, theirs.pixel_values)
+
+
+def test_gradients_reach_the_images_as_in_transformers(photographs):
+    image = torch.from_numpy(photographs[0]).permute(2, 0, 1).float().requires_grad_()
+    gradients = []
+    for kind in (DeiTImageProcessor, transformers.DeiTImageProcessor):
+        pixels = kind()(image, return_tensors="pt").pixel_values
+        gradients.append(torch.autograd.grad(pixels.square().sum(), image)[0])
+    torch.testing.assert_close(*gradients)
+    assert isinstance(DeiTImageProcessor()(image, return_tensors="np").pixel_values, np.ndarray)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("data_format", [None, "none", "channels_first", "channels_last"])
+def test_two_dimensional_images_match_transformers_whatever_their_format_is_called(photographs, data_format, backend):
+    settings = {"image_mean": 0.5, "image_std": 0.25, "input_data_format": data_format}
+    ours, theirs = DeiTImageProcessor(**settings), backend(**settings)
+    # Without the outer list transformers refuses them.
+    pixels = assert_same(ours, theirs, [[photographs[0][:, :, 0], photographs[1][:, :, 0]]], std=0.25)
+    assert pixels.shape == (2, 1, 224, 224)
+    assert torch.equal(ours(photographs[0][:, :, 0], return_tensors="pt").pixel_values, pixels[:1])
+
+
+def test_images_of_no_format_are_taken_for_channels_first_as_in_transformers():
+    image = torch.randint(256, (3, 30, 3), dtype=torch.uint8)
+    assert_same(DeiTImageProcessor(), transformers.DeiTImageProcessor(), image, std=0.5, input_data_format="none")
+    with pytest.raises(ValueError, match=r"shape \(30, 3, 3\)"):
+        DeiTImageProcessor()(torch.zeros(30, 3, 3), input_data_format="none")
+
+
+def test_enumerations_of_transformers_are_taken(photographs):
+    ours, theirs = DeiTImageProcessor(), transformers.DeiTImageProcessor()
+    kwargs = {"input_data_format": ChannelDimension.LAST, "resample": Image.Resampling.BILINEAR}
+    kwargs["data_format"] = ChannelDimension.LAST  # not read
+    expected = theirs(photographs, return_tensors=TensorType.NUMPY, **kwargs).pixel_values
+    actual = ours(photographs, return_tensors=TensorType.NUMPY, **kwargs).pixel_values
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=(LEVEL + ROUNDING) / 0.5)
+
+
+def test_one_mean_in_a_list_is_every_channels(photographs):
+    settings = {"image_mean": [0.4], "image_std": [0.5]}
+    assert_same(DeiTImageProcessor(**settings), transformers.DeiTImageProcessor(**settings), photographs[0], std=0.5)
+
+
+@pytest.mark.parametrize("settings", [{"do_convert_rgb": True, "do_rescale": False}])
+def test_alpha_is_not_blended_into_values_of_unknown_range(settings):
+    image = 255 * torch.rand(4, 30, 30)
+    for kind in (DeiTImageProcessor, transformers.DeiTImageProcessor):
+        with pytest.raises(ValueError, match=r"0.* 1"):
+            kind(**settings)(image)
+    assert_same(DeiTImageProcessor(**settings), transformers.DeiTImageProcessor(**settings), image / 255, level=1e-5)
+
+
+# -- the methods
+
+
+STEPS = {
+    "resize": [
+        {"size": {"height": 30, "width": 20}},
+        {"size": {"shortest_edge": 30, "longest_edge": 40}, "resample": 3},
+        {"size": {"shortest_edge": 50}, "resample": InterpolationMode.NEAREST},
+        {"size": {"max_height": 30, "max_width": 40}, "resample": 3, "antialias": False},
+    ],
+    "center_crop": [{"size": {"height": 33, "width": 200}}],
+    "rescale": [{"scale": 0.5}],
+    "normalize": [{"mean": [0.1, 0.2, 0.3], "std": (1.0, 2.0, 3.0)}],
+    "rescale_and_normalize": [
+        {"do_rescale": a, "rescale_factor": 0.5, "do_normalize": b, "image_mean": (0.1, 0.2, 0.3), "image_std": 2.0}
+        for a in (True, False)
+        for b in (True, False)
+    ],
+}
+
+
+@pytest.mark.parametrize(("step", "kwargs"), [(step, kwargs) for step, all_ in STEPS.items() for kwargs in all_])
+def test_each_step_is_a_method_as_in_transformers(step, kwargs):
+    images = torch.rand(2, 3, 60, 90, generator=torch.Generator().manual_seed(0))
+    stock = {key: SizeDict(**value) if key == "size" else value for key, value in kwargs.items()}
+    expected = getattr(transformers.DeiTImageProcessor(), step)(images, **stock)
+    torch.testing.assert_close(getattr(DeiTImageProcessor(), step)(images, **kwargs), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(getattr(DeiTImageProcessor(), step)(images[0], **kwargs), expected[0])
+
+
+@pytest.mark.parametrize("pad_size", [None, {"height": 70, "width": 100}])
+def test_padding_is_a_method_as_in_transformers(pad_size):
+    images = [torch.rand(3, 60, 90), torch.rand(3, 65, 30)]
+    stock = None if pad_size is None else SizeDict(**pad_size)
+    expected = transformers.DeiTImageProcessor().pad(images, pad_size=stock, fill_value=2)
+    assert torch.equal(torch.stack(DeiTImageProcessor().pad(images, pad_size, fill_value=2)), torch.stack(expected))
+
+
+@pytest.mark.parametrize("rgb", [True, False])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "array"])
+def test_process_image_is_a_method_as_in_transformers(photographs, kind, rgb):
+    image = photographs[0] if kind == "array" else Image.fromarray(photographs[0]).convert(kind)
+    expected = transformers.DeiTImageProcessor().process_image(image, do_convert_rgb=rgb)
+    assert torch.equal(DeiTImageProcessor().process_image(image, do_convert_rgb=rgb), expected)
+
+
+def test_a_step_of_a_subclass_is_taken(photographs):
+    class Darker(DeiTImageProcessor):
+        def rescale(self, image, scale):
+            return super().rescale(image, scale / 2)
+
+    settings = {"do_normalize": False, "return_tensors": "pt"}
+    expected = DeiTImageProcessor(**settings)(photographs).pixel_values / 2
+    torch.testing.assert_close(Darker(**settings)(photographs, crop_size=224).pixel_values, expected)
+
+
+def test_what_transformers_has_and_we_have_not_is_documented():
+    limits = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
+    theirs = {name for name in dir(transformers.DeiTImageProcessor()) if not name.startswith("_")}
+    for name in theirs - set(dir(DeiTImageProcessor())):
+        assert f"`{name}`" in limits, name
+
+
 def test_grey_images_with_one_mean(photographs):
     image = Image.fromarray(photographs[0]).convert("L")
     pixels = DeiTImageProcessor(image_mean=[0.5], image_std=[0.5])(image, return_tensors="pt").pixel_values
@@ -180,61 +364,14 @@ def test_overrides_hold_for_one_call(photographs):
     assert processor.crop_size == {"height": 224, "width": 224}
 
 
-# -- configuration files
-
-
-def test_transformers_reads_ours_and_we_read_theirs(tmp_path):
-    settings = {"size": {"shortest_edge": 438}, "crop_size": 384, "do_convert_rgb": True, **IMAGENET}
-    DeiTImageProcessor(**settings).save_pretrained(tmp_path / "ours")
-    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
-    assert type(theirs).__name__.startswith("DeiTImageProcessor")
-    theirs.save_pretrained(tmp_path / "theirs")
-    for name in ("ours", "theirs"):
-        read = DeiTImageProcessor.from_pretrained(tmp_path / name)
-        assert read.to_dict() == DeiTImageProcessor(**settings).to_dict()
-    assert DeiTImageProcessor.from_pretrained(tmp_path / "ours", crop_size=8).crop_size["height"] == 8
-
-
-def test_the_published_configuration_is_read(tmp_path):
-    # What the DeiT checkpoints on the hub carry: an older class name, sizes as plain ints.
-    published = {
-        "feature_extractor_type": "DeiTFeatureExtractor",
-        "do_resize": True,
-        "size": 256,
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": 224,
-        "do_normalize": True,
-        **IMAGENET,
-    }
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
-    assert DeiTImageProcessor.from_pretrained(tmp_path).to_dict() == DeiTImageProcessor(**IMAGENET).to_dict()
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"image_processor_type": "ViTImageProcessor"}', "ViTImageProcessor"),
-        ('{"size": "big"}', "size"),
-        ("[1, 2]", "preprocessor_config.json"),
-        ("{", "preprocessor_config.json"),
-    ],
-)
-def test_a_wrong_configuration_file_is_named(tmp_path, text, message):
-    (tmp_path / "preprocessor_config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        DeiTImageProcessor.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="elsewhere"):
-        DeiTImageProcessor.from_pretrained(tmp_path / "elsewhere")
-
-
 # -- errors, all of them before any image is processed
 
 
 @pytest.mark.parametrize(
     "image, error, message",
     [
-        (torch.zeros(8, 8, dtype=torch.uint8), ValueError, r"shape \(8, 8\)"),
+        (torch.zeros(8, 8, dtype=torch.uint8), ValueError, "1 channels, image_mean 3"),
+        (torch.zeros(8, dtype=torch.uint8), ValueError, r"shape \(8,\)"),
         (torch.zeros(1, 1, 3, 8, 8), ValueError, "shape"),
         (torch.zeros(5, 8, 8), ValueError, "1, 3 or 4 channels"),
         (torch.zeros(4, 8, 8, dtype=torch.uint8), ValueError, "4 channels, image_mean 3"),
@@ -287,7 +424,20 @@ def test_shapes_that_do_not_stack_are_refused(photographs):
         {"size": True},
         {"crop_size": {"shortest_edge": 4}},
         {"crop_size": (4, 4.5)},
+        {"size": {"longest_edge": 4}},
+        {"size": {"min_pixels": 4, "max_pixels": 8}},
+        {"size": {"shortest_edge": 4, "max_height": 8}},
+        {"size": None},
+        {"crop_size": None},
         {"resample": 4},
+        {"resample": 5},
+        {"resample": "box"},
+        {"resample": True},
+        {"resample": None},
+        {"rescale_factor": None},
+        {"image_mean": None},
+        {"image_std": None},
+        {"data_format": "nchw"},
         {"rescale_factor": 0},
         {"image_mean": "grey"},
         {"image_std": [0.5, 0, 0.5]},
@@ -309,3 +459,5 @@ def test_wrong_call_arguments_are_named(photographs):
         DeiTImageProcessor()(photographs, siz=3)
     with pytest.raises(ValueError, match="pad_size"):
         DeiTImageProcessor(do_pad=True, pad_size=100)(photographs)
+    with pytest.raises(ValueError, match="image 0 would be resized to 0 x 1"):
+        DeiTImageProcessor(size={"max_height": 1, "max_width": 1})(photographs)
