@@ -9,6 +9,7 @@ once a batch. The formulas below are these counts; the tests hold them to a swap
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, log10
@@ -172,9 +173,9 @@ class Call:
 
 def calls(config: DeiTConfig, training: bool) -> list[Call]:
     """Of a swapped model: forward, and backward in training, with drop path off and the last block read out."""
-    patches, read = config.grid_size**2, config.num_prefix_tokens
+    patches, read = config.num_patches, config.num_prefix_tokens
     tokens, d, heads = patches + read, config.embed_dim, config.num_heads
-    hidden, pixels = int(d * config.mlp_ratio), config.in_chans * config.img_size**2
+    hidden, pixels = int(d * config.mlp_ratio), math.prod(config.input_size)
     blocks, last = config.depth - 1, "last block, "
 
     attend = [(layer_norm_linear, "QKV", (tokens, d, 3 * d)), (attention, "attention", (tokens, d, heads))]

@@ -70,11 +70,11 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: DeiTConfig, drop_path_rate: float = 0.0) -> None:
         super().__init__()
-        width, positions = config.embed_dim, config.num_prefix_positions + config.grid_size**2
+        width = config.embed_dim
         self.patch_embed = _PatchEmbed(config)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.dist_token = nn.Parameter(0.02 * torch.randn(1, 1, width)) if config.distilled else None
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, positions, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, config.num_positions, width))
         self.blocks = nn.Sequential(
             *(
                 Block(width, config.num_heads, config.mlp_ratio, config.layer_norm_eps, rate)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import warnings
@@ -13,16 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deit_fast.models.config import DeiTConfig
-from deit_fast.models.deit import VisionTransformer
+from deit_fast.models.deit import VisionTransformer, init_linear
+from deit_fast.models.description import read_description
+from deit_fast.models.input_channels import adapt_input_channels
 from deit_fast.models.key_maps import Entry, to_timm_names
 from deit_fast.models.pos_embed import resample_pos_embed
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # timm writes .pth.tar, Lightning .ckpt
 # Where training checkpoints keep the weights, in the order in which timm looks.
 _EMA_KEYS, _KEYS = ("state_dict_ema", "model_ema"), ("state_dict", "model")
+_PATCHES = "patch_embed.proj.weight"
 _FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -169,31 +173,99 @@ def follow_config(config: DeiTConfig, checkpoint: Checkpoint) -> DeiTConfig:
     return replace(config, layer_norm_eps=theirs["layer_norm_eps"])
 
 
-def load_weights(model: VisionTransformer, checkpoint: Checkpoint, device: torch.device) -> None:
+def load_weights(
+    model: VisionTransformer,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    new_heads: bool = False,
+    adapt_channels: bool = False,
+) -> None:
     """Move `model`, on the meta device, to `device` with the checkpoint's weights.
 
     Nothing is touched before every key and shape has been checked.
+
+    Args:
+        new_heads: start the heads anew where the checkpoint has none, or none of as many classes; a warning says so.
+        adapt_channels: sum, repeat or cut the channels of its patch embedding to the model's, as timm does.
 
     Raises:
         ValueError: tensors missing, unexpected, misshapen or not floating-point; the message lists all of them.
     """
     config = model.config
     entries = to_timm_names(checkpoint.state_dict)
-    if config.num_classes == 0:
-        entries = {name: entry for name, entry in entries.items() if not name.startswith(("head.", "head_dist."))}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    heads = {name: entry for name, entry in entries.items() if _of_head(name)}
+    renewed = new_heads and config.num_classes > 0 and _have_other_classes(heads, expected)
+    if renewed:
+        expected = {name: shape for name, shape in expected.items() if not _of_head(name)}
+    if renewed or config.num_classes == 0:
+        entries = {name: entry for name, entry in entries.items() if name not in heads}
     if "pos_embed" in entries:
         source, pos_embed = entries["pos_embed"]
-        resampled = resample_pos_embed(pos_embed, config.num_prefix_positions, config.grid_size)
+        grid = _source_grid(config, checkpoint, pos_embed)
+        resampled = resample_pos_embed(pos_embed, config.num_prefix_positions, config.grid_size, grid)
         entries["pos_embed"] = Entry(source, resampled)
+    if adapt_channels and _PATCHES in entries:
+        source, weight = entries[_PATCHES]
+        entries[_PATCHES] = Entry(source, adapt_input_channels(weight, config.in_chans))
 
     problems = _misfits(expected, entries)
     if problems:
         lines = "\n  ".join(problems)
-        raise ValueError(f"{checkpoint.path} doesn't fit the model:\n  {lines}{_num_classes_hint(config, entries)}")
+        raise ValueError(
+            f"{checkpoint.path} doesn't fit the model:\n  {lines}{_num_classes_hint(config, expected, entries)}"
+        )
 
     model.to_empty(device=device)
-    model.load_state_dict({name: entry.tensor for name, entry in entries.items()}, strict=True)
+    model.load_state_dict({name: entry.tensor for name, entry in entries.items()}, strict=not renewed)
+    if renewed:
+        for head in (model.head, model.head_dist):
+            if isinstance(head, nn.Linear):
+                init_linear(head)
+        _warn_of_new_heads(config, checkpoint.path, heads)
+
+
+def _source_grid(config: DeiTConfig, checkpoint: Checkpoint, pos_embed: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of the patches that the checkpoint was made for, where it says so."""
+    description = read_description(checkpoint.path)
+    if description is not None:
+        return description.config.grid_size
+    size = (checkpoint.config or {}).get("image_size")
+    sides: list[Any] = size if isinstance(size, list) else [size, size]
+    if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        return sides[0] // config.patch_size, sides[1] // config.patch_size
+    side, patches = math.isqrt(config.num_patches), config.num_patches
+    if side**2 == patches and config.grid_size != (side, side) and pos_embed.shape[1:-1] == (config.num_positions,):
+        warnings.warn(
+            f"{checkpoint.path} doesn't say for which images its {patches} positions are: they are kept for "
+            f"{config.img_size} pixels (height, width), and not interpolated from a square of {side} x {side} patches",
+            stacklevel=3,
+        )
+    return None
+
+
+def _of_head(name: str) -> bool:
+    return name.startswith(("head.", "head_dist."))
+
+
+def _have_other_classes(heads: dict[str, Entry], expected: dict[str, torch.Size]) -> bool:
+    """Whether `heads`, if any, are the expected ones but for their number of classes."""
+    return all(
+        name in expected
+        and len(tensor.shape) == len(expected[name])
+        and tensor.shape[0] != expected[name][0]
+        and tensor.shape[1:] == expected[name][1:]
+        for name, (_, tensor) in heads.items()
+    )
+
+
+def _warn_of_new_heads(config: DeiTConfig, path: Path, heads: dict[str, Entry]) -> None:
+    found = sorted({len(entry.tensor) for entry in heads.values()})
+    of_file = f"heads of {' and '.join(map(str, found))} classes are left out" if found else "has no heads"
+    warnings.warn(
+        f"{path}: {of_file}; the model's, of {config.num_classes} classes, start at random",
+        stacklevel=3,
+    )
 
 
 def _misfits(expected: dict[str, torch.Size], entries: dict[str, Entry]) -> list[str]:
@@ -216,12 +288,12 @@ def _misfits(expected: dict[str, torch.Size], entries: dict[str, Entry]) -> list
     return sorted(missing) + unexpected + misshapen + not_floating
 
 
-def _num_classes_hint(config: DeiTConfig, entries: dict[str, Entry]) -> str:
+def _num_classes_hint(config: DeiTConfig, expected: dict[str, torch.Size], entries: dict[str, Entry]) -> str:
+    wanted = f"num_classes={config.num_classes} for new heads, or num_classes=0 for none"
+    if set(filter(_of_head, expected)) == expected.keys() - entries.keys():
+        return f"\nIt has no head: pass {wanted}" if config.num_classes else ""
     head = entries.get("head.weight")
     if head is None or head.tensor.ndim != 2 or len(head.tensor) == config.num_classes:
         return ""
     classes = len(head.tensor)
-    return (
-        f"\nIts head has {classes} classes, the model {config.num_classes}: pass num_classes={classes}, "
-        f"or num_classes=0 for no head"
-    )
+    return f"\nIts head has {classes} classes, the model {config.num_classes}: pass num_classes={classes}, {wanted}"

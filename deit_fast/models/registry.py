@@ -6,11 +6,12 @@ DeiT: arXiv 2012.12877, table 1; DeiT III: arXiv 2204.07118.
 import difflib
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from deit_fast.models.checkpoint import Checkpoint, follow_config, load_checkpoint, load_weights
+from deit_fast.models.checkpoint import follow_config, load_checkpoint, load_weights
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.deit import VisionTransformer
 from deit_fast.models.description import read_description
@@ -68,9 +69,13 @@ def get_config(name: str) -> DeiTConfig:
 def create_model(
     name: str,
     *,
-    num_classes: int = 1000,
-    img_size: int | None = None,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
     drop_path_rate: float = 0.0,
+    memory: str = "balanced",
+    readout: bool = True,
+    compact_drop_path: bool = False,
     checkpoint: str | os.PathLike | None = None,
     use_ema: bool = True,
     device: torch.device | str | None = None,
@@ -80,11 +85,15 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of the head; 0 for none: the model then returns features [B, embed_dim], and the
-            heads of a checkpoint are left out.
-        img_size: side of the square input images in pixels; by default the one in the name. Position
+        num_classes: outputs of the head, 1000 by default. Given a number, a checkpoint's heads of other classes are
+            left out, and the new ones start at random; a warning says so. 0 for no head: the model then returns
+            features [B, embed_dim].
+        img_size: side of square images in pixels, or (height, width); by default the one in the name. Position
             embeddings of a checkpoint with another grid are interpolated, bicubically as timm does.
+        in_chans: channels of the images, 3 by default. Given a number, a checkpoint's patch embedding of other
+            channels is summed (to 1), repeated or cut and scaled, as timm does.
         drop_path_rate: of the last block in training; it rises linearly from 0 at the first.
+        memory, readout, compact_drop_path: as of `deit_fast.swap`.
         checkpoint: a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.ckpt` or `.bin` file, or a transformers folder;
             names of the original DeiT repository, timm or transformers, with or without the prefixes of
             `DistributedDataParallel`, `torch.compile` or Lightning. A folder's `config.json` sets LayerNorm's epsilon.
@@ -98,13 +107,26 @@ def create_model(
             unexpected and misshapen key).
         FileNotFoundError: `checkpoint`, or a part of it, isn't there.
     """
-    config = get_config(name)
-    config = replace(config, num_classes=num_classes, img_size=config.img_size if img_size is None else img_size)
+    asked = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    changes: dict[str, Any] = {field: value for field, value in asked.items() if value is not None}
+    config = replace(get_config(name), **changes)
+    build = partial(
+        VisionTransformer,
+        drop_path_rate=drop_path_rate,
+        dtype=dtype,
+        memory=memory,
+        readout=readout,
+        compact_drop_path=compact_drop_path,
+    )
     if checkpoint is None:
-        return VisionTransformer(config, drop_path_rate=drop_path_rate, device=device, dtype=dtype)
+        return build(config, device=device)
 
     loaded = load_checkpoint(checkpoint, use_ema)
-    return _with_weights(follow_config(config, loaded), loaded, drop_path_rate, device, dtype)
+    on = _real_device(device)
+    # On meta nothing is initialised only to be overwritten, and a checkpoint that doesn't fit costs nothing.
+    model = build(follow_config(config, loaded), device="meta")
+    load_weights(model, loaded, on, new_heads="num_classes" in changes, adapt_channels="in_chans" in changes)
+    return model
 
 
 def load_model(
@@ -122,20 +144,14 @@ def load_model(
     description = read_description(checkpoint)
     if description is None:
         raise ValueError(f"{checkpoint} doesn't say which model it holds: name it to create_model")
-    return _with_weights(description.config, load_checkpoint(checkpoint), 0.0, device, dtype)
-
-
-def _with_weights(
-    config: DeiTConfig,
-    checkpoint: Checkpoint,
-    drop_path_rate: float,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> VisionTransformer:
-    device = torch.get_default_device() if device is None else torch.device(device)
-    if device.type == "meta":
-        raise ValueError("a checkpoint can't be loaded on the meta device; give a real one, or no checkpoint")
-    # On meta nothing is initialised only to be overwritten, and a checkpoint that doesn't fit costs nothing.
-    model = VisionTransformer(config, drop_path_rate=drop_path_rate, device="meta", dtype=dtype)
-    load_weights(model, checkpoint, device)
+    on = _real_device(device)
+    model = VisionTransformer(description.config, device="meta", dtype=dtype)
+    load_weights(model, load_checkpoint(checkpoint), on)
     return model
+
+
+def _real_device(device: torch.device | str | None) -> torch.device:
+    found = torch.get_default_device() if device is None else torch.device(device)
+    if found.type == "meta":
+        raise ValueError("a checkpoint can't be loaded on the meta device; give a real one, or no checkpoint")
+    return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast import ops
-from deit_fast.nn import parts
+from deit_fast.nn import guards, parts
 from deit_fast.nn.layer_scale import gamma_of
 from deit_fast.nn.parts import Part
 
@@ -115,6 +115,15 @@ def _draw_scale(drop_path: Part | None, x: Tensor, projection: Part, layer_scale
     if keep_prob > 0.0 and drop_path.scale_by_keep:
         scale.div_(keep_prob)
     return scale
+
+
+def can_draw_ahead(blocks: Sequence[Part]) -> bool:
+    """Whether `drawn_ahead` draws for `blocks` what their calls would: all are fused, and each is used once."""
+    return (
+        not torch.compiler.is_compiling()
+        and len(set(blocks)) == len(blocks)
+        and all(parts.unfusable(b, parts.BLOCKS) is None and guards.block_unfusable(b) is None for b in blocks)
+    )
 
 
 @contextmanager

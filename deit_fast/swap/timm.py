@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import timm
-import torch
 from timm.layers import DropPath, LayerScale, activations
 from timm.layers import LayerNorm as StockLayerNorm
 from timm.layers import Mlp as StockMlp
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from deit_fast.nn import code, guards, options, parts
-from deit_fast.nn.drop_path import drawn_ahead
+from deit_fast.nn.drop_path import can_draw_ahead, drawn_ahead
 from deit_fast.nn.forward import (
     attention_forward,
     block_forward,
@@ -222,14 +221,7 @@ def _logits(model: Part, x: Tensor, attn_mask: Tensor | None = None, is_causal: 
 
 def _drawn_ahead(model: Part, x: Tensor) -> AbstractContextManager:
     blocks = list(model.blocks)
-    if (
-        options.compact(model)
-        and model.training
-        and not model.grad_checkpointing
-        and not torch.compiler.is_compiling()
-        and len(set(blocks)) == len(blocks)
-        and all(parts.unfusable(b, parts.BLOCKS) is None and guards.block_unfusable(b) is None for b in blocks)
-    ):
+    if options.compact(model) and model.training and not model.grad_checkpointing and can_draw_ahead(blocks):
         return drawn_ahead(blocks, x)
     return nullcontext()
 

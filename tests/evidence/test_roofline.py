@@ -113,3 +113,9 @@ def test_what_others_measured_is_within_the_bound_of_the_same_model(size):
 def test_the_committed_page_is_what_the_script_writes():
     """After a change: `python -m evidence.roofline`."""
     assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_images_of_any_shape_cost_what_their_patches_do() -> None:
+    square = get_config("deit_tiny_patch16_224")
+    wide = replace(square, img_size=(112, 448))  # as many patches, and as many pixels
+    assert calls(wide, training=True) == calls(square, training=True)

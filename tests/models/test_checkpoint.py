@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deit_fast.models import VisionTransformer, create_model
+from deit_fast.models import DeiTConfig, VisionTransformer, create_model
 from deit_fast.models.checkpoint import follow_config, load_checkpoint, load_weights
+from deit_fast.models.description import to_metadata
 from deit_fast.models.key_maps import to_timm_names
 
 TINY, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
@@ -216,8 +217,99 @@ def test_another_number_of_classes_is_an_error_that_says_what_to_pass(tmp_path, 
         "  misshapen: head.weight, expected (1000, 192), found (10, 192)",
         "  misshapen: head_dist.bias, expected (1000,), found (10,)",
         "  misshapen: head_dist.weight, expected (1000, 192), found (10, 192)",
-        "Its head has 10 classes, the model 1000: pass num_classes=10, or num_classes=0 for no head",
+        "Its head has 10 classes, the model 1000: pass num_classes=10, num_classes=1000 for new heads, "
+        "or num_classes=0 for none",
     ]
+
+
+@pytest.mark.parametrize("classes", [7, 1000])
+def test_a_given_number_of_classes_starts_new_heads_and_says_so(classes, tmp_path, timm_model):
+    stock = timm_model(DISTILLED, depth=12)
+    path = tmp_path / "x.pth"
+    torch.save(stock.state_dict(), path)
+    with pytest.warns(UserWarning, match=rf"x\.pth: heads of 10 classes are left out; .* of {classes} classes"):
+        model = create_model(DISTILLED, num_classes=classes, img_size=64, checkpoint=path)
+    expected = stock.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.equal(tensor, expected[name]), name
+    for head in model.get_classifier():
+        assert head.weight.shape == (classes, 192) and not head.bias.any()
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [logits.shape for logits in model.train()(torch.zeros(1, 3, 64, 64))] == [(1, classes)] * 2
+
+
+def test_a_checkpoint_without_heads_gets_new_ones_where_a_number_is_given(tmp_path, transformers_model):
+    transformers_model("DeiTModel", num_hidden_layers=12).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="It has no head: pass num_classes=1000 for new heads, or num_classes=0"):
+        create_model(DISTILLED, img_size=64, checkpoint=tmp_path)
+    with pytest.warns(UserWarning, match="has no heads; the model's, of 5 classes, start at random"):
+        model = create_model(DISTILLED, num_classes=5, img_size=64, checkpoint=tmp_path)
+    assert [head.out_features for head in model.get_classifier()] == [5, 5]
+
+
+def test_one_classifier_of_other_classes_makes_room_for_two_new_heads(tmp_path, transformers_model):
+    transformers_model("DeiTForImageClassification", num_hidden_layers=12).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="heads of 10 classes are left out"):
+        create_model(DISTILLED, num_classes=5, img_size=64, checkpoint=tmp_path)
+    # Beside a head that is trained, one at random would spoil the mean of both.
+    with pytest.raises(ValueError, match=r"missing: head_dist\.weight"):
+        create_model(DISTILLED, num_classes=10, img_size=64, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("name", [TINY, DISTILLED, "deit3_small_patch16_224"])
+@pytest.mark.parametrize("change", [{"img_size": (48, 80)}, {"img_size": (96, 32)}, {"in_chans": 1}, {"in_chans": 5}])
+def test_other_images_adapt_a_checkpoint_as_timm_does(name, change, tmp_path, timm_model):
+    timm = pytest.importorskip("timm")
+    torch.save(timm_model(name, depth=12).state_dict(), tmp_path / "x.pth")
+    change = {"img_size": 64, "num_classes": 10} | change
+    source = {"file": str(tmp_path / "x.pth"), "num_classes": 10, "input_size": (3, 64, 64)}
+    stock = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, **change).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the heads fit
+        model = create_model(name, checkpoint=tmp_path / "x.pth", **change).eval()
+    for key, tensor in stock.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+    assert_same_logits(model, stock, torch.randn(2, *model.config.input_size))
+
+
+def test_as_many_positions_are_kept_and_that_is_said(tmp_path, load, timm_model):
+    stock = timm_model(TINY)
+    torch.save(stock.state_dict(), tmp_path / "x.pth")
+    with pytest.warns(UserWarning, match=r"x\.pth doesn't say .* its 16 positions .* \(128, 32\) .* of 4 x 4 patches"):
+        model = load(tmp_path / "x.pth", img_size=(128, 32))
+    assert torch.equal(model.pos_embed, stock.pos_embed)
+
+
+def test_a_folder_says_which_grid_its_positions_have(tmp_path, load, transformers_model):
+    layers = pytest.importorskip("timm.layers")
+    stock = transformers_model("ViTForImageClassification", image_size=[128, 32])
+    stock.save_pretrained(tmp_path)
+    positions = stock.vit.embeddings.position_embeddings
+    for img_size, grid in (((128, 32), [8, 2]), (64, [4, 4]), (32, [2, 2])):
+        expected = layers.resample_abs_pos_embed(positions, grid, [8, 2])
+        assert torch.equal(load(tmp_path, img_size=img_size).pos_embed, expected)
+
+
+def test_a_file_that_describes_its_model_says_which_grid_its_positions_have(tmp_path, load, timm_model):
+    layers = pytest.importorskip("timm.layers")
+    stock = timm_model(TINY, img_size=(128, 32))
+    described = DeiTConfig(embed_dim=192, depth=2, num_heads=3, img_size=(128, 32), num_classes=10)
+    save_file(stock.state_dict(), tmp_path / "x.safetensors", metadata=to_metadata(described))
+    expected = layers.resample_abs_pos_embed(stock.pos_embed, [4, 4], [8, 2])
+    assert torch.equal(load(tmp_path / "x.safetensors").pos_embed, expected)
+
+
+def test_channels_adapt_where_a_number_is_given_and_are_an_error_where_not(tmp_path, timm_model):
+    stock, path = timm_model(TINY, depth=12, in_chans=1), tmp_path / "x.pth"
+    torch.save(stock.state_dict(), path)
+    with pytest.raises(ValueError, match=r"misshapen: patch_embed\.proj\.weight, expected \(192, 3, 16, 16\)"):
+        create_model(TINY, num_classes=10, img_size=64, checkpoint=path)
+    model = create_model(TINY, num_classes=10, img_size=64, in_chans=3, checkpoint=path).eval()
+    grey = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(grey.expand(-1, 3, -1, -1)), stock(grey), rtol=1e-4, atol=1e-4)
 
 
 def test_no_classes_leaves_the_heads_of_the_checkpoint_out(tmp_path, load, timm_model, images):

@@ -78,6 +78,44 @@ def test_without_classes_the_model_returns_features(small_config, images):
     torch.testing.assert_close(model(images), model.forward_features(images)[:, 0])
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("classes", [5, 0])
+def test_the_classifier_is_reset_as_timms(name, classes, small_config, timm_model, images):
+    stock = timm_model(name)
+    model = VisionTransformer(small_config(name), dtype=torch.float32).eval()
+    model.load_state_dict(stock.state_dict())
+    for each in (model, stock):
+        torch.manual_seed(0)
+        each.reset_classifier(classes)
+    heads, theirs = model.get_classifier(), stock.get_classifier()
+    assert isinstance(heads, tuple) is isinstance(theirs, tuple) is ("distilled" in name)
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        assert not head.training
+    assert {k: v.sum() for k, v in model.state_dict().items()} == {k: v.sum() for k, v in stock.state_dict().items()}
+    assert model.config.num_classes == classes
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), stock(images), rtol=1e-4, atol=1e-4)
+
+
+def test_new_classifiers_have_the_models_mode_and_dtype(small_config):
+    model = VisionTransformer(small_config("deit_tiny_distilled_patch16_224"), dtype=torch.bfloat16).train()
+    model.reset_classifier(5, "token")
+    assert all(head.training and head.weight.dtype == torch.bfloat16 for head in model.get_classifier())
+    with pytest.raises(ValueError, match=r"global_pool must be 'token'.*got 'avg'"):
+        model.reset_classifier(5, "avg")
+    with pytest.raises(ValueError, match="num_classes must be an integer and at least 0, got -1"):
+        model.reset_classifier(-1)
+    assert model.head.out_features == 5
+
+
+def test_a_last_norm_that_mixes_tokens_sees_every_token(small_config, images):
+    torch.manual_seed(0)
+    model = VisionTransformer(small_config("deit_tiny_patch16_224")).train()
+    model.norm = torch.nn.BatchNorm1d(1 + 16)
+    expected = model.forward_head(model.forward_features(images))
+    torch.testing.assert_close(model(images), expected)
+
+
 def test_initial_weights_follow_the_original_recipe():
     torch.manual_seed(0)
     model = create_model("deit3_small_patch16_224")

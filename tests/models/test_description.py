@@ -1,6 +1,7 @@
 """Checkpoints that say which model they hold."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,16 @@ def test_a_described_model_comes_back(model, path):
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images), model(images))
     assert next(load_model(path, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+def test_a_model_of_images_that_are_no_squares_comes_back(tmp_path):
+    config = replace(CONFIG, img_size=(16, 8), in_chans=1)
+    model = VisionTransformer(config).eval()
+    save_file(model.state_dict(), tmp_path / "wide.safetensors", metadata=to_metadata(config))
+    loaded = load_model(tmp_path / "wide.safetensors").eval()
+    assert loaded.config == config
+    images = torch.randn(2, 1, 16, 8)
+    assert torch.equal(loaded(images), model(images))
 
 
 def test_other_checkpoints_are_not_described(model, tmp_path):

@@ -7,7 +7,8 @@ from deit_fast.models.registry import get_config
 
 def test_names_are_timms():
     timm = pytest.importorskip("timm")
-    assert list_models() == timm.list_models("deit*")
+    # Whoever imported `deit_fast.timm` in this process has added ours to them.
+    assert list_models() == timm.list_models("deit*", exclude_filters="deit_fast_*")
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -56,6 +57,15 @@ def test_arguments_reach_the_model():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.pos_embed.shape == (1, 1 + 16, 192)
     assert model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("img_size", [(64, 96), (96, 64)])
+def test_images_of_any_shape_reach_the_model(img_size):
+    model = create_model("deit_tiny_patch16_224", num_classes=10, img_size=img_size, in_chans=2).eval()
+    assert model.pos_embed.shape == (1, 1 + 24, 192)
+    assert model(torch.randn(1, 2, *img_size)).shape == (1, 10)
+    with pytest.raises(ValueError, match=rf"\[batch, 2, {img_size[0]}, {img_size[1]}\], got \[1, 2, 80, 80\]"):
+        model(torch.randn(1, 2, 80, 80))
 
 
 def test_a_model_made_on_the_meta_device_takes_weights_later():

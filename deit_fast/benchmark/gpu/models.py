@@ -69,7 +69,7 @@ def model_step(
     model = kind(config, drop_path_rate=DROP_PATH if training else 0.0).to(device, torch.bfloat16).train(training)
     if contender.endswith("compiled"):
         model.compile(dynamic=False)
-    images = torch.randn(batch, config.in_chans, config.img_size, config.img_size, device=device, dtype=torch.bfloat16)
+    images = torch.randn(batch, *config.input_size, device=device, dtype=torch.bfloat16)
     return ModelStep(model, images, torch.randint(config.num_classes, (batch,), device=device))
 
 
@@ -81,8 +81,7 @@ def launch_model(device: torch.device, config: DeiTConfig, batch: int, training:
 
 def _error(model: nn.Module, config: DeiTConfig, device: torch.device) -> float:
     """Of the logits of a few images, relative, against plain PyTorch in float64 on the CPU."""
-    size = (FEW, config.in_chans, config.img_size, config.img_size)
-    images = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(FEW, *config.input_size, generator=torch.Generator().manual_seed(1))
     reference = plain.VisionTransformer(config)
     reference.load_state_dict(model.state_dict())
     training = model.training
