@@ -197,6 +197,9 @@ class TeacherInputs:
     processor, teacher_processor: image processors of transformers' or this library's, or whatever has their
     `image_mean`, `image_std`, `size`, `crop_size` and `do_center_crop`. The normalisation becomes the teacher's, and
     where its size is another, the images are resized (bicubic, with antialiasing).
+
+    Raises:
+        ValueError: the teacher's size is neither height and width nor a shortest edge.
     """
 
     def __init__(self, processor: Any, teacher_processor: Any) -> None:
@@ -209,6 +212,8 @@ class TeacherInputs:
         self.shift = (mean - teacher_mean) / teacher_std
         size = teacher_processor.crop_size if teacher_processor.do_center_crop else teacher_processor.size
         edge = size.get("shortest_edge")
+        if not edge and not (size.get("height") and size.get("width")):
+            raise ValueError(f"the teacher's size must be a height and width, or a shortest edge, got {dict(size)}")
         self.size = (edge, edge) if edge else (size["height"], size["width"])
 
     def __call__(self, pixel_values: Tensor) -> Tensor:

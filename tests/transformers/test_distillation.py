@@ -252,3 +252,9 @@ def test_a_training_step_compiles_whole() -> None:
     assert_close(result, expected)
     assert_same_gradients(gradients(model, result), control)
     torch.compiler.reset()
+
+
+def test_a_teachers_size_that_gives_no_height_and_width_is_refused():
+    other = deit_fast.DeiTImageProcessor(size={"max_height": 48, "max_width": 48}, do_center_crop=False)
+    with pytest.raises(ValueError, match="height and width, or a shortest edge, got"):
+        TeacherInputs(deit_fast.DeiTImageProcessor(), other)
