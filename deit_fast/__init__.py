@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from deit_fast import nn, ops
 from deit_fast.data import DeiTImageProcessor
 from deit_fast.models import create_model, list_models
+from deit_fast.ops.backend import fused_export
 from deit_fast.runtime import graph, tune, warmup
 from deit_fast.swap import CallReport, SwapReport, restore, swap, swapped
 from deit_fast.swap.core import report
@@ -16,6 +17,7 @@ __all__ = [
     "DistillationLoss",
     "SwapReport",
     "create_model",
+    "fused_export",
     "graph",
     "list_models",
     "nn",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import attention as kernels
@@ -26,7 +27,11 @@ def log_sum_exp_dtype(q: Tensor) -> torch.dtype:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0 or _math_is_asked_for(q):
+    if backend.exporting():
+        # Of every device; the log-sum-exp stays in no graph that doesn't read it.
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        _, log_sum_exp = _explicit(q, k, v, scale)
+    elif q.numel() == 0 or k.numel() == 0 or _math_is_asked_for(q):
         out, log_sum_exp = _explicit(q, k, v, scale)
     elif q.device.type == "cpu":
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
@@ -35,7 +40,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
         log_sum_exp = log_sum_exp[..., :tokens]
     else:
         out, log_sum_exp = _explicit(q, k, v, scale)
-    log_sum_exp = log_sum_exp.to(log_sum_exp_dtype(q)).contiguous()
+    log_sum_exp = as_dtype(log_sum_exp, log_sum_exp_dtype(q)).contiguous()
     # Laid out as q in PyTorch's operators.
     return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim).contiguous(), log_sum_exp
 
@@ -69,7 +74,7 @@ def _gradients(
     dtype, wide = q.dtype, product_dtype(q)
     grad, out = (t.view(batch, tokens, heads, head_dim) for t in (grad.contiguous(), out))
     grad, q, k, v, out = (as_dtype(t, wide).transpose(1, 2) for t in (grad, q, k, v, out))
-    if q.device.type == "cpu" and not explicit:
+    if q.device.type == "cpu" and not explicit and not backend.exporting():
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, log_sum_exp, 0.0, False, scale=scale
         )

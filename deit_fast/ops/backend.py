@@ -23,6 +23,8 @@ def _from_environment() -> str | None:
 
 
 _forced: str | None = _from_environment()
+# Whether exported graphs keep our operators.
+_exports_fused = False
 # Fallbacks that have been warned of.
 said: set[str] = set()
 # One for each `fallbacks` block: operators' backwards run in threads of autograd's own, so they belong to none.
@@ -58,9 +60,35 @@ def transparent(tensor: torch.Tensor) -> bool:
     """Whether an operator is nothing but its stock PyTorch form here: on the CPU, unless a backend is forced.
 
     Autograd, Dynamo and subclasses then find what they find in a stock model. Forced to "torch", stock operators stand
-    behind ours, as on a GPU that the kernels can't serve.
+    behind ours, as on a GPU that the kernels can't serve; in a `fused_export` block ours are what is recorded.
     """
-    return _forced is None and tensor.device.type == "cpu"
+    return _forced is None and tensor.device.type == "cpu" and not _exports_fused
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is recording a graph, or decomposing one."""
+    return torch.compiler.is_compiling() and torch.compiler.is_exporting()
+
+
+def exported_as_stock() -> bool:
+    """Whether `torch.export` is recording, and shall find stock operators."""
+    return not _exports_fused and exporting()
+
+
+@contextmanager
+def fused_export() -> Iterator[None]:
+    """Within the block `torch.export` records the fused operators `torch.ops.deit_fast.*` of a model.
+
+    Outside of it an exported graph has stock operators alone, and needs this library nowhere. With the fused ones it
+    runs, and loads, where deit_fast has been imported: on Triton where its tensors are on a GPU.
+    `ExportedProgram.run_decompositions` puts their stock forms in their places.
+    """
+    global _exports_fused
+    previous, _exports_fused = _exports_fused, True
+    try:
+        yield
+    finally:
+        _exports_fused = previous
 
 
 def no_products(weight: torch.Tensor) -> str | None:

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from deit_fast.kernels import drop_path as kernels
 from deit_fast.ops import checks
 from deit_fast.ops.arguments import PerSample
-from deit_fast.ops.backend import use_triton
+from deit_fast.ops.backend import exporting, use_triton
 from deit_fast.ops.examples import Example, Inputs, Size
 from deit_fast.ops.operator import Operator
 
@@ -31,7 +31,7 @@ class _KeepSamples(Operator):
     def stock(drop_path_scale: PerSample) -> Tensor:
         dropped = drop_path_scale == 0
         order = dropped.to(torch.uint8).argsort(stable=True)
-        return torch.cat((len(dropped) - dropped.sum(0, keepdim=True), order)).to(torch.int32)
+        return torch.cat((dropped.shape[0] - dropped.sum(0, keepdim=True), order)).to(torch.int32)
 
     def check(self, a: Any) -> None:
         checks.floating(self.name, "drop_path_scale", a.drop_path_scale)
@@ -123,16 +123,16 @@ def filled(packed: Tensor, kept: Tensor | None) -> Tensor:
         return packed
     if _reads_count(kept):
         return packed[: int(kept[0])]
-    is_kept = torch.arange(len(packed), device=kept.device) < kept[0]
+    is_kept = torch.arange(packed.shape[0], device=kept.device) < kept[0]
     return packed.where(is_kept.view(-1, *[1] * (packed.ndim - 1)), 0)
 
 
 def with_room(packed: Tensor, capacity: int) -> Tensor:
     """`packed`, with room for `capacity` samples."""
-    if len(packed) == capacity:
+    if packed.shape[0] == capacity:
         return packed
     roomy = packed.new_empty((capacity, *packed.shape[1:]))
-    roomy[: len(packed)] = packed
+    roomy[: packed.shape[0]] = packed
     return roomy
 
 
@@ -141,8 +141,8 @@ def scatter(packed: Tensor, kept: Tensor | None, batch: int) -> Tensor:
     if kept is None:
         return packed
     full = packed.new_zeros((batch, *packed.shape[1:]))
-    return full.index_copy_(0, kept[1 : 1 + len(packed)].long(), filled(packed, kept))
+    return full.index_copy_(0, kept[1 : 1 + packed.shape[0]].long(), filled(packed, kept))
 
 
 def _reads_count(kept: Tensor) -> bool:
-    return kept.is_cpu
+    return kept.is_cpu and not exporting()

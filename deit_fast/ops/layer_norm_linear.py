@@ -63,7 +63,7 @@ class _LayerNormLinearBackward(BackwardOperator):
 
         `residual_grad`, of what went past them, is added to x's.
         """
-        batch, x = x.shape[0], drop_path.gather(x, kept, len(grads[0]))
+        batch, x = x.shape[0], drop_path.gather(x, kept, grads[0].shape[0])
         need_norm, need_weights, need_biases = needs[:3], needs[3 : 3 + len(weights)], needs[3 + len(weights) :]
         dtype = product_dtype(weights[0])
         wide = torch.promote_types(dtype, torch.float32)

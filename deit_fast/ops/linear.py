@@ -38,13 +38,14 @@ def stock_residual(
     if layer_scale is not None:
         branch = branch * layer_scale
     if drop_path_scale is not None:
-        branch = branch * drop_path.gather(drop_path_scale, kept, len(branch)).view(-1, *[1] * (branch.ndim - 1))
+        factors = drop_path.gather(drop_path_scale, kept, branch.shape[0])
+        branch = branch * factors.view(-1, *[1] * (branch.ndim - 1))
     if kept is None:
         in_place = branch.dtype is torch.promote_types(residual.dtype, branch.dtype)
         return branch.add_(residual) if in_place else (residual + branch).contiguous()
     dtype = torch.promote_types(residual.dtype, branch.dtype)
     stream = residual.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return stream.index_add_(0, kept[1 : 1 + len(branch)], drop_path.filled(branch, kept).to(stream.dtype))
+    return stream.index_add_(0, kept[1 : 1 + branch.shape[0]], drop_path.filled(branch, kept).to(stream.dtype))
 
 
 def residual_dtype(residual: Tensor, weight: Tensor, layer_scale: Tensor | None) -> torch.dtype:

@@ -97,7 +97,7 @@ def stock_distillation(dist_logits: Tensor, teacher_logits: Tensor, distillation
 def _mean_targets(targets: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
     """q [B, C] such that cross-entropy, averaged over the rows that are not ignored, is -Σ q log p."""
     if targets.is_floating_point():
-        return ((1 - label_smoothing) * targets + label_smoothing / classes) / max(len(targets), 1)
+        return ((1 - label_smoothing) * targets + label_smoothing / classes) / max(targets.shape[0], 1)
     kept = targets != _IGNORED
     one_hot = F.one_hot(targets * kept, classes).to(dtype)
     return ((1 - label_smoothing) * one_hot + label_smoothing / classes) * kept[:, None] / kept.sum().clamp(min=1)

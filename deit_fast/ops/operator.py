@@ -112,12 +112,14 @@ class Operator:
         OPERATORS[self.name] = self
 
     def _implement(self) -> None:
-        for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(self.name, lambda *args: route(self, *self.flatten(*args), dispatched=True), key)
+        # Of all backends at once: what has a kernel at a backend's own key is never decomposed.
+        key = "CompositeExplicitAutograd"
+        _LIBRARY.impl(self.name, lambda *args: route(self, *self.flatten(*args), dispatched=True), key)
         _LIBRARY.impl(self.name, lambda *args: self(*args, dispatched=True), "Autograd")
         torch.library.register_fake(f"deit_fast::{self.name}", self._checked_fake, lib=_LIBRARY)
         for device_type in _AUTOCAST_KEYS:
             _LIBRARY.impl(self.name, self._autocast(device_type), _AUTOCAST_KEYS[device_type].name)
+        self.op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(self._decomposed)
         self._apply, self._apply_branching = self._make_functions()
 
     def _make_functions(self) -> tuple[Callable, Any]:
@@ -133,9 +135,12 @@ class Operator:
             # torch.func transforms do not see through Python-registered operators, nor do dual numbers.
             if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
                 return self.stock(*args)
+            if torch.compiler.is_compiling():
+                if backend.exported_as_stock():
+                    return self.stock(*args)
+                if not self.transparent(args):
+                    return self.op(*args)
             if torch._C._is_any_autocast_enabled():
-                return self.op(*args)
-            if torch.compiler.is_dynamo_compiling() and not self.transparent(args):
                 return self.op(*args)
         # Where the dispatcher would go next, without its way through Python.
         if self.transparent(args):
@@ -156,7 +161,7 @@ class Operator:
         x = args[0]
         if (
             not torch.is_grad_enabled()
-            or torch.compiler.is_dynamo_compiling()
+            or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
             or self.transparent(args)
@@ -227,6 +232,12 @@ class Operator:
         a = self.Arguments(*args)
         self.check(a)
         return self.fake(a)
+
+    def _decomposed(self, *args: Any) -> Any:
+        """The stock form for `ExportedProgram.run_decompositions`, whose default table has it; else it stays whole."""
+        # Nobody else puts anything at an autograd key of Python's dispatcher.
+        decomposing = torch._C.DispatchKey.AutogradCPU in self.op.py_kernels
+        return self.stock(*args) if decomposing else NotImplemented
 
     def _autocast(self, device_type: str) -> Callable:
         keys = torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])

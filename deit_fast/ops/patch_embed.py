@@ -143,7 +143,7 @@ class _PatchEmbed(Operator):
         tokens = as_dtype(tokens, weight.dtype).flatten(2).transpose(1, 2)
         if mask is not None and mask_token is not None:
             tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
-        prefix = [t.expand(len(tokens), -1, -1) for t in (cls_token, dist_token) if t is not None]
+        prefix = [t.expand(tokens.shape[0], -1, -1) for t in (cls_token, dist_token) if t is not None]
         if pos_embed is not None and pos_embed.shape[1] == tokens.shape[1]:
             tokens = tokens + pos_embed
             pos_embed = None

@@ -19,6 +19,7 @@ from torch.nn.modules import module as module_globals
 from torch.utils.module_tracker import ModuleTracker
 
 from deit_fast.nn import code
+from deit_fast.ops import backend
 from deit_fast.swap.calls import count
 from deit_fast.swap.copies import RESTORED, Swapped
 
@@ -125,12 +126,21 @@ def _watched(hooks: dict[int, Any]) -> bool:
     return bool(hooks) and any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks.values())
 
 
+def _recorded(call: Any) -> bool:
+    """Whether it is what torch.export puts around torch's own, to record which module it is in."""
+    return (
+        torch.compiler.is_exporting()
+        and getattr(call, "__wrapped__", None) is _MODULE_CALL
+        and code.written_by(call, "torch.fx")
+    )
+
+
 def stock_wanted(x: object) -> str | None:
     """Why this call must run stock code whatever the module is, or None."""
     # torch.fx hands its proxies through.
     if not isinstance(x, Tensor) or torch.jit.is_tracing():
         return "is traced"
-    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+    if backend.exported_as_stock():
         return "is exported"
     if (
         _watched(module_globals._global_forward_hooks)
@@ -139,7 +149,8 @@ def stock_wanted(x: object) -> str | None:
         or module_globals._global_backward_pre_hooks
     ):
         return "hooks watch every module"
-    if Module.__call__ is not _MODULE_CALL or Module._call_impl is not _CALL_IMPL:
+    call = Module.__call__
+    if (call is not _MODULE_CALL and not _recorded(call)) or Module._call_impl is not _CALL_IMPL:
         return "Module.__call__ was replaced"
     if (
         F.scaled_dot_product_attention is not _ATTENTION

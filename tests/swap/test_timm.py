@@ -474,17 +474,6 @@ def test_a_swapped_model_compiles_whole_and_compiled_models_can_be_swapped() -> 
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_graphs_are_stocks(strict) -> None:
-    model, x = vit(), images()
-    with torch.no_grad():
-        stock = model(x)
-        swap(model)
-        program = torch.export.export(model, (x,), strict=strict)
-        assert_close(program.module()(x), stock)
-    assert not any("deit_fast" in str(node.target) for node in program.graph.nodes)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_scripted_and_traced_models_are_stock() -> None:
     model, x = vit(depth=1), images()
