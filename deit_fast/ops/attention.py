@@ -47,10 +47,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 def _math_is_asked_for(q: Tensor) -> bool:
     """Whether `torch.nn.attention.sdpa_kernel` leaves the plain formula alone, which has every derivative."""
-    if torch.compiler.is_dynamo_compiling() or not torch.backends.cuda.math_sdp_enabled():
-        return False
+    return _only_math_is_allowed(on_cpu=q.device.type == "cpu")
+
+
+# Dynamo asks once, as it traces, and so does stock attention.
+@torch.compiler.assume_constant_result
+def _only_math_is_allowed(on_cpu: bool) -> bool:
     sdp = torch.backends.cuda
-    return not (sdp.flash_sdp_enabled() if q.device.type == "cpu" else sdp.mem_efficient_sdp_enabled())
+    return sdp.math_sdp_enabled() and not (sdp.flash_sdp_enabled() if on_cpu else sdp.mem_efficient_sdp_enabled())
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deit_fast.kernels import linear as kernels
 from deit_fast.kernels.layer_norm import unsupported as no_norm
@@ -116,7 +117,7 @@ class _Fc2Residual(Operator):
         kept: Shared | None,
     ) -> Tensor:
         hidden = drop_path.filled(activated, kept)
-        if torch.is_grad_enabled() and pre_activation.requires_grad and not activated.requires_grad:
+        if _differentiable(pre_activation) and not _differentiable(activated):
             # An operator gave it, as data: the way to what went into the activation goes through here.
             hidden = activations.apply(activation, drop_path.filled(pre_activation, kept))
         branch = stock_linear(hidden, weight, bias)
@@ -158,6 +159,13 @@ class _Fc2Residual(Operator):
             **new.branch_scales(),
         }
         yield Example("", {**arguments, "activation": "gelu", "kept": None})
+
+
+def _differentiable(x: Tensor) -> bool:
+    """Whether derivatives go through `x`, backward or forward."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _check_activation(op: str, name: str) -> None:

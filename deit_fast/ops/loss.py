@@ -13,7 +13,7 @@ from deit_fast.kernels import loss as kernels
 from deit_fast.ops import checks
 from deit_fast.ops.arguments import FreeInt, PerSample
 from deit_fast.ops.examples import Example, Inputs, Size
-from deit_fast.ops.operator import Operator
+from deit_fast.ops.operator import Operator, distribute
 
 _OP = "distillation_loss"
 # How `F.cross_entropy` marks labels to leave out.
@@ -114,6 +114,8 @@ class _DistillationLoss(Operator):
 
     name = _OP
     launcher = staticmethod(kernels.distillation_loss)
+    # Read where gradients are to have gradients.
+    saves = ("logits", "dist_logits", "targets", "teacher_logits")
     saves_outputs = (1, 2)
     data = ("targets", "teacher_logits")
     data_outputs = (1, 2)
@@ -171,17 +173,22 @@ class _DistillationLoss(Operator):
     def backward(
         self, a: Any, outputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"deit_fast.{_OP} has no second derivative (backward was called with create_graph=True): "
-                f"write the loss in stock PyTorch for that"
-            )
         grad_loss, *_ = grads
         if grad_loss is None:
             return None, None
+        if torch.is_grad_enabled():
+            return self._differentiable_gradients(a, grad_loss, needs)
         # The saved gradients are float32 and autograd rounds them only after this, so that a loss scale keeps small
         # ones from vanishing.
         return [saved * grad_loss if need else None for saved, need in zip(outputs, needs, strict=True)]
+
+    def _differentiable_gradients(self, a: Any, grad_loss: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """Those of the stock form, computed again: `create_graph=True` asks for a graph of them."""
+        # Of their own, so that no way from one head to the other is counted.
+        heads = a.logits.view_as(a.logits), a.dist_logits.view_as(a.dist_logits)
+        loss, *_ = self.stock(*a._replace(logits=heads[0], dist_logits=heads[1], needs=[False, False]))
+        wanted = [head for head, need in zip(heads, needs, strict=True) if need]
+        return distribute(list(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True)), needs)
 
     def examples(self, size: Size, new: Inputs) -> Iterator[Example]:
         names = ("logits", "dist_logits", "teacher_logits")
@@ -217,7 +224,7 @@ def distillation_loss(
     `ignore_index` are left out of the mean, or soft targets [B, C]. label_smoothing: as in `F.cross_entropy`.
     Computes in float32. The loss has the dtype that the stock formula would give it: that of the logits (promoted with
     soft targets' and a soft teacher's), float32 under autocast.
-    Gradients for the two heads only; second derivatives raise NotImplementedError.
+    Gradients for the two heads only; their own gradients are the stock formula's.
 
     Raises:
         ValueError: shapes, alpha, tau or the type are wrong, or a label is out of range (tensors on the CPU; on a

@@ -36,6 +36,15 @@ def token_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def _lying_as(images: Tensor, gradient: Tensor) -> Tensor:
+    """A convolution takes its own choice of strides; ours are those of the images."""
+    batched = torch._C._functorch
+    # Nobody sees those of batched gradients, which have no copy into what is not batched.
+    if batched.is_batchedtensor(gradient) or batched.is_legacy_batchedtensor(gradient):
+        return gradient
+    return torch.empty_like(images).copy_(gradient)
+
+
 def _flops(images: Tensor, weight: Tensor) -> int:
     """Of one product of all patches with the weight."""
     patches = images.shape[0] * images.shape[2] * images.shape[3] // (weight.shape[2] * weight.shape[3])
@@ -86,14 +95,14 @@ class _PatchEmbedBackward(BackwardOperator):
             dtype, patch = product_dtype(weight), weight.shape[2:]
             pixels = stock_pixels(images, mean, std, weight)
             grid = [images.shape[2] // patch[0], images.shape[3] // patch[1]]
-            of_grid = as_dtype(of_patches, dtype).transpose(1, 2).unflatten(2, grid)
+            # No unflatten: batched gradients have no rule for it.
+            of_grid = as_dtype(of_patches, dtype).transpose(1, 2).reshape(len(images), len(weight), *grid)
             of_pixels, of_weight, _ = torch.ops.aten.convolution_backward(
                 of_grid, as_dtype(pixels, dtype), as_dtype(weight, dtype), None,
                 patch, [0, 0], [1, 1], False, [0, 0], 1, [need_images, need_weight, False],
             )  # fmt: skip
             if need_images:
-                # A convolution takes its own choice; ours lies as the images do.
-                gradients["images"] = torch.empty_like(images).copy_(of_pixels)
+                gradients["images"] = _lying_as(images, of_pixels)
             if need_weight:
                 gradients["weight"] = of_weight.contiguous()
         inputs = (images, weight, bias, pos_embed, cls_token, dist_token, mask_token)

@@ -125,7 +125,7 @@ def _stock_readout_backward(
 ) -> tuple[Tensor, Tensor]:
     normalised, mean, rstd = _normalised(x, eps)
     queries = _affine(absorbed.to(normalised.dtype), norm_weight, None).flatten(1, 2)
-    dsummed, summed = dsummed.flatten(1, 2), summed.flatten(1, 2)
+    dsummed, summed = (t.reshape(queries.shape) for t in (dsummed, summed))
     weights = (queries @ normalised.mT - log_sum_exp.flatten(1).unsqueeze(-1)).exp_()
     dscores = dsummed @ normalised.mT - (dsummed * summed).sum(-1, keepdim=True)
     dscores *= weights
@@ -165,7 +165,7 @@ def _backward(
     gradients: dict[str, Any] = {}
     if need_v:
         weighted = as_dtype(_affine(summed, norm_weight, norm_bias), dtype)
-        gradients["v"] = _weight_gradient(grad.unflatten(-1, (heads, -1)), weighted)
+        gradients["v"] = _weight_gradient(_by_head(grad, heads), weighted)
     if need_v_bias:
         gradients["v_bias"] = grad.sum((0, 1), dtype=wide)
     if need_k_bias and biases[1] is not None:
@@ -177,8 +177,8 @@ def _backward(
         dx, dscaled = readout_backward(x, absorbed, norm_weight, eps, summed, log_sum_exp, dsummed, dtype)
         dabsorbed = as_dtype(_affine(dscaled, norm_weight, None), dtype)
         if need_k:
-            gradients["k"] = _weight_gradient(q.unflatten(-1, (heads, -1)), dabsorbed) * scale
-        dq = _to_heads(dabsorbed.flatten(2), k_by_head.mT, scale).flatten(2)
+            gradients["k"] = _weight_gradient(_by_head(q, heads), dabsorbed) * scale
+        dq = _to_heads(dabsorbed, k_by_head.mT, scale).view(q.shape)
         q_needs = [need_x, need_norm_weight, need_norm_bias, need_q, need_q_bias]
         rows = x[:, : q.shape[1]]
         found = layer_norm_linear_backward(
@@ -190,9 +190,8 @@ def _backward(
             gradients["x"] = dx
             dx[:, : q.shape[1]] += of_rows
         if need_norm_weight:
-            here = torch.einsum("brhd,brhd->d", dweighted, summed)
-            here += torch.einsum("brhd,brhd->d", absorbed.to(wide), dscaled)
-            gradients["norm_weight"] = here + of_norm_weight
+            here = dweighted * summed + absorbed.to(wide) * dscaled
+            gradients["norm_weight"] = here.sum((0, 1, 2)) + of_norm_weight
         if need_norm_bias:
             gradients["norm_bias"] = dweighted.sum((0, 1, 2)) + of_norm_bias
 
@@ -205,11 +204,24 @@ def _backward(
     ]
 
 
+# Neither `flatten` nor `unflatten`: batched gradients have no rule for them.
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, R, H·K] → [B, R, H, K]."""
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def _all_rows(x: Tensor) -> Tensor:
+    """[B, R, …] → [B·R, …]."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
 def _weight_gradient(of_output: Tensor, of_input: Tensor) -> Tensor:
     """Head by head `of_outputᵀ @ of_input`: [B, R, H, K] and [B, R, H, L] → [H·K, L]."""
     dtype = product_dtype(of_input)
-    left, right = (as_dtype(t, dtype).flatten(0, 1).transpose(0, 1) for t in (of_output, of_input))
-    return torch.bmm(left.mT, right).flatten(0, 1)
+    left, right = (_all_rows(as_dtype(t, dtype)).transpose(0, 1) for t in (of_output, of_input))
+    return _all_rows(torch.bmm(left.transpose(1, 2), right))
 
 
 def _launched_backward(*args: Any) -> list[Tensor]:

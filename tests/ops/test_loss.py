@@ -226,13 +226,32 @@ def test_only_the_gradients_asked_for_are_computed(chosen):
 
 @everywhere
 @of_both_kinds
-def test_second_derivatives_are_refused(kind, chosen):
+def test_a_gradient_penalty_has_stocks_gradients(kind, chosen):
+    *heads, targets, teacher = tensors_of(3, 10, torch.float32)
+    found = []
+    for function in (distillation_loss, stock):
+        leaves = [head.detach().requires_grad_() for head in heads]
+        with backend.forced(chosen):
+            # Of one source, as both heads are.
+            loss = function(leaves[0] * leaves[1], leaves[1].sin(), targets, teacher, kind, 0.3, 2.0)
+            penalty = torch.autograd.grad(loss, leaves, create_graph=True)
+            (loss + sum(gradient.square().sum() for gradient in penalty)).backward()
+        found.append([loss, *penalty, *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*found)
+
+
+@everywhere
+@of_both_kinds
+def test_a_frozen_head_has_no_gradient_in_a_graph_of_gradients(kind, chosen):
     tensors = tensors_of(3, 10, torch.float32)
-    tensors[0].requires_grad_()
+    tensors[1].requires_grad_()
     with backend.forced(chosen):
-        loss = distillation_loss(*tensors, kind, 0.5, 1.0)
-        with pytest.raises(NotImplementedError, match="distillation_loss has no second derivative"):
-            torch.autograd.grad(loss, tensors[0], create_graph=True)
+        (plain, with_graph) = (
+            torch.autograd.grad(distillation_loss(*tensors, kind, 0.5, 1.0), tensors[1], create_graph=graph)[0]
+            for graph in (False, True)
+        )
+    torch.testing.assert_close(with_graph, plain)
+    assert with_graph.requires_grad
 
 
 @everywhere

@@ -1,5 +1,8 @@
 """Derivatives beyond the first backward: of gradients, forward-mode, batched. The control is the stock forms alone."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,17 +102,22 @@ def test_third_derivatives_are_stocks(triton_backend) -> None:
     assert_close(*found)
 
 
-# `is_grads_batched` has no rule for views that the backward forms of the two others take.
-BATCHED = [name for name in samples(requires_grad=True) if not name.startswith(("patch_embed", "readout_attention"))]
+def batched_by_autograd(loss: Tensor, inputs: list[Tensor], grads: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs, grads, is_grads_batched=True, retain_graph=True)
+
+
+def batched_by_vmap(loss: Tensor, inputs: list[Tensor], grads: Tensor) -> tuple[Tensor, ...]:
+    return torch.vmap(lambda grad: torch.autograd.grad(loss, inputs, grad, retain_graph=True))(grads)
 
 
 @everywhere
-@pytest.mark.parametrize("name", BATCHED)
-def test_batched_gradients_are_those_one_by_one(name: str, chosen: str | None) -> None:
+@of_every_operator
+@pytest.mark.parametrize("gradients", [batched_by_autograd, batched_by_vmap])
+def test_batched_gradients_are_those_one_by_one(name: str, chosen: str | None, gradients: Callable) -> None:
     arguments, inputs = case(name)
     with backend.forced(chosen):
         loss = loss_of(name, arguments)
-        batched = torch.autograd.grad(loss, inputs, torch.tensor([1.0, -2.0]), is_grads_batched=True, retain_graph=True)
+        batched = gradients(loss, inputs, torch.tensor([1.0, -2.0]))
         single = torch.autograd.grad(loss, inputs)
     for ours, stock in zip(batched, single, strict=True):
         assert_close(ours[0], stock)
@@ -120,9 +128,6 @@ def test_batched_gradients_are_those_one_by_one(name: str, chosen: str | None) -
 @of_every_operator
 def test_forward_mode_gives_the_directional_derivative(name: str, chosen: str | None) -> None:
     arguments, inputs = case(name)
-    if name == "fc2_residual":
-        # `activated` is data: what goes into the activation then has its tangent by the way of gradients alone.
-        inputs = inputs[1:]
     directions = [torch.randn_like(t) for t in inputs]
     with backend.forced(chosen), sdpa_kernel(SDPBackend.MATH):
         found = torch.autograd.grad(loss_of(name, arguments), inputs)
@@ -133,17 +138,40 @@ def test_forward_mode_gives_the_directional_derivative(name: str, chosen: str | 
     torch.testing.assert_close(tangent, expected.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_sdpa_kernel_is_honoured_on_a_cpu() -> None:
+def uses_flash(run: Callable[[], Tensor]) -> bool:
+    with torch.profiler.profile() as profile:
+        run()
+    return any("flash_attention_for_cpu" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sdpa_kernel_is_honoured_on_a_cpu(compiled: bool) -> None:
     qkv = torch.randn(2, 5, 3, 2, 32)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
 
     def stock() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=0.25).transpose(1, 2).flatten(2)
 
-    for allowed, name in ((SDPBackend.MATH, "bmm"), (SDPBackend.FLASH_ATTENTION, "flash_attention_for_cpu")):
-        for run in (stock, lambda: ops.attention([qkv], 0.25)[0]):
-            with sdpa_kernel(allowed), torch.profiler.profile() as profile:
-                torch.testing.assert_close(run(), stock())
-            assert any(name in event.key for event in profile.key_averages())
-            if allowed is SDPBackend.MATH:
-                assert not any("flash_attention_for_cpu" in event.key for event in profile.key_averages())
+    def ours() -> Tensor:
+        return ops.attention([qkv], 0.25)[0]
+
+    expected = stock()
+    for allowed in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        torch._dynamo.reset()
+        runs = [torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run for run in (stock, ours)]
+        with sdpa_kernel(allowed):
+            for run in runs:
+                torch.testing.assert_close(run(), expected)
+            assert [uses_flash(run) for run in runs] == [allowed is SDPBackend.FLASH_ATTENTION] * 2
+
+
+def test_sdpa_kernel_is_honoured_within_what_is_compiled() -> None:
+    qkv = torch.randn(2, 5, 3, 2, 32)
+
+    @partial(torch.compile, backend="aot_eager", fullgraph=True)
+    def run() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return ops.attention([qkv], 0.25)[0]
+
+    torch.testing.assert_close(run(), ops.attention([qkv], 0.25)[0])
+    assert not uses_flash(run)
