@@ -111,7 +111,8 @@ def _draw_scale(drop_path: Part | None, x: Tensor, projection: Part, layer_scale
     if layer_scale is not None:
         dtype = torch.promote_types(dtype, layer_scale.dtype)
     keep_prob = 1 - drop_path.drop_prob
-    scale = torch.empty((x.shape[0],), dtype=dtype, device=x.device).bernoulli_(keep_prob)
+    # Of x, as stock's is of the branch: under vmap each of its samples draws.
+    scale = x.new_empty((x.shape[0],), dtype=dtype).bernoulli_(keep_prob)
     if keep_prob > 0.0 and drop_path.scale_by_keep:
         scale.div_(keep_prob)
     return scale

@@ -25,7 +25,7 @@ def route(operator: "Operator", layout: Layout, flat: tuple, dispatched: bool = 
     layout, flat: the arguments as `Operator.flatten` gives them. dispatched: whether the dispatcher has chosen this.
     """
     if not dispatched and (torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return operator.op(*layout.gather(*flat))
     launches, key = backend.use_triton(flat[0]), None
     if launches:
@@ -37,7 +37,7 @@ def route(operator: "Operator", layout: Layout, flat: tuple, dispatched: bool = 
                 backend.raise_if_not_the_kernels(error, flat[0].device)
                 operator.replayed.drop(key, error)
     args = layout.gather(*flat)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         # Subclasses of Tensor have kernels of their own, and so have tensors without memory.
         if not dispatched and not all(map(_is_plain, flat)):
             return operator.op(*args)

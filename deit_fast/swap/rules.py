@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as module_globals
+from torch.utils._device import DeviceContext
 from torch.utils.module_tracker import ModuleTracker
 
 from deit_fast.nn import code
@@ -135,6 +136,11 @@ def _recorded(call: Any) -> bool:
     )
 
 
+def _overridden(modes: int) -> bool:
+    """Whether a TorchFunctionMode answers for torch's functions; a default device is one that makes tensors alone."""
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
+
+
 def stock_wanted(x: object) -> str | None:
     """Why this call must run stock code whatever the module is, or None."""
     # torch.fx hands its proxies through.
@@ -142,6 +148,9 @@ def stock_wanted(x: object) -> str | None:
         return "is traced"
     if backend.exported_as_stock():
         return "is exported"
+    modes = torch._C._len_torch_function_stack()
+    if modes and _overridden(modes):
+        return "a TorchFunctionMode is active"
     if (
         _watched(module_globals._global_forward_hooks)
         or _watched(module_globals._global_forward_pre_hooks)

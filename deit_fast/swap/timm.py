@@ -93,6 +93,8 @@ parts.add(parts.DROP_PATHS, DropPath)
 parts.add(parts.ACTIVATIONS, activations.GELU, activations.GELUTanh)
 parts.GELUS.update({activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"})
 
+_REFUSED = "images that the projection refuses"
+
 # Patch embedding --------------------------------------------------------------------------------------------------
 
 
@@ -104,10 +106,18 @@ def patch_embed_unfusable(patch_embed: Part) -> str | None:
     return guards.patch_embed_unfusable(patch_embed)
 
 
-def _whole_patches(patch_embed: Part, images: Tensor) -> bool:
-    """Whether stock accepts these images and every pixel belongs to a patch; stock words the errors."""
-    if images.ndim != 4:
+def _projectable(patch_embed: Part, images: Tensor) -> bool:
+    """Whether the projection takes images of this dtype and these channels; stock words the errors."""
+    weight, _ = parts.weight_and_bias(patch_embed._modules["proj"])
+    if images.ndim != 4 or images.shape[1] != weight.shape[1]:
         return False
+    if images.dtype is weight.dtype:
+        return True
+    return images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
+
+
+def _whole_patches(patch_embed: Part, images: Tensor) -> bool:
+    """Whether stock accepts the size of these images and every pixel belongs to a patch."""
     height, width = images.shape[2:]
     if patch_embed.strict_img_size and patch_embed.img_size is not None:
         return (height, width) == tuple(patch_embed.img_size)
@@ -116,9 +126,11 @@ def _whole_patches(patch_embed: Part, images: Tensor) -> bool:
 
 def _patch_embed_call(patch_embed: Part, x: Tensor) -> str | None:
     reason = stock_wanted(x) or patch_embed_unfusable(patch_embed)
-    if reason is None and not _whole_patches(patch_embed, x):
-        return "images of another size, or that leave pixels over"
-    return reason
+    if reason is not None:
+        return reason
+    if not _projectable(patch_embed, x):
+        return _REFUSED
+    return None if _whole_patches(patch_embed, x) else "images of another size, or that leave pixels over"
 
 
 PatchEmbed = register(
@@ -143,6 +155,8 @@ def vision_transformer_unfusable(model: Part) -> str | None:
         return "takes images of any size"
     if model.reg_token is not None:
         return "has register tokens"
+    if model.grad_checkpointing and vision_transformer.checkpoint_seq is not checkpoint_seq:
+        return "timm's checkpoint_seq was replaced"
     if not parts.plain_parameters(model):
         return "has a tensor subclass for a parameter"
     if model.cls_token is not None and not _positions_fit(model, patch_embed):
@@ -166,9 +180,10 @@ def _embedding_call(model: Part, images: Any) -> str | None:
     reason = stock_wanted(images) or vision_transformer_unfusable(model)
     if reason is not None:
         return reason
-    if images.ndim != 4 or tuple(images.shape[2:]) != tuple(model._modules["patch_embed"].img_size):
-        return "images of another size"
-    return None
+    patch_embed = model._modules["patch_embed"]
+    if not _projectable(patch_embed, images):
+        return _REFUSED
+    return None if tuple(images.shape[2:]) == tuple(patch_embed.img_size) else "images of another size"
 
 
 def _reads_more(model: Part) -> str | None:
