@@ -124,7 +124,10 @@ def _watched(hooks: dict[int, Any]) -> bool:
 
     FlopCounterMode is one: it shall count what is computed.
     """
-    return bool(hooks) and any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks.values())
+    return any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks.values())
+
+
+_count_function_modes = torch._C._len_torch_function_stack
 
 
 def _recorded(call: Any) -> bool:
@@ -148,12 +151,12 @@ def stock_wanted(x: object) -> str | None:
         return "is traced"
     if backend.exported_as_stock():
         return "is exported"
-    modes = torch._C._len_torch_function_stack()
+    modes = _count_function_modes()
     if modes and _overridden(modes):
         return "a TorchFunctionMode is active"
     if (
-        _watched(module_globals._global_forward_hooks)
-        or _watched(module_globals._global_forward_pre_hooks)
+        (module_globals._global_forward_hooks and _watched(module_globals._global_forward_hooks))
+        or (module_globals._global_forward_pre_hooks and _watched(module_globals._global_forward_pre_hooks))
         or module_globals._global_backward_hooks
         or module_globals._global_backward_pre_hooks
     ):
