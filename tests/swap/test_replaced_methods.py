@@ -166,6 +166,8 @@ def test_a_replaced_method_of_a_part_is_called(part) -> None:
     deit_fast.swap(model)
     with replaced(part, "forward"):
         assert_close(numbers(model, x), numbers(stock, x))
+    # A sequence has no operator of its own: it is called, and its blocks run on theirs.
+    assert deit_fast.report(model).stock or part is nn.Sequential
     assert_close(numbers(model, x), numbers(stock, x))
 
 
@@ -178,6 +180,9 @@ def test_a_replaced_function_of_torch_is_called(build, name, monkeypatch) -> Non
     old = getattr(F, name)
     monkeypatch.setattr(F, name, lambda *args, **kwargs: 1.5 * old(*args, **kwargs))
     assert_close(numbers(model, x), numbers(stock, x))
+    report = deit_fast.report(model)
+    # A classifier of transformers is stock's around its layers.
+    assert report.stock and not any(calls.fused for name, calls in report.calls.items() if name)
 
 
 @pytest.mark.parametrize("method", ["_pos_embed", "pool", "forward_head"])
@@ -198,6 +203,8 @@ def test_a_replaced_helper_of_timms_model_is_called(method, on, monkeypatch) -> 
         else:
             monkeypatch.setattr(each, method, MethodType(other, each))
     assert_close(numbers(model, x), numbers(stock, x))
+    report = deit_fast.report(model)
+    assert report.stock.keys() == {""} and all(report.calls[f"blocks.{i}"].fused for i in range(len(model.blocks)))
 
 
 def test_a_replaced_attention_is_called_in_a_compiled_model(monkeypatch) -> None:

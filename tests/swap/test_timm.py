@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import deit_fast
 from deit_fast.swap import restore, swap
 from tests.swap.helpers import (
     LoraLinear,
@@ -536,44 +535,6 @@ def test_drop_path_draws_the_masks_of_stock() -> None:
         results.append(block(x))
         swap(block)
     assert_close(results[1], results[0])
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("factor", [3.0, torch.tensor(3.0)], ids=["number", "tensor"])
-def test_a_changed_scale_counts_where_stock_reads_it(factor, fused) -> None:
-    model, x = vit(), images()
-    stock = copy.deepcopy(model)
-    swap(model)
-    for each in (model, stock):
-        for block in each.blocks:
-            block.attn.scale = block.attn.scale * factor
-            block.attn.fused_attn = fused
-    with torch.inference_mode():
-        assert_close(model(x), stock(x))
-    assert bool(deit_fast.report(model).stock) == (isinstance(factor, torch.Tensor) and not fused)
-
-
-def test_pruned_heads_are_stocks() -> None:
-    model, x = vit(), images()
-    stock = copy.deepcopy(model)
-    swap(model)
-    for each in (model, stock):
-        attn = each.blocks[0].attn
-        rows = torch.arange(3 * 192).view(3, 3, 64)[:, :2].flatten()
-        attn.qkv.weight, attn.qkv.bias = nn.Parameter(attn.qkv.weight[rows]), nn.Parameter(attn.qkv.bias[rows])
-        attn.proj.weight = nn.Parameter(attn.proj.weight[:, :128])
-        attn.num_heads, attn.attn_dim = 2, 128
-    with torch.inference_mode():
-        assert_close(model(x), stock(x))
-    assert deit_fast.report(model).stock == {}
-
-
-def test_positions_follow_no_embed_class() -> None:
-    model, x = vit(), images()
-    swap(model)
-    model.no_embed_class = True
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        model(x)
 
 
 def test_another_librarys_class_around_a_swapped_model_is_kept_by_restore() -> None:
