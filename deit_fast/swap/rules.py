@@ -140,8 +140,14 @@ def _recorded(call: Any) -> bool:
 
 
 def _overridden(modes: int) -> bool:
-    """Whether a TorchFunctionMode answers for torch's functions; a default device is one that makes tensors alone."""
-    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
+    """Whether a TorchFunctionMode answers for torch's functions.
+
+    A default device is one that makes tensors alone, and torch.export's own write down what is called.
+    """
+    active = {type(torch._C._get_function_stack_at(i)) for i in range(modes)} - {DeviceContext}
+    if active and torch.compiler.is_exporting():
+        return not all(mode.__module__.startswith(("torch._export.", "torch.fx.")) for mode in active)
+    return bool(active)
 
 
 def stock_wanted(x: object) -> str | None:

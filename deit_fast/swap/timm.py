@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import timm
+import torch
 from timm.layers import DropPath, LayerScale, activations
 from timm.layers import LayerNorm as StockLayerNorm
 from timm.layers import Mlp as StockMlp
