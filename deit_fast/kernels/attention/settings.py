@@ -45,6 +45,9 @@ def attention_backward(head_dim: int, itemsize: int, arch: str) -> tuple[Attenti
     if head_dim > 80 and not is_amd(arch):
         # Split into what TF32 multiplies, 64 rows this wide fit neither in registers nor in shared memory.
         return AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 1)
+    if head_dim == 32 and arch == "sm_120":
+        # 32 keys spill 24 bytes.
+        return AttentionTile(64, 16, 4, 1), AttentionTile(32, 16, 4, 1)
     num_warps = 8 if arch == "sm_100" else 4
     # There 64 keys spill, if only just.
     keys = 32 if arch in MMA_SYNC & SMALL_SHARED_MEMORY else 64
