@@ -1,6 +1,5 @@
 """transformers' Trainer, unchanged."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -120,15 +119,3 @@ def test_teacher_logits_may_be_a_column_of_the_data(tmp_path) -> None:
 def test_labels_that_trainer_takes_away_are_missed(tmp_path) -> None:
     with pytest.warns(UserWarning, match="label_smoothing_factor"):
         trainer(build(CLASSES[1]), tmp_path, label_smoothing_factor=0.1, max_steps=1, save_strategy="no").train()
-
-
-def test_the_documentations_example_runs(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("torchvision")
-    page = (Path(__file__).parents[2] / "docs/usage.md").read_text()
-    block = re.search(r"## Under transformers' names.*?```python\n(.*?)```", page, re.DOTALL)[1]
-    monkeypatch.chdir(tmp_path)
-    for name, class_name in (("teacher", CLASSES[2]), ("student", CLASSES[1])):
-        stock(class_name).save_pretrained(name)
-        transformers.DeiTImageProcessor(size=32, crop_size=32).save_pretrained(name)
-    exec(block, {"photographs": images()})
-    transformers.DeiTForImageClassificationWithTeacher.from_pretrained("distilled")
