@@ -166,7 +166,7 @@ class Counts:
         if ours:
             # Past the mode, which would be off within.
             with _Dispatched(self.run_inside):
-                result = function._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+                result = function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         else:
             result = function(*args, **kwargs)
         self._call = None
