@@ -5,6 +5,7 @@ launcher of its kernels, what autocast casts, what backward needs, its FLOPs and
 instance is what `deit_fast.ops` calls, and what `deit-fast check`, `bench` and `tune` and the tests go through.
 """
 
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,6 +34,14 @@ _batches_gradients = torch._C._dispatch_tls_is_dispatch_key_included
 _VMAP_KEY: Any = torch._C._parse_dispatch_key("VmapMode")
 
 OPERATORS: "dict[str, Operator]" = {}
+
+
+def _keep_whole_in_inductor(op: Any) -> None:
+    """Inductor makes its table of decompositions of export's, and refuses to call an operator that stands there."""
+    inductor = sys.modules.get("torch._inductor.decomposition")
+    if inductor is not None and op in inductor.decompositions:
+        del inductor.decompositions[op]
+        inductor.fast_random_decomps().pop(op, None)
 
 
 class Operator:
@@ -229,6 +238,7 @@ class Operator:
         return layout.gradients(*found)
 
     def _checked_fake(self, *args: Any) -> Any:
+        _keep_whole_in_inductor(self.op)
         a = self.Arguments(*args)
         self.check(a)
         return self.fake(a)
