@@ -268,7 +268,8 @@ def _by_vendor(op: Callable) -> Callable:
         with mock.patch.object(settings, "vendor", lambda *_: True):
             results = op(t)
             outputs = [results] if isinstance(results, Tensor) else list(results)
-            gradients = torch.autograd.grad(outputs, t.leaves, t.cotangents(outputs), allow_unused=True)
+            found = [output for output in outputs if output.requires_grad]  # FC1's activation is data
+            gradients = torch.autograd.grad(found, t.leaves, t.cotangents(found), allow_unused=True)
         return [*(output.detach() for output in outputs), *(each for each in gradients if each is not None)]
 
     call.__name__ = f"{op.__name__}_by_vendor"
