@@ -58,7 +58,7 @@ class DistillationLoss(nn.Module):
     called without gradients. Only "none" may do without one (None).
 
     Labels out of range raise ValueError on the CPU; on a GPU, where looking would wait for it, they make a fused loss
-    NaN. Second derivatives of the fused loss raise NotImplementedError.
+    NaN.
 
     Raises:
         ValueError: an unknown type, alpha outside [0, 1], tau not positive, no teacher.
