@@ -83,6 +83,14 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
+def check_weights(alpha: float, tau: float) -> None:
+    """Of a loss that is made once and called often: raises ValueError before the first call."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha, the weight of the distillation loss, must lie between 0 and 1, got {alpha}")
+    if not tau > 0:
+        raise ValueError(f"tau, the temperature, must be positive, got {tau}")
+
+
 def stock_distillation(dist_logits: Tensor, teacher_logits: Tensor, distillation_type: str, tau: float) -> Tensor:
     """The distillation term of `distillation_loss` in stock PyTorch, in float32 at least: a float16 sum overflows."""
     dtype = _compute_dtype(dist_logits)

@@ -75,10 +75,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         if distillation_type not in DISTILLATION_TYPES:
             raise ValueError(f"distillation_type must be one of {DISTILLATION_TYPES}, got {distillation_type!r}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha, the weight of the distillation loss, must lie between 0 and 1, got {alpha}")
-        if not tau > 0:
-            raise ValueError(f"tau, the temperature, must be positive, got {tau}")
+        ops.check_weights(alpha, tau)
         if teacher_model is None and distillation_type != "none":
             raise ValueError(f"distillation_type={distillation_type!r} needs a teacher_model, got None")
         self.base_criterion = base_criterion

@@ -14,7 +14,7 @@ from transformers.models.deit import modeling_deit
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from deit_fast.ops.loss import distillation_loss, stock_distillation
+from deit_fast.ops.loss import check_weights, distillation_loss, stock_distillation
 from deit_fast.transformers.models import BornSwapped, swapped_class
 
 _IGNORED = -100  # a label that Trainer and cross-entropy leave out
@@ -71,10 +71,7 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
     ) -> None:
         if distillation not in _KINDS:
             raise ValueError(f"distillation must be one of {_KINDS}, got {distillation!r}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha, the weight of the distillation, must lie between 0 and 1, got {alpha}")
-        if not tau > 0:
-            raise ValueError(f"tau, the temperature, must be positive, got {tau}")
+        check_weights(alpha, tau)
         if teacher_classes is not None and len(teacher_classes) != config.num_labels:
             raise ValueError(f"teacher_classes must have {config.num_labels} entries, got {len(teacher_classes)}")
         if teacher is not None:

@@ -19,9 +19,8 @@ LAYER = {"layer_norm_linear": 2, "attention": 1, "linear_residual": 2}
 LAYERS = 2
 
 
-def build(class_name: str = "DeiTForImageClassification", attention: str = "sdpa", **options) -> nn.Module:
-    """A small one: two layers of width 64, 32 pixels, patches of 8."""
-    config_class = transformers.ViTConfig if class_name.startswith("ViT") else transformers.DeiTConfig
+def config(class_name: str = "DeiTForImageClassification", **options) -> transformers.PreTrainedConfig:
+    """Two layers of width 64, 32 pixels, patches of 8, 10 classes."""
     options = {
         "hidden_size": 64,
         "num_hidden_layers": LAYERS,
@@ -32,9 +31,13 @@ def build(class_name: str = "DeiTForImageClassification", attention: str = "sdpa
         "encoder_stride": 8,
         "num_labels": 10,
     } | options
-    config = config_class(**options)
-    config._attn_implementation = attention
-    return randomise(getattr(transformers, class_name)(config)).eval()
+    return (transformers.ViTConfig if class_name.startswith("ViT") else transformers.DeiTConfig)(**options)
+
+
+def build(class_name: str = "DeiTForImageClassification", attention: str = "sdpa", **options) -> nn.Module:
+    asked = config(class_name, **options)
+    asked._attn_implementation = attention
+    return randomise(getattr(transformers, class_name)(asked)).eval()
 
 
 def pixels(batch: int = 2, size: int = 32) -> torch.Tensor:

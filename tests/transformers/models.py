@@ -6,6 +6,7 @@ from torch import nn
 
 import deit_fast.transformers
 from tests.swap.helpers import randomise
+from tests.swap.transformers_models import config
 
 CLASSES = [
     "DeiTModel",
@@ -16,21 +17,6 @@ CLASSES = [
     "ViTForImageClassification",
 ]
 CLASSIFIERS = ["DeiTForImageClassification", "ViTForImageClassification"]
-
-
-def config(class_name: str = "DeiTForImageClassification", **options) -> transformers.PreTrainedConfig:
-    """Two layers of width 64, 32 pixels, patches of 8, 10 classes."""
-    options = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-        "image_size": 32,
-        "patch_size": 8,
-        "encoder_stride": 8,
-        "num_labels": 10,
-    } | options
-    return (transformers.ViTConfig if class_name.startswith("ViT") else transformers.DeiTConfig)(**options)
 
 
 def ours(class_name: str = "DeiTForImageClassification", seed: int = 0, **options) -> nn.Module:
