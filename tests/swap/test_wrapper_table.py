@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.utils import parametrizations
 
+import deit_fast
+from deit_fast.nn import forward
 from deit_fast.swap import restore, swap
 from tests.swap.helpers import LoraLinear, randomise
 
@@ -24,12 +27,21 @@ FAR = {"float32": 2e-5, "autocast": 3e-2}
 Call = Callable[[Tensor], Tensor]
 
 
+_GRAPHS: list[torch.fx.GraphModule] = []
+
+
+def noted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    """A compiler that keeps what it is given in _GRAPHS."""
+    _GRAPHS.append(graph)
+    return aot_eager(graph, inputs)
+
+
 def compiled(model: nn.Module) -> Call:
-    return torch.compile(model, backend="aot_eager")
+    return torch.compile(model, backend=noted)
 
 
 def compiled_whole(model: nn.Module) -> Call:
-    return torch.compile(model, backend="aot_eager", fullgraph=True)
+    return torch.compile(model, backend=noted, fullgraph=True)
 
 
 def exported(model: nn.Module) -> Call:
@@ -145,12 +157,24 @@ def wrapped(name: str, model: nn.Module, order: str) -> Call:
     return call
 
 
+def ran_fused(name: str, call: Call, model: nn.Module) -> bool:
+    """Whether anything that was swapped ran on the operators."""
+    if name.startswith("compiled"):
+        nodes = [node for graph in _GRAPHS for node in graph.graph.nodes]
+        return any(forward.__file__ in (node.stack_trace or "") for node in nodes)
+    ran = call.module if name == "averaged" else model
+    return any(calls.fused for calls in deit_fast.report(ran).calls.values())
+
+
 def numbers(name: str, order: str, training: bool, precision: str) -> list[Tensor]:
     """The logits; in training the gradients, too, in the order of the parameters."""
+    _GRAPHS.clear()
     model = vit(training)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"), torch.set_grad_enabled(training):
         call = wrapped(name, model, order)
         logits = call(X)
+    # Exported programs are stock's; what was restored has nothing swapped.
+    assert ran_fused(name, call, model) == (order in ORDERS[:2] and name != "exported")
     if not training:
         return [logits.float()]
     logits.float().square().sum().backward()

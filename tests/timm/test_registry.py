@@ -84,6 +84,7 @@ def test_each_option_of_a_timm_model_gives_its_numbers(options, size):
     images = torch.randn(2, options.get("in_chans", 3), size, size)
     with torch.no_grad():
         torch.testing.assert_close(twin(images), stock(images), rtol=0, atol=2e-5)
+    assert deit_fast.report(twin).calls["blocks.0"].fused == 1
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
