@@ -1,6 +1,7 @@
 """`deit-fast run`: a script as Python runs it, its models swapped."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_the_model_is_swapped_and_answers_as_it_does_without(script, tmp_path):
     assert "VisionTransformerDistilled: 13 modules swapped\n" in done.stderr
     calls = done.stderr.partition("calls of VisionTransformerDistilled")[2]
     assert "blocks.0-1 " in calls
+    assert re.search(r"^\(model\) +VisionTransformerDistilled +1 +1 +0$", calls, re.MULTILINE), "it ran on stock code"
 
 
 def test_one_line_says_what_was_swapped(script, tmp_path):
