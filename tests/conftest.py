@@ -37,13 +37,14 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_kernel_has_failed() -> Iterator[None]:
-    """What failed in one test is tried anew, and warned of, in the next."""
+def nothing_is_remembered() -> Iterator[None]:
+    """What failed in one test is tried anew, and warned of, in the next; no report tells of an earlier test."""
     yield
     backend = sys.modules.get("deit_fast.ops.backend")
     if backend is not None:
         backend.failed.clear()
         backend._warned.clear()
+        backend.by_vendor.clear()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from deit_fast.check.operator_calls import operator_calls
 from deit_fast.check.saved_bytes import saved_bytes
 from deit_fast.kernels.launching import tuned
 from deit_fast.ops import backend
+from deit_fast.swap.core import report as call_report
 
 # Of images, for what is checked and counted, and need not be timed.
 FEW = 2
@@ -123,6 +124,7 @@ def _measure(
             before = _allocated(device)
             model = contender.prepare(case, device)
             row.error = check(contender, model, case, device)
+            row.fallbacks += stock_calls(model)
             count(row, contender, case)
             steps[contender.name] = TimedStep(model, case, device, case.batch, contender.tuned)
             own_bytes[contender.name] = _allocated(device) - before
@@ -181,6 +183,12 @@ def check(contender: Contender, model: nn.Module, case: ModelCase, device: torch
     error, allowed = (relative_error(logits, expected) for logits in (found, of_stock))
     refuse_wrong(error, allowed, DTYPES[case.amp or case.dtype], "model")
     return error
+
+
+def stock_calls(model: nn.Module) -> list[str]:
+    """Where a swapped model's stock code has run, and why."""
+    reasons = call_report(model).stock
+    return [f"{name or '(model)'} ran as stock: {reason}" for name, reason in reasons.items()]
 
 
 def _stock(contender: Contender, model: nn.Module, case: ModelCase) -> nn.Module:

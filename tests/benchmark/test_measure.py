@@ -10,8 +10,9 @@ from torch._dynamo.testing import CompileCounter
 
 from deit_fast.benchmark import measure as module
 from deit_fast.benchmark.contenders import CONTENDERS, Contender, ModelCase, recipe_drop_path
-from deit_fast.benchmark.measure import measure
+from deit_fast.benchmark.measure import measure, stock_calls
 from deit_fast.ops import backend
+from deit_fast.swap import swap
 
 CPU = torch.device("cpu")
 CASE = ModelCase("deit_tiny_distilled_patch16_224", batch=3, img_size=32)
@@ -310,3 +311,15 @@ def test_where_stock_operators_answer_the_row_says_so(monkeypatch):
             "deit_fast.attention: no kernel for it; using the stock PyTorch operators",
             "deit_fast.mlp: its kernels failed (no such GPU); using the stock PyTorch operators",
         ]
+
+
+def test_where_a_swapped_model_runs_as_stock_the_row_says_so():
+    from timm.models.vision_transformer import Block
+
+    model = nn.Sequential(Block(32, 1))
+    swap(model)
+    model(torch.randn(1, 3, 32))
+    assert stock_calls(model) == []
+    model[0].attn.register_forward_hook(lambda *_: None)
+    model(torch.randn(1, 3, 32))
+    assert stock_calls(model)[0] == "0 ran as stock: attn has a hook"

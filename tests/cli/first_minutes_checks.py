@@ -16,8 +16,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 from triton.compiler.compiler import ASTSource
 
 from deit_fast.benchmark import clock, peaks, profile, tune
@@ -29,6 +27,7 @@ from deit_fast.check.workers import run_tasks_here
 from deit_fast.cli.main import main as deit_fast
 from deit_fast.models.registry import get_config
 from deit_fast.ops import backend
+from tests.support.cuda_as_cpu import cuda_as_cpu
 
 NAME = "sm_90"
 # What would need an extra.
@@ -55,16 +54,6 @@ def graph_seconds(call) -> float:
 
 class Graph:
     def replay(self) -> None: ...
-
-
-class OnTheCpu(TorchFunctionMode):
-    """Where a GPU is asked for, the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(
-            torch.device, lambda device: torch.device("cpu") if device.type == "cuda" else device, (args, kwargs or {})
-        )
-        return function(*args, **kwargs)
 
 
 def small() -> steps.Scope:
@@ -114,7 +103,7 @@ def a_gpu():
         stack.enter_context(mock.patch.object(steps, "OPS", ("linear_residual", "attention")))
         stack.enter_context(mock.patch.dict(sys.modules, dict.fromkeys(ABSENT)))
         stack.enter_context(backend.forced("triton"))
-        stack.enter_context(OnTheCpu())
+        stack.enter_context(cuda_as_cpu())
         yield
 
 

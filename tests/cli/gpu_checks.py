@@ -16,8 +16,6 @@ from unittest import mock
 
 import timm
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 from triton.runtime import jit
 
 from deit_fast.benchmark import clock, measure, operators, peaks, tasks
@@ -27,6 +25,7 @@ from deit_fast.cli.main import main as deit_fast
 from deit_fast.kernels import mlp
 from deit_fast.kernels.launching import hardware
 from deit_fast.ops import backend
+from tests.support.cuda_as_cpu import cuda_as_cpu
 
 CASE = ["--models", "deit_tiny_distilled_patch16_224", "--img-size", "32", "--batch", "2", "--dtype", "bfloat16"]
 # As the stand-in for the driver names its device; as a GPU is called, which no file can be.
@@ -35,16 +34,6 @@ PEAK = 12345
 PEERS = "timm;timm, compiled max-autotune;deit_fast;deit_fast, tuned;deit_fast, CUDA graphs"
 # Rows of linear_kernel's tiles that spill, and that compute something else.
 SPILLS, WRONG = 16, 64
-
-
-class OnTheCpu(TorchFunctionMode):
-    """Where a GPU is asked for, the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(
-            torch.device, lambda device: torch.device("cpu") if device.type == "cuda" else device, (args, kwargs or {})
-        )
-        return function(*args, **kwargs)
 
 
 def zeroed(allocate):
@@ -163,7 +152,7 @@ def a_gpu(modes: list):
         stack.enter_context(backend.forced("triton"))
         for name in ("empty", "empty_like"):
             stack.enter_context(mock.patch.object(torch, name, zeroed(getattr(torch, name))))
-        stack.enter_context(OnTheCpu())
+        stack.enter_context(cuda_as_cpu())
         yield
 
 
