@@ -1,6 +1,7 @@
 """The dispatcher operators `torch.ops.deit_fast.*` and the functions to call them by."""
 
-from deit_fast.ops.attention import attention
+from deit_fast.ops.attention import attend, attention
+from deit_fast.ops.block import AttentionHalf, MlpHalf, transformer_block
 from deit_fast.ops.drop_path import keep_samples, known_count
 from deit_fast.ops.feed_forward import fc2_residual, layer_norm_fc1, layer_norm_fc1_branching
 from deit_fast.ops.layer_norm import add_layer_norm, layer_norm
@@ -12,7 +13,10 @@ from deit_fast.ops.patch_embed import patch_embed
 from deit_fast.ops.readout import readout_attention
 
 __all__ = [
+    "AttentionHalf",
+    "MlpHalf",
     "add_layer_norm",
+    "attend",
     "attention",
     "distillation_loss",
     "fc2_residual",
@@ -29,4 +33,5 @@ __all__ = [
     "mlp_fits",
     "patch_embed",
     "readout_attention",
+    "transformer_block",
 ]

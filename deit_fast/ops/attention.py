@@ -228,7 +228,7 @@ class _Attention(Operator):
         yield Example("separate q, k, v", {"qkv": separate, "scale": size.scale, "kept": None})
 
 
-_attention = _Attention()
+softmax_attention = _Attention()
 
 
 def attention(qkv: Sequence[Tensor], scale: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -241,4 +241,20 @@ def attention(qkv: Sequence[Tensor], scale: float, kept: Tensor | None = None) -
     Kernels for d = 32, 64, 80, 96, 128; other head widths use the stock operator.
     With `kept` (`keep_samples`) for the kept samples alone: everything is packed.
     """
-    return _attention(qkv, scale, kept)
+    return softmax_attention(qkv, scale, kept)
+
+
+def attend(projected: Sequence[Tensor], heads: int, softmax_scale: float, kept: Tensor | None = None) -> Tensor:
+    """Attention before the output projection, from packed qkv [B, N, 3·H·d] or from q, k, v [B, N, H·d].
+
+    Returns [B, N, H·d]; with `kept`, packed as `projected` is.
+    """
+    return attention(by_head(projected, heads), softmax_scale, kept)[0]
+
+
+def by_head(projected: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """Projections as `attention` takes them."""
+    batch, tokens, width = projected[0].shape
+    if len(projected) == 1:
+        return [projected[0].view(batch, tokens, 3, heads, width // (3 * heads))]
+    return [each.view(batch, tokens, heads, width // heads) for each in projected]

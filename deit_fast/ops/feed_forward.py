@@ -174,8 +174,8 @@ def _check_activation(op: str, name: str) -> None:
         raise ValueError(f"deit_fast.{op}: without an activation call layer_norm_linear and linear_residual")
 
 
-_layer_norm_fc1 = _LayerNormFc1()
-_fc2_residual = _Fc2Residual()
+normalised_fc1 = _LayerNormFc1()
+residual_fc2 = _Fc2Residual()
 
 
 def layer_norm_fc1(
@@ -197,7 +197,7 @@ def layer_norm_fc1(
     With `kept` (`keep_samples`) for the kept samples of x [B, ...] alone: packed, with room for `capacity` samples
     (by default for all where the count must not be read).
     """
-    return _layer_norm_fc1(*_fc1_arguments(x, norm_weight, norm_bias, eps, weight, bias, activation, kept, capacity))
+    return normalised_fc1(*_fc1_arguments(x, norm_weight, norm_bias, eps, weight, bias, activation, kept, capacity))
 
 
 def layer_norm_fc1_branching(
@@ -213,7 +213,7 @@ def layer_norm_fc1_branching(
 ) -> tuple[Sequence[Tensor], Tensor]:
     """`layer_norm_fc1`, and x for the residual that goes past it, as `layer_norm_linear_branching` gives it."""
     arguments = _fc1_arguments(x, norm_weight, norm_bias, eps, weight, bias, activation, kept, capacity)
-    return _layer_norm_fc1.branching(*arguments)
+    return normalised_fc1.branching(*arguments)
 
 
 def _fc1_arguments(
@@ -252,6 +252,6 @@ def fc2_residual(
     """
     if activated.dtype is not weight.dtype:
         checks.same_dtype("fc2_residual", activated, weight)
-    return _fc2_residual(
+    return residual_fc2(
         pre_activation, activated, weight, bias, residual, layer_scale, drop_path_scale, activation, kept
     )

@@ -273,7 +273,7 @@ class _LinearResidual(Operator):
             yield Example(title, arguments, inference)
 
 
-_linear_residual = _LinearResidual()
+residual_linear = _LinearResidual()
 
 
 def linear_residual(
@@ -294,4 +294,4 @@ def linear_residual(
     """
     if x.dtype is not weight.dtype:
         checks.same_dtype("linear_residual", x, weight)
-    return _linear_residual(x, weight, bias, residual, layer_scale, drop_path_scale, kept)
+    return residual_linear(x, weight, bias, residual, layer_scale, drop_path_scale, kept)

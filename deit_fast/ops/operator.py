@@ -28,10 +28,11 @@ _AUTOCAST_KEYS = {
     "cpu": torch._C.DispatchKey.AutocastCPU,
     "cuda": torch._C.DispatchKey.AutocastCUDA,
 }
+_AUTOCAST_KEY_SETS = {device_type: torch._C.DispatchKeySet(key) for device_type, key in _AUTOCAST_KEYS.items()}
 
-# Within `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own.
-_batches_gradients = torch._C._dispatch_tls_is_dispatch_key_included
 _VMAP_KEY: Any = torch._C._parse_dispatch_key("VmapMode")
+# Whether it is within `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own.
+batches_gradients = partial(torch._C._dispatch_tls_is_dispatch_key_included, _VMAP_KEY)
 
 OPERATORS: "dict[str, Operator]" = {}
 
@@ -180,7 +181,7 @@ class Operator:
             layout, flat = self.flatten(*args)
             *outputs, x = self._apply_branching(layout, *flat)
         else:
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[x.device.type])):
+            with _autocast_off(x.device.type):
                 layout, flat = self.flatten(*self.cast(args, torch.get_autocast_dtype(x.device.type)))
                 *outputs, x = self._apply_branching(layout, *flat)
         return outputs, x
@@ -199,7 +200,7 @@ class Operator:
         """The arguments as autocast to `dtype` wants them."""
         cast = list(args)
         for i in self._casts:
-            cast[i] = _cast(cast[i], self.casts_to or dtype)
+            cast[i] = cast_argument(cast[i], self.casts_to or dtype)
         return tuple(cast)
 
     def flatten(self, *args: Any) -> tuple[Layout, tuple]:
@@ -250,11 +251,9 @@ class Operator:
         return self.stock(*args) if decomposing else NotImplemented
 
     def _autocast(self, device_type: str) -> Callable:
-        keys = torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])
-
         def at_the_autocast_key(*args: Any) -> Any:
             args = self.cast(args, torch.get_autocast_dtype(device_type))
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with _autocast_off(device_type):
                 return self.op(*args)
 
         return at_the_autocast_key
@@ -274,7 +273,7 @@ class BackwardOperator(Operator):
     def __call__(self, *args: Any, dispatched: bool = False) -> Any:
         if not dispatched:
             # Batched gradients: neither vmap sees through Python-registered operators.
-            if torch._C._are_functorch_transforms_active() or _batches_gradients(_VMAP_KEY):
+            if torch._C._are_functorch_transforms_active() or batches_gradients():
                 return self.differentiable(*args) if torch.is_grad_enabled() else self.stock(*args)
             # Inside an autocast block the CPU path's own products would be cast again.
             if torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled():
@@ -329,23 +328,36 @@ def _second_derivative(operator: BackwardOperator) -> Callable:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            needs, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()
             flat = [t if t is not None else n for t, n in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
-            with torch.enable_grad(), torch.autocast(flat[0].device.type, enabled=False):
-                for i, need in enumerate(needs):
-                    if need:
-                        # Of its own, so that no way from one argument to another is counted.
-                        flat[i] = flat[i].view_as(flat[i]) if again else flat[i].detach().requires_grad_()
-                outputs = operator.differentiable(*ctx.layout.gather(*flat))
-                given = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-                wanted = [each for each, need in zip(flat, needs, strict=True) if need]
-                if not given:
-                    return (None,) * (1 + len(needs))
-                ys, gs = zip(*given, strict=True)
-                found = torch.autograd.grad(ys, wanted, gs, create_graph=again, allow_unused=True)
-            return None, *distribute(list(found), needs)
+            differentiable = lambda *flat: operator.differentiable(*ctx.layout.gather(*flat))  # noqa: E731
+            return None, *derivatives(differentiable, flat, ctx.needs_input_grad[1:], grads)
 
     return super(torch.autograd.Function, Function).apply
+
+
+def derivatives(
+    function: Callable[..., Sequence[Tensor]], flat: list, needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Those of `function(*flat)`, computed again, for each of `flat` that `needs` one; differentiable where asked."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(flat[0].device.type, enabled=False):
+        for i, need in enumerate(needs):
+            if need:
+                # Of its own, so that no way from one argument to another is counted.
+                flat[i] = flat[i].view_as(flat[i]) if again else flat[i].detach().requires_grad_()
+        outputs = function(*flat)
+        given = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+        wanted = [each for each, need in zip(flat, needs, strict=True) if need]
+        if not given:
+            return [None] * len(needs)
+        ys, gs = zip(*given, strict=True)
+        found = torch.autograd.grad(ys, wanted, gs, create_graph=again, allow_unused=True)
+    return distribute(list(found), needs)
+
+
+def _autocast_off(device_type: str) -> Any:
+    """A context in which the dispatcher passes autocast's keys by."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEY_SETS[device_type])
 
 
 def _as_tuple(outputs: Any) -> tuple:
@@ -356,10 +368,10 @@ def _first(argument: Tensor | list[Tensor]) -> Tensor:
     return argument[0] if isinstance(argument, list) else argument
 
 
-def _cast(argument: Any, dtype: torch.dtype) -> Any:
+def cast_argument(argument: Any, dtype: torch.dtype) -> Any:
     """What autocast does to an eligible argument: floating, and not float64."""
     if isinstance(argument, list):
-        return [_cast(each, dtype) for each in argument]
+        return [cast_argument(each, dtype) for each in argument]
     if argument is None or not argument.is_floating_point() or argument.dtype is torch.float64:
         return argument
     return argument.to(dtype)

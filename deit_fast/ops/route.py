@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from deit_fast.kernels.launching import hardware, tuned
 from deit_fast.kernels.launching.settings import settings
 from deit_fast.ops import backend
+from deit_fast.ops.chain import note, noting
 from deit_fast.ops.flat import Layout
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ def route(operator: "Operator", layout: Layout, flat: tuple, dispatched: bool = 
         plan, key, pointers = operator.replayed.plan(layout.lengths, flat)
         if plan is not None:
             try:
-                return plan.run(*pointers)
+                found = plan.run(*pointers)
+                if noting:
+                    note(plan, pointers, found)
+                return found
             except Exception as error:
                 backend.raise_if_not_the_kernels(error, flat[0].device)
                 operator.replayed.drop(key, error)
@@ -41,7 +45,13 @@ def route(operator: "Operator", layout: Layout, flat: tuple, dispatched: bool = 
         # Subclasses of Tensor have kernels of their own, and so have tensors without memory.
         if not dispatched and not all(map(_is_plain, flat)):
             return operator.op(*args)
-        return _launch(operator, key, args, flat[0].device) if launches else _stock(operator, args)
+        if not launches:
+            return _stock(operator, args)
+        found = _launch(operator, key, args, flat[0].device)
+        if noting:
+            # None where stock has answered: it never has a plan.
+            note(operator.replayed.plans.get(key), pointers, found)
+        return found
 
 
 def _stock(operator: "Operator", args: tuple) -> Any:

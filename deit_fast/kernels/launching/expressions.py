@@ -11,3 +11,10 @@ def function(parameters: Sequence[str], expression: str, **names: Any) -> Callab
 
 def tuple_of(expressions: Iterable[str]) -> str:
     return f"({''.join(f'{each}, ' for each in expressions)})"
+
+
+def procedure(parameters: Sequence[str], statements: Iterable[str], **names: Any) -> Callable:
+    """The function that runs `statements`, of `parameters` and of `names`, which it finds as globals."""
+    body = "".join(f"    {each}\n" for each in statements)
+    exec(f"def run({', '.join(parameters)}):\n{body}", names)
+    return names["run"]

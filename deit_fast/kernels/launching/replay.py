@@ -82,19 +82,24 @@ class Replayed:
 
     def __call__(self, key: tuple | None, arguments: tuple) -> object:
         """Calls the launcher, and remembers what it did if that can be done again."""
-        if key is None or key in self.plans or not self._plans_calls():
+        if key is None or key in self.plans or not self.plans_calls():
             return self.launcher(*arguments)
         with _Recorder() as recorder, run.recorded() as launches:
             result = self.launcher(*arguments)
         if any(each.compiled is None for each in launches):
             return result
+        self.remember(key, None if recorder.opaque else _planned(arguments, recorder.allocated, launches, result))
+        return result
+
+    def remember(self, key: tuple, plan: Plan | None) -> None:
+        """None: calls of this key are never planned again."""
         if len(self.plans) >= _MOST:
             self.plans.clear()
             self.choices.clear()
-        self.plans[key] = None if recorder.opaque else _planned(arguments, recorder.allocated, launches, result)
-        return result
+        self.plans[key] = plan
 
-    def _plans_calls(self) -> bool:
+    def plans_calls(self) -> bool:
+        """Whether plans are made at all, now and with this Triton."""
         if not _enabled or hardware.interpreted() or self.failures >= _MOST_FAILURES:
             return False
         if not RUNNER_IS_KNOWN:

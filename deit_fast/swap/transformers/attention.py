@@ -13,7 +13,6 @@ from transformers.models.vit import modeling_vit
 
 from deit_fast import ops
 from deit_fast.nn import code, parts
-from deit_fast.nn.branches import attend
 from deit_fast.nn.parts import Part
 from deit_fast.swap.rules import Method, register, stock_wanted
 
@@ -140,7 +139,7 @@ def _call(attention: Part, hidden_states: Tensor, attention_mask: Tensor | None 
 
 def _forward(attention: Part, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     projected = [ops.linear(hidden_states, each.weight, each.bias) for each in projections_of(attention)]
-    out = attend(projected, heads_of(attention), attention.scaling)
+    out = ops.attend(projected, heads_of(attention), attention.scaling)
     out_proj = attention._modules["o_proj"]
     return ops.linear(out, out_proj.weight, out_proj.bias), None
 

@@ -21,7 +21,8 @@ from deit_fast.check.standin_driver import recording
 from deit_fast.check.targets import TARGETS
 from deit_fast.kernels.launching import replay
 from deit_fast.nn import Block
-from deit_fast.ops import backend
+from deit_fast.ops import AttentionHalf, MlpHalf, backend
+from deit_fast.ops.block import CHAINS
 
 
 class Compiled:
@@ -50,8 +51,11 @@ class Holding(TorchDispatchMode):
 
 
 @contextmanager
-def kept_alive() -> Iterator[None]:
-    """Holds what is allocated, so that no address serves twice."""
+def kept_alive(dispatched: bool = True) -> Iterator[None]:
+    """Holds what is allocated, so that no address serves twice.
+
+    dispatched: also what other operators allocate, with a mode under which no operators are chained.
+    """
     held: list = []
 
     def holding(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -62,7 +66,8 @@ def kept_alive() -> Iterator[None]:
         return held_allocate
 
     with ExitStack() as stack:
-        stack.enter_context(Holding(held))
+        if dispatched:
+            stack.enter_context(Holding(held))
         for name in ("empty", "empty_strided", "empty_like", "zeros"):
             stack.enter_context(mock.patch.object(torch, name, holding(getattr(torch, name))))
         guards = torch._C._dynamo.guards
@@ -85,11 +90,11 @@ class Gpu:
         compiled.run(*(*grid, 1, 1)[:3], 0, None, None, None, None, None, *(given[name] for name in kernel.arg_names))
         return compiled
 
-    def launches(self, function: Callable[[], object]) -> tuple[list, list, int]:
+    def launches(self, function: Callable[[], object], dispatched: bool = True) -> tuple[list, list, int]:
         """Launches, results, and how many launches went through Triton."""
         self.seen.clear()
         self.anew = 0
-        with kept_alive():
+        with kept_alive(dispatched):
             results = [t for t in tree_leaves(function()) if isinstance(t, Tensor)]
             order: dict[int, int] = {}
             launches = []
@@ -103,13 +108,14 @@ class Gpu:
         return launches, outputs, self.anew
 
 
-def differences(gpu: Gpu, title: str, function: Callable[[], object]) -> dict:
+def differences(gpu: Gpu, title: str, function: Callable[[], object], dispatched: bool = True) -> dict:
     with replay.enabled(False):
-        expected, outputs, _ = gpu.launches(function)
+        expected, outputs, _ = gpu.launches(function, dispatched)
     replay.forget()
-    first = gpu.launches(function)
-    again = gpu.launches(function)
+    first = gpu.launches(function, dispatched)
+    again = gpu.launches(function, dispatched)
     return {
+        "chains": sum(plan is not None for chain in CHAINS for plan in chain.plans.values()),
         "title": title,
         "launches": len(expected),
         "same": first[:2] == (expected, outputs) and again[:2] == (expected, outputs),
@@ -140,9 +146,61 @@ def of_block(block: Block, x: Tensor, training: bool, autocast: bool) -> Callabl
             y = block(x)
         if not training:
             return [y]
-        return [y, *torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))]
+        found = torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))
+        # Autocast's own backward casts a weight's gradient, to an address that may have been freed before.
+        return [y, *(gradient for gradient in found if not autocast or gradient.ndim != 2)]
 
     return run
+
+
+def of_trained(block: Block, x: Tensor, *trained: str) -> Callable[[], object]:
+    """Forward and backward with gradients of these parameters alone."""
+    parameters = [parameter.requires_grad_(name in trained) for name, parameter in block.named_parameters()]
+
+    def run() -> list:
+        y = block(x)
+        return [y, *torch.autograd.grad(y, [p for p in parameters if p.requires_grad], torch.ones_like(y))]
+
+    return run
+
+
+def of_separate_projections(block: Block) -> Callable[[], object]:
+    """As transformers' layers have them."""
+    attn, mlp = block.attn, block.mlp
+    x = torch.zeros(4, 6, 64, dtype=torch.bfloat16, requires_grad=True)
+    weights, biases = (list(t.detach().chunk(3)) for t in (attn.qkv.weight, attn.qkv.bias))
+    trained = [t.clone().requires_grad_() for t in (*weights, *biases)]
+    attention = AttentionHalf(
+        block.norm1.weight, block.norm1.bias, 1e-6, trained[:3], trained[3:], 2, 0.125, attn.proj.weight,
+        attn.proj.bias, None, None, None, None, 0,
+    )  # fmt: skip
+    rest = MlpHalf(
+        block.norm2.weight, block.norm2.bias, 1e-6, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        "gelu", None, None, None, None, "balanced",
+    )  # fmt: skip
+
+    def run() -> list:
+        y = ops.transformer_block(x, attention, rest)
+        return [y, *torch.autograd.grad(y, [x, *trained], torch.ones_like(y))]
+
+    return run
+
+
+def chained(gpu: Gpu) -> Iterator[dict]:
+    """Whole blocks, of which nobody watches the operators."""
+    for title, options in {"": {}, ", LayerScale and drop path": {"init_values": 0.1, "drop_path": 0.5}}.items():
+        for dtype, autocast in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+            block = Block(64, 2, qkv_bias=True, **options).to(dtype)
+            for training in (False, True):
+                x = torch.zeros(4, 6, 64, dtype=dtype, requires_grad=training)
+                what = f"chained block{title} {dtype} {'autocast' if autocast else ''} {'training' if training else ''}"
+                function = of_block(block.train(training), x, training, autocast)
+                yield differences(gpu, what, function, dispatched=False)
+    block, x = Block(64, 2, qkv_bias=True).bfloat16(), torch.zeros(4, 6, 64, dtype=torch.bfloat16)
+    yield differences(gpu, "chained, separate q, k, v", of_separate_projections(block), dispatched=False)
+    for trained in (("mlp.fc2.bias",), ("norm2.weight", "mlp.fc1.weight"), ("attn.proj.weight",), ("norm1.bias",)):
+        what = f"chained block, {', '.join(trained)} trained"
+        yield differences(gpu, what, of_trained(block, x, *trained), dispatched=False)
 
 
 def distinguished(gpu: Gpu) -> dict[str, bool]:
@@ -268,6 +326,7 @@ def main() -> None:
                             what = f"{title} {dtype} {'autocast' if autocast else ''} {'training' if training else ''}"
                             function = of_block(block.train(training), x, training, autocast)
                             seen.append(differences(gpu, what, function))
+                seen += chained(gpu)
                 apart = distinguished(gpu)
                 refused = with_a_runner_that_refuses_addresses(gpu)
                 unknown = with_an_unknown_release(gpu)

@@ -24,6 +24,14 @@ def test_the_second_call_goes_past_the_launchers(seen):
     assert {title for title in again if not title.startswith(NOT_REPLAYED)} == set()
 
 
+def test_a_block_is_one_chain_for_inference_and_two_for_training(seen):
+    chains = {case["title"]: case["chains"] for case in seen["seen"] if case["title"].startswith("chained")}
+    assert len(chains) == 17
+    assert chains == {title: 2 if "train" in title or "separate" in title else 1 for title in chains}
+    watched = [case["chains"] for case in seen["seen"] if case["title"] not in chains]
+    assert set(watched) == {0}, "a dispatch mode sees each operator"
+
+
 def test_what_launchers_decide_by_tells_calls_apart(seen):
     assert [name for name, right in seen["apart"].items() if not right] == []
 

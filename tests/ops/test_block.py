@@ -1,0 +1,159 @@
+"""A block as one node of the graph: what autograd, autocast and frozen parameters ask of it, against stock PyTorch."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from deit_fast import swap
+from deit_fast.ops import backend, block
+
+HEADS, WIDTH, TOKENS, BATCH = 2, 64, 6, 3
+
+
+def blocks(**options: float) -> tuple[nn.Module, nn.Module]:
+    """timm's, and the same swapped."""
+    from timm.models.vision_transformer import Block
+
+    torch.manual_seed(0)
+    stock = nn.Sequential(Block(WIDTH, HEADS, qkv_bias=True, **options)).train()
+    for parameter in stock.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    swapped = nn.Sequential(Block(WIDTH, HEADS, qkv_bias=True, **options)).train()
+    swapped.load_state_dict(stock.state_dict())
+    swap(swapped)
+    return stock, swapped
+
+
+def node(y: Tensor) -> str:
+    return type(y.grad_fn).__name__
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(BATCH, TOKENS, WIDTH).requires_grad_()
+
+
+@pytest.mark.usefixtures("triton_backend")
+class TestOneNode:
+    def test_training_makes_one_node_and_its_gradients_are_stocks(self, x) -> None:
+        stock, swapped = blocks(init_values=0.5)
+        expected, found = stock(x), swapped(x)
+        assert node(found) == "_FunctionBackward"
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        back = torch.randn(x.shape)
+        for ours, theirs in zip(
+            torch.autograd.grad(found, [x, *swapped.parameters()], back),
+            torch.autograd.grad(expected, [x, *stock.parameters()], back),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+    @pytest.mark.parametrize("name", ["norm1.bias", "attn.qkv.weight", "attn.proj.bias", "ls1.gamma", "norm2.weight"])
+    def test_a_parameter_that_alone_is_trained_has_stocks_gradient(self, name) -> None:
+        x = torch.randn(BATCH, TOKENS, WIDTH)
+        stock, swapped = blocks(init_values=0.5)
+        found = []
+        for model in (stock, swapped):
+            trained = [
+                p.requires_grad_(n == name) for n, p in model.named_parameters() if n == name or p.detach_() is p
+            ]
+            inputs = [p for p in trained if p.requires_grad] + [x] * input_too
+            found.append(torch.autograd.grad(model(x).square().sum(), inputs))
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_a_gradient_penalty_is_stocks(self, x, autocast) -> None:
+        stock, swapped = blocks()
+        found = []
+        for model in (stock, swapped):
+            x = x.detach().requires_grad_()
+            # Stock's other attention has no second derivative.
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), sdpa_kernel(SDPBackend.MATH):
+                y = model(x)
+            (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            dx.square().sum().backward()
+            found.append([x.grad, *(p.grad for p in model.parameters())])
+        for theirs, ours in zip(*found, strict=True):
+            error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-3)
+            assert error < (5e-2 if autocast else 1e-4)
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
+    def test_batched_gradients_are_those_one_by_one(self, x) -> None:
+        _, swapped = blocks()
+        y, backs = swapped(x), torch.randn(2, *x.shape)
+        (batched,) = torch.autograd.grad(y, x, backs, is_grads_batched=True, retain_graph=True)
+        for each, back in zip(batched, backs, strict=True):
+            (expected,) = torch.autograd.grad(y, x, back, retain_graph=True)
+            torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-5)
+
+    def test_backward_runs_twice_where_the_graph_is_kept(self, x) -> None:
+        _, swapped = blocks()
+        y = swapped(x).sum()
+        first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_what_is_changed_before_backward_is_an_error_as_in_stock(self, x) -> None:
+        _, swapped = blocks()
+        y = swapped(x).sum()
+        with torch.no_grad():
+            swapped[0].attn.qkv.weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+    def test_an_output_that_nobody_reads_has_no_gradients(self, x) -> None:
+        _, swapped = blocks()
+        y = swapped(x)
+        (found,) = torch.autograd.grad((2 * x).sum() + 0 * y.detach().sum(), x)
+        assert torch.equal(found, torch.full_like(x, 2.0))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_layer_scale_of_another_dtype_goes_by_the_operators(self, dtype) -> None:
+        """As in stock, the residual stream then widens, and what follows refuses it."""
+        _, swapped = blocks(init_values=0.5)
+        swapped.bfloat16()
+        for each in (swapped[0].ls1, swapped[0].ls2):
+            each.to(dtype)
+        x = torch.randn(BATCH, TOKENS, WIDTH).bfloat16().requires_grad_()
+        if dtype is torch.bfloat16:
+            assert node(swapped(x)) == "_FunctionBackward"
+        else:
+            with pytest.raises(TypeError, match=r"layer_norm_fc1: the input is torch\.float32"):
+                swapped(x)
+
+
+def test_forward_on_the_kernels_and_backward_on_stock_agree(x) -> None:
+    _, swapped = blocks()
+    with backend.forced("triton"):
+        (expected,) = torch.autograd.grad(swapped(x).square().sum(), x)
+        y = swapped(x).square().sum()
+    with backend.forced("torch"):
+        (found,) = torch.autograd.grad(y, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_cpu_stock_operators_make_the_graph(x) -> None:
+    _, swapped = blocks()
+    assert node(swapped(x)) != "_FunctionBackward"
+    assert all(not chain.plans for chain in block.CHAINS)
+
+
+def test_a_whole_model_trains_as_stock_does(triton_backend) -> None:
+    torch.manual_seed(0)
+    stock = timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=64, num_heads=1, depth=2, num_classes=5)
+    swapped = timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=64, num_heads=1, depth=2, num_classes=5)
+    swapped.load_state_dict(stock.state_dict())
+    swap(swapped)
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
+    losses = []
+    for model in (stock, swapped):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
