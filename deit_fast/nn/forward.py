@@ -47,7 +47,7 @@ def mlp_linears(x: Tensor, fc1: Part, fc2: Part, activation: str) -> Tensor:
 
 
 def block_forward(block: Part, x: Tensor, readout_rows: int = 0) -> Tensor:
-    """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operator calls.
+    """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operators (`ops.transformer_block`).
 
     Without gradients in four where the MLP is one operator. readout_rows: R > 0 gives the first R rows alone,
     [B, R, D].
