@@ -24,6 +24,7 @@ from deit_fast.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear
 from deit_fast.ops.linear import linear_residual, residual_linear
 from deit_fast.ops.mlp import mlp, mlp_fits
 from deit_fast.ops.operator import batches_gradients, cast_argument, derivatives
+from deit_fast.ops.product_dtype import as_dtype
 from deit_fast.ops.readout import readout_attention
 
 
@@ -198,7 +199,7 @@ def _backward(
     found_fc2 = residual_fc2.backward(fc2, (), (grad,), need_fc2)
     if any(need_fc1):
         fc1 = normalised_fc1.Arguments(x1, *m[:5], m.activation, m.kept, None)
-        found_fc1 = normalised_fc1.backward(fc1, (), (found_fc2[0], None, found_fc2[3]), need_fc1)
+        found_fc1 = normalised_fc1.backward(fc1, (), (found_fc2[0], None, _as(x1, found_fc2[3])), need_fc1)
     if need_x1:
         projection = residual_linear.Arguments(
             out, a.out_weight, a.out_bias, None, a.layer_scale, a.drop_path_scale, a.kept
@@ -210,7 +211,7 @@ def _backward(
         of_heads: Any = softmax_attention.backward(attention, (out, log_sum_exp), (found_out[0], None), ())
         grads = [found.view(like.shape) for found, like in zip(of_heads, projected, strict=True)]
         norm = normalised_linear.Arguments(x, *a[:5], a.kept, None, "none")
-        found_norm = normalised_linear.backward(norm, (), (*grads, found_out[3]), need_norm)
+        found_norm = normalised_linear.backward(norm, (), (*grads, _as(x, found_out[3])), need_norm)
 
     projections = len(a.weights)
     of_weights, of_biases = found_norm[3 : 3 + projections], found_norm[3 + projections :]
@@ -220,13 +221,18 @@ def _backward(
     ]  # fmt: skip
 
 
+def _as(residual: Tensor, grad: Tensor | None) -> Tensor | None:
+    """As autograd hands a gradient on: where LayerScale widens the residual stream, it has another dtype."""
+    return None if grad is None else as_dtype(grad, residual.dtype)
+
+
 _inference = Chain("block", _one_by_one)
 _training = Chain("block_training", _forward)
 _gradients = Chain("block_backward", _backward)
 CHAINS = _inference, _training, _gradients
 
 
-class _Function(torch.autograd.Function):
+class TransformerBlock(torch.autograd.Function):
     """The block as one node."""
 
     @staticmethod
@@ -263,4 +269,4 @@ def _again(projections: int, autocast: bool, *flat: Any) -> list[Tensor]:
 
 
 # Past what Function does for torch.func alone, whose transforms never come here.
-_apply = super(torch.autograd.Function, _Function).apply
+_apply = super(torch.autograd.Function, TransformerBlock).apply

@@ -40,7 +40,7 @@ class TestOneNode:
     def test_training_makes_one_node_and_its_gradients_are_stocks(self, x) -> None:
         stock, swapped = blocks(init_values=0.5)
         expected, found = stock(x), swapped(x)
-        assert node(found) == "_FunctionBackward"
+        assert node(found) == "TransformerBlockBackward"
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         back = torch.randn(x.shape)
         for ours, theirs in zip(
@@ -77,6 +77,19 @@ class TestOneNode:
         for theirs, ours in zip(*found, strict=True):
             error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-3)
             assert error < (5e-2 if autocast else 1e-4)
+
+    def test_layer_scale_in_float32_widens_the_stream_under_autocast_as_in_stock(self, x) -> None:
+        stock, swapped = blocks(init_values=0.5)
+        found = []
+        for model in (stock, swapped):
+            given = x.detach().bfloat16().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(given)
+            assert y.dtype is torch.float32
+            found.append(torch.autograd.grad(y.square().sum(), [given, *model.parameters()]))
+        for theirs, ours in zip(*found, strict=True):
+            assert ours.dtype is theirs.dtype
+            assert (ours - theirs).float().norm() < 5e-2 * theirs.float().norm().clamp(min=1.0)
 
     @pytest.mark.filterwarnings("ignore:There is a performance drop")
     def test_batched_gradients_are_those_one_by_one(self, x) -> None:
@@ -116,7 +129,7 @@ class TestOneNode:
             each.to(dtype)
         x = torch.randn(BATCH, TOKENS, WIDTH).bfloat16().requires_grad_()
         if dtype is torch.bfloat16:
-            assert node(swapped(x)) == "_FunctionBackward"
+            assert node(swapped(x)) == "TransformerBlockBackward"
         else:
             with pytest.raises(TypeError, match=r"layer_norm_fc1: the input is torch\.float32"):
                 swapped(x)
@@ -134,7 +147,7 @@ def test_forward_on_the_kernels_and_backward_on_stock_agree(x) -> None:
 
 def test_on_a_cpu_stock_operators_make_the_graph(x) -> None:
     _, swapped = blocks()
-    assert node(swapped(x)) != "_FunctionBackward"
+    assert node(swapped(x)) != "TransformerBlockBackward"
     assert all(not chain.plans for chain in block.CHAINS)
 
 
