@@ -1,4 +1,4 @@
-"""The two halves of a pre-norm block, read from the modules that the blocks of every library are made of."""
+"""The two halves of a pre-norm block, from the modules that the blocks of every library are made of."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,8 @@ from deit_fast.nn.drop_path import DropPathDraw
 from deit_fast.nn.parts import Part, weight_and_bias
 
 
-def attention_half(
+def attention_residual(
+    x: Tensor,
     norm: Part,
     projections: Sequence[Part],
     out_proj: Part,
@@ -18,14 +19,16 @@ def attention_half(
     layer_scale: Tensor | None,
     drop_path: DropPathDraw,
     readout_rows: int = 0,
-) -> ops.AttentionHalf:
-    """projections: the packed one of q, k and v, or these three. layer_scale: factors [D]."""
+) -> Tensor:
+    """The attention half of a block, x [B, N, D] → [B, N, D].
+
+    projections: the packed one of q, k and v, or these three. layer_scale: factors [D]. readout_rows: R > 0 gives the
+    first R rows alone, [B, R, D].
+    """
     weights, biases = zip(*map(weight_and_bias, projections), strict=True)
-    return ops.AttentionHalf(
+    half = ops.AttentionHalf(
         *weight_and_bias(norm),
         norm.eps,
-        list(weights),
-        list(biases),
         heads,
         softmax_scale,
         *weight_and_bias(out_proj),
@@ -34,10 +37,14 @@ def attention_half(
         drop_path.kept,
         drop_path.capacity,
         readout_rows,
+        list(weights),
+        list(biases),
     )
+    return ops.attention_half(x, half)
 
 
-def mlp_half(
+def mlp_residual(
+    x: Tensor,
     norm: Part,
     fc1: Part,
     fc2: Part,
@@ -45,9 +52,9 @@ def mlp_half(
     drop_path: DropPathDraw,
     activation: str,
     memory: str,
-) -> ops.MlpHalf:
-    """layer_scale: factors [D]. activation: "gelu" or "gelu_tanh"."""
-    return ops.MlpHalf(
+) -> Tensor:
+    """The MLP half of a block, x [B, N, D] → [B, N, D]; layer_scale: factors [D]."""
+    half = ops.MlpHalf(
         *weight_and_bias(norm),
         norm.eps,
         *weight_and_bias(fc1),
@@ -59,3 +66,4 @@ def mlp_half(
         drop_path.capacity,
         memory,
     )
+    return ops.mlp_half(x, half)

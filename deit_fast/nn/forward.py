@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deit_fast import ops
 from deit_fast.nn import parts
-from deit_fast.nn.branches import attention_half, mlp_half
+from deit_fast.nn.branches import attention_residual, mlp_residual
 from deit_fast.nn.drop_path import drop_path_of
 from deit_fast.nn.guards import softmax_scale
 from deit_fast.nn.layer_scale import gamma_of
@@ -47,7 +47,7 @@ def mlp_linears(x: Tensor, fc1: Part, fc2: Part, activation: str) -> Tensor:
 
 
 def block_forward(block: Part, x: Tensor, readout_rows: int = 0) -> Tensor:
-    """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operators (`ops.transformer_block`).
+    """A pre-norm transformer block, x [B, N, D] → [B, N, D], in five operator calls.
 
     Without gradients in four where the MLP is one operator. readout_rows: R > 0 gives the first R rows alone,
     [B, R, D].
@@ -72,18 +72,14 @@ def both_branches(
     # A few rows are not worth gathering.
     gather = not readout_rows
 
-    draws = (
-        drop_path_of(block, 0, drop_paths[0], x, proj, gammas[0], gather),
-        drop_path_of(block, 1, drop_paths[1], x, fc2, gammas[1], gather),
+    draw = drop_path_of(block, 0, drop_paths[0], x, proj, gammas[0], gather)
+    x = attention_residual(
+        x, modules["norm1"], (qkv,), proj, attn.num_heads, softmax_scale(attn), gammas[0], draw, readout_rows
     )
+
+    draw = drop_path_of(block, 1, drop_paths[1], x, fc2, gammas[1], gather)
     activation: Any = parts.gelu_name(mlp["act"])  # a name: the guard has asked
-    return ops.transformer_block(
-        x,
-        attention_half(
-            modules["norm1"], (qkv,), proj, attn.num_heads, softmax_scale(attn), gammas[0], draws[0], readout_rows
-        ),
-        mlp_half(modules["norm2"], fc1, fc2, gammas[1], draws[1], activation, memory_of(block)),
-    )
+    return mlp_residual(x, modules["norm2"], fc1, fc2, gammas[1], draw, activation, memory_of(block))
 
 
 def patch_embed_forward(

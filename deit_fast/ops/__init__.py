@@ -1,7 +1,7 @@
 """The dispatcher operators `torch.ops.deit_fast.*` and the functions to call them by."""
 
 from deit_fast.ops.attention import attend, attention
-from deit_fast.ops.block import AttentionHalf, MlpHalf, transformer_block
+from deit_fast.ops.attention_half import AttentionHalf, attention_half
 from deit_fast.ops.drop_path import keep_samples, known_count
 from deit_fast.ops.feed_forward import fc2_residual, layer_norm_fc1, layer_norm_fc1_branching
 from deit_fast.ops.layer_norm import add_layer_norm, layer_norm
@@ -9,6 +9,7 @@ from deit_fast.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear
 from deit_fast.ops.linear import linear, linear_residual
 from deit_fast.ops.loss import distillation_loss
 from deit_fast.ops.mlp import mlp, mlp_fits
+from deit_fast.ops.mlp_half import MlpHalf, mlp_half
 from deit_fast.ops.patch_embed import patch_embed
 from deit_fast.ops.readout import readout_attention
 
@@ -18,6 +19,7 @@ __all__ = [
     "add_layer_norm",
     "attend",
     "attention",
+    "attention_half",
     "distillation_loss",
     "fc2_residual",
     "keep_samples",
@@ -31,7 +33,7 @@ __all__ = [
     "linear_residual",
     "mlp",
     "mlp_fits",
+    "mlp_half",
     "patch_embed",
     "readout_attention",
-    "transformer_block",
 ]

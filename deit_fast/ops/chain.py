@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from deit_fast.kernels.launching.expressions import procedure, tuple_of
 from deit_fast.kernels.launching.replay import Plan, Replayed
@@ -47,22 +46,13 @@ def _noted() -> Iterator[list[Step]]:
         del noting[get_ident()]
 
 
-def undisturbed() -> bool:
-    """Whether nobody wants to see each operator, or differentiates through them by other means than a node."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-    )
-
-
 class Chain(Replayed):
     """`launcher` calls operators and nothing else that computes, without gradients."""
 
-    def run(self, flat: tuple, *arguments: Any) -> Any:
-        """`launcher(*arguments)`, by a plan where one is known. flat: all that the launcher decides by."""
+    def run(self, flat: tuple) -> Any:
+        """`launcher(*flat)`, by a plan where one is known and nobody watches the operators."""
+        if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
+            return self.launcher(*flat)
         plan, key, pointers = self.plan((), flat)
         if plan is not None:
             try:
@@ -71,14 +61,14 @@ class Chain(Replayed):
                 backend.raise_if_not_the_kernels(error, flat[0].device)
                 self.drop(key, error)
         if key is None or key in self.plans or not self.plans_calls():
-            return self.launcher(*arguments)
+            return self.launcher(*flat)
         with _noted() as steps:
-            result = self.launcher(*arguments)
-        self.remember(key, _chained(pointers, steps, result))
+            result = self.launcher(*flat)
+        self.remember(key, _joined(pointers, steps, result))
         return result
 
 
-def _chained(given: list[int], steps: list[Step], result: Any) -> Plan | None:
+def _joined(given: list[int], steps: list[Step], result: Any) -> Plan | None:
     """None where an operator has no plan, or a tensor comes from none of them.
 
     It runs the plans, and lets go of each tensor after the last that reads it.

@@ -228,6 +228,8 @@ class Operator:
         """What autograd wants of `backward`: a gradient or None for each argument, the layout first."""
         # Each asked for once: the flags are found anew, and a checkpoint gives its tensors no second time.
         layout, kept, needed = ctx.layout, ctx.saved_tensors, ctx.needs_input_grad
+        if grads[0] is None and not any(grad is not None for grad in grads):
+            return (None,) * len(needed)
         count = layout.saved_count
         a = layout.restored(*kept[:count], *ctx.numbers)
         # Outputs not on ctx: each holds its node, and the two would wait for the garbage collector.
@@ -338,7 +340,10 @@ def _second_derivative(operator: BackwardOperator) -> Callable:
 def derivatives(
     function: Callable[..., Sequence[Tensor]], flat: list, needs: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Those of `function(*flat)`, computed again, for each of `flat` that `needs` one; differentiable where asked."""
+    """Those of `function(*flat)`, computed again, for each of `flat` that `needs` one.
+
+    They are differentiable in grad mode, which `create_graph=True` leaves on.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(flat[0].device.type, enabled=False):
         for i, need in enumerate(needs):

@@ -49,7 +49,7 @@ def route(operator: "Operator", layout: Layout, flat: tuple, dispatched: bool = 
             return _stock(operator, args)
         found = _launch(operator, key, args, flat[0].device)
         if noting:
-            # None where stock has answered: it never has a plan.
+            # None where stock has answered, which never has a plan. Where nothing launches there are no chains.
             note(operator.replayed.plans.get(key), pointers, found)
         return found
 

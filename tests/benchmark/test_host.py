@@ -3,7 +3,7 @@
 from tests.support.compiled import printed_by
 
 # What is claimed of `deit-fast bench --suite host`.
-MOST = {"inference": 0.65, "forward and backward": 0.75}
+MOST = {"inference": 0.65, "forward and backward": 0.8}
 # The least of several measurements, on either side: other tests run beside it.
 BLOCK = f"""
 import json

@@ -47,7 +47,7 @@ def chained(operators: list[Operator], launcher) -> tuple[Chain, Tensor, Tensor]
     """A chain whose plan exists, and arguments for it."""
     x, weight = torch.zeros(3), torch.zeros(3)
     found = Chain("test", launcher)
-    found.run((x, weight), x, weight)
+    found.run((x, weight))
     for operator in operators:
         operator.ran.clear()
     return found, torch.ones(3), torch.ones(3)
@@ -65,7 +65,7 @@ def test_each_plan_runs_on_what_was_given_and_what_those_before_it_made() -> Non
     found, x, weight = chained([first, second, third], launcher)
     (plan,) = found.plans.values()
     assert plan.compiled == ("a kernel",) * 3
-    d, a, c = found.run((x, weight), x, weight)
+    d, a, c = found.run((x, weight))
     assert first.ran == [(x.data_ptr(), weight.data_ptr())]
     assert second.ran == [(first.addresses[1], x.data_ptr())]
     assert third.ran == [(second.addresses[0], first.addresses[0], weight.data_ptr())]
@@ -91,7 +91,7 @@ def test_a_tensor_is_let_go_after_the_last_plan_that_reads_it() -> None:
     plan.run.__globals__["run_2"] = noting_what_is_alive
     gc.disable()
     try:
-        found.run((x, weight), x, weight)
+        found.run((x, weight))
     finally:
         gc.enable()
     assert alive == [[False, True, True]]
@@ -107,7 +107,7 @@ def test_without_a_plan_for_every_operator_there_is_none_for_all_and_it_is_not_t
 
     found, x, weight = chained([first, second], launcher)
     assert list(found.plans.values()) == [None]
-    found.run((x, weight), x, weight)
+    found.run((x, weight))
     assert calls == [True, False]
 
 
@@ -132,7 +132,7 @@ def test_a_plan_that_fails_is_dropped_and_the_operators_answer() -> None:
         raise TypeError("an integer is no pointer")
 
     plan.run.__globals__["run_0"] = failing
-    assert found.run((x, weight), x, weight).shape == (3,)
+    assert found.run((x, weight)).shape == (3,)
     assert list(found.plans.values()) == [None]
     assert first.ran == [(x.data_ptr(),)]
 
@@ -147,6 +147,6 @@ def test_where_memory_runs_out_the_error_is_raised() -> None:
 
     plan.run.__globals__["run_0"] = failing
     with pytest.raises(torch.OutOfMemoryError):
-        found.run((x, weight), x, weight)
+        found.run((x, weight))
     assert list(found.plans.values()) == [plan]
     assert not backend.failed

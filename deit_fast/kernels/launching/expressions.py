@@ -17,4 +17,5 @@ def procedure(parameters: Sequence[str], statements: Iterable[str], **names: Any
     """The function that runs `statements`, of `parameters` and of `names`, which it finds as globals."""
     body = "".join(f"    {each}\n" for each in statements)
     exec(f"def run({', '.join(parameters)}):\n{body}", names)
-    return names["run"]
+    # Its globals are these names: not itself, so that nothing waits for the garbage collector.
+    return names.pop("run")

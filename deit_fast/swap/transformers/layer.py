@@ -6,9 +6,8 @@ from torch import Tensor
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
-from deit_fast import ops
 from deit_fast.nn import guards, parts
-from deit_fast.nn.branches import attention_half, mlp_half
+from deit_fast.nn.branches import attention_residual, mlp_residual
 from deit_fast.nn.drop_path import NO_DROP_PATH
 from deit_fast.nn.options import memory_of
 from deit_fast.nn.parts import Part
@@ -73,21 +72,20 @@ def _readout_rows(layer: Part) -> int:
 def _layer_forward(layer: Part, x: Tensor, readout_rows: int) -> Tensor:
     modules = layer._modules
     attention, mlp = modules["attention"], modules["mlp"]._modules
-    activation: Any = gelu_name(mlp["activation_fn"])  # a name: the guard has asked
-    return ops.transformer_block(
+    x = attention_residual(
         x,
-        attention_half(
-            modules["layernorm_before"],
-            projections_of(attention),
-            attention._modules["o_proj"],
-            heads_of(attention),
-            attention.scaling,
-            None,
-            NO_DROP_PATH,
-            readout_rows,
-        ),
-        mlp_half(modules["layernorm_after"], mlp["fc1"], mlp["fc2"], None, NO_DROP_PATH, activation, memory_of(layer)),
+        modules["layernorm_before"],
+        projections_of(attention),
+        attention._modules["o_proj"],
+        heads_of(attention),
+        attention.scaling,
+        None,
+        NO_DROP_PATH,
+        readout_rows,
     )
+    activation: Any = gelu_name(mlp["activation_fn"])  # a name: the guard has asked
+    norm = modules["layernorm_after"]
+    return mlp_residual(x, norm, mlp["fc1"], mlp["fc2"], None, NO_DROP_PATH, activation, memory_of(layer))
 
 
 def _call(layer: Part, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> str | None:

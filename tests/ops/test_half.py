@@ -1,13 +1,18 @@
-"""A block as one node of the graph: what autograd, autocast and frozen parameters ask of it, against stock PyTorch."""
+"""Half a block as one node of the graph, with what autograd, autocast and frozen parameters ask of stock PyTorch."""
+
+from functools import partial
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from deit_fast import swap
-from deit_fast.ops import backend, block
+from deit_fast import ops, swap
+from deit_fast.ops import backend
 
 HEADS, WIDTH, TOKENS, BATCH = 2, 64, 6, 3
 
@@ -37,10 +42,11 @@ def x() -> Tensor:
 
 @pytest.mark.usefixtures("triton_backend")
 class TestOneNode:
-    def test_training_makes_one_node_and_its_gradients_are_stocks(self, x) -> None:
+    def test_training_makes_a_node_of_each_half_and_the_gradients_are_stocks(self, x) -> None:
         stock, swapped = blocks(init_values=0.5)
         expected, found = stock(x), swapped(x)
-        assert node(found) == "TransformerBlockBackward"
+        of_attention = found.grad_fn.next_functions[0][0]
+        assert [node(found), type(of_attention).__name__] == ["HalfBlockBackward"] * 2
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         back = torch.randn(x.shape)
         for ours, theirs in zip(
@@ -121,18 +127,101 @@ class TestOneNode:
         assert torch.equal(found, torch.full_like(x, 2.0))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_layer_scale_of_another_dtype_goes_by_the_operators(self, dtype) -> None:
-        """As in stock, the residual stream then widens, and what follows refuses it."""
+    def test_what_layer_scale_widens_is_refused_as_in_stock(self, dtype) -> None:
         _, swapped = blocks(init_values=0.5)
         swapped.bfloat16()
         for each in (swapped[0].ls1, swapped[0].ls2):
             each.to(dtype)
         x = torch.randn(BATCH, TOKENS, WIDTH).bfloat16().requires_grad_()
         if dtype is torch.bfloat16:
-            assert node(swapped(x)) == "TransformerBlockBackward"
+            swapped(x)
         else:
             with pytest.raises(TypeError, match=r"layer_norm_fc1: the input is torch\.float32"):
                 swapped(x)
+
+    def test_a_graph_of_gradients_costs_a_second_forward_only_where_it_is_used(self, x, monkeypatch) -> None:
+        _, swapped = blocks()
+        again = []
+        for half in (ops.attention_half, ops.mlp_half):
+            one_by_one = half.one_by_one
+            monkeypatch.setattr(half, "one_by_one", lambda *a, f=one_by_one: (again.append(1), f(*a))[1])
+        with sdpa_kernel(SDPBackend.MATH):
+            (dx,) = torch.autograd.grad(swapped(x).sum(), x, create_graph=True)
+            assert again == []
+            dx.square().sum().backward()
+        assert len(again) == 2
+
+    @pytest.mark.parametrize("watched", [profile, partial(FlopCounterMode, display=False)])
+    def test_a_checkpointed_block_may_be_watched_in_backward_alone(self, x, watched) -> None:
+        _, swapped = blocks()
+        (expected,) = torch.autograd.grad(swapped(x).square().sum(), x)
+        y = checkpoint(swapped, x, use_reentrant=False).square().sum()
+        with watched():
+            y.backward()
+        torch.testing.assert_close(x.grad, expected)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_compiled_it_is_one_graph(self, x, training) -> None:
+        _, swapped = blocks()
+        with torch.set_grad_enabled(training):
+            expected = swapped(x)
+            found = torch.compile(swapped, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(found, expected)
+
+    def test_a_frozen_half_keeps_nothing_of_its_input(self) -> None:
+        """It may be of inference mode, or be written over before backward."""
+        _, swapped = blocks()
+        swapped[0].norm1.requires_grad_(False)
+        swapped[0].attn.requires_grad_(False)
+        with torch.inference_mode():
+            x = torch.randn(BATCH, TOKENS, WIDTH)
+        swapped(x).sum().backward()
+        x, expected = torch.randn(BATCH, TOKENS, WIDTH), swapped[0].mlp.fc1.weight.grad
+        swapped.zero_grad()
+        y = swapped(x)
+        x.zero_()
+        swapped[0].attn.qkv.weight.zero_()
+        y.sum().backward()
+        assert swapped[0].mlp.fc1.weight.grad.isfinite().all() and expected.isfinite().all()
+
+    def test_where_only_the_last_operator_trains_the_branchs_input_is_not_kept(self) -> None:
+        _, swapped = blocks()
+        swapped.requires_grad_(False)
+        swapped[0].attn.proj.weight.requires_grad_()
+        swapped[0].mlp.fc2.weight.requires_grad_()
+        with torch.inference_mode():
+            x = torch.randn(BATCH, TOKENS, WIDTH)
+        swapped(x).sum().backward()
+        assert swapped[0].attn.proj.weight.grad is not None
+
+    def test_without_a_gradient_the_numbers_do_not_hang_on_who_watches(self, x) -> None:
+        _, swapped = blocks()
+        swapped.bfloat16().requires_grad_(False)
+        x = x.detach().bfloat16()
+        plain = swapped(x)
+        with profile():
+            watched = swapped(x)
+        assert torch.equal(plain, watched)
+
+    def test_an_undefined_gradient_of_a_gradient_is_none(self, x) -> None:
+        _, swapped = blocks()
+        with sdpa_kernel(SDPBackend.MATH):
+            wanted = x, swapped[0].mlp.fc2.weight
+            _, dweight = torch.autograd.grad(swapped(x).square().sum(), wanted, create_graph=True)
+            (found,) = torch.autograd.grad(dweight.sum(), x, retain_graph=True)
+        assert found.isfinite().all()
+
+    def test_drop_path_draws_a_mask_for_each_model_of_an_ensemble(self, x) -> None:
+        """The second draw is made of what the first half gives, which has the ensemble's dimension."""
+        stock, swapped = blocks()
+        for model in (stock, swapped):
+            model[0].drop_path2 = timm.layers.DropPath(0.5)
+            stacked = {name: torch.stack([p, p]) for name, p in model.named_parameters()}
+            run = torch.func.vmap(
+                lambda parameters, m=model: torch.func.functional_call(m, parameters, (x.detach(),)),
+                randomness="different",
+            )
+            assert run(stacked).shape == (2, *x.shape)
 
 
 def test_forward_on_the_kernels_and_backward_on_stock_agree(x) -> None:
@@ -147,8 +236,8 @@ def test_forward_on_the_kernels_and_backward_on_stock_agree(x) -> None:
 
 def test_on_a_cpu_stock_operators_make_the_graph(x) -> None:
     _, swapped = blocks()
-    assert node(swapped(x)) != "TransformerBlockBackward"
-    assert all(not chain.plans for chain in block.CHAINS)
+    assert node(swapped(x)) != "HalfBlockBackward"
+    assert all(not chain.plans for half in (ops.attention_half, ops.mlp_half) for chain in half.plans)
 
 
 def test_a_whole_model_trains_as_stock_does(triton_backend) -> None:
