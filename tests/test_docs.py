@@ -13,7 +13,7 @@ from deit_fast.cli.main import main
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORMS = sorted((ROOT / ".github").rglob("*.*"))
-FOLDERS = ("deit_fast", "reference", "evidence", "bench", "tests", "docs")
+FOLDERS = ("deit_fast", "reference", "evidence", "examples", "bench", "tests", "docs")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 each_text = pytest.mark.parametrize("text", [*PAGES, *FORMS], ids=lambda page: page.name)
