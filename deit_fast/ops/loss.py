@@ -1,5 +1,6 @@
 """The distillation loss over two heads, cross-entropy being the base criterion; its gradients come with it."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.nn import Module
 
 from deit_fast.kernels import loss as kernels
 from deit_fast.ops import checks
@@ -89,6 +91,13 @@ def check_weights(alpha: float, tau: float) -> None:
         raise ValueError(f"alpha, the weight of the distillation loss, must lie between 0 and 1, got {alpha}")
     if not tau > 0:
         raise ValueError(f"tau, the temperature, must be positive, got {tau}")
+
+
+def evaluating(teacher: Module) -> None:
+    """Puts a teacher into evaluation mode, and says so if it was not: its batch statistics would have moved."""
+    if teacher.training:
+        warnings.warn("the teacher was in training mode, and is put into evaluation mode", stacklevel=3)
+        teacher.eval()
 
 
 def stock_distillation(dist_logits: Tensor, teacher_logits: Tensor, distillation_type: str, tau: float) -> Tensor:

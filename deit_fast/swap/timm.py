@@ -31,7 +31,9 @@ from deit_fast.swap.calls import count
 from deit_fast.swap.rules import Method, register, stock_wanted
 
 if "is_causal" not in inspect.signature(vision_transformer.Block.forward).parameters:
-    raise ImportError(f"deit_fast.swap needs timm 1.0.31 or newer, found {timm.__version__}")
+    raise ImportError(
+        f'deit_fast.swap needs timm 1.0.31 or newer, found {timm.__version__}: pip install "deit_fast[timm]"'
+    )
 
 
 def layer_norm_unfusable(norm: Part) -> str | None:

@@ -54,8 +54,8 @@ class DistillationLoss(nn.Module):
     base_criterion: any callable module of (logits [B, C], labels). Where it is plain cross-entropy
     (`nn.CrossEntropyLoss` without class weights, timm's `LabelSmoothingCrossEntropy` or `SoftTargetCrossEntropy`), one
     fused operator gives the loss and both gradients.
-    teacher_model: inputs -> logits [B, C], as a tensor or an object with `.logits`; kept in evaluation mode and
-    called without gradients. Only "none" may do without one (None).
+    teacher_model: inputs -> logits [B, C], as a tensor or an object with `.logits`; put into evaluation mode,
+    with a warning, kept there, and called without gradients. Only "none" may do without one (None).
 
     Labels out of range raise ValueError on the CPU; on a GPU, where looking would wait for it, they make a fused loss
     NaN.
@@ -78,6 +78,8 @@ class DistillationLoss(nn.Module):
         ops.check_weights(alpha, tau)
         if teacher_model is None and distillation_type != "none":
             raise ValueError(f"distillation_type={distillation_type!r} needs a teacher_model, got None")
+        if teacher_model is not None:
+            ops.evaluating(teacher_model)
         self.base_criterion = base_criterion
         self.teacher_model: Any = teacher_model
         self.distillation_type = distillation_type

@@ -14,7 +14,7 @@ from transformers.models.deit import modeling_deit
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from deit_fast.ops.loss import check_weights, distillation_loss, stock_distillation
+from deit_fast.ops.loss import check_weights, distillation_loss, evaluating, stock_distillation
 from deit_fast.transformers.models import BornSwapped, swapped_class
 
 _IGNORED = -100  # a label that Trainer and cross-entropy leave out
@@ -77,7 +77,7 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
         if teacher is not None:
             if teacher_classes is None:
                 _check_classes(config, teacher)
-            _evaluating(teacher)
+            evaluating(teacher)
         super().__init__(config)
         self.teacher = teacher
         self.distillation = distillation
@@ -176,7 +176,7 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
                 f"distillation={self.distillation!r} needs a teacher at construction or teacher_logits in the call; "
                 f"distillation='none' trains the class head alone"
             )
-        _evaluating(teacher)
+        evaluating(teacher)
         parameter = next(teacher.parameters(), pixel_values)
         if parameter.device != pixel_values.device and not hasattr(teacher, "hf_device_map"):
             teacher.to(pixel_values.device)
@@ -219,12 +219,6 @@ class TeacherInputs:
         if images.shape[-2:] == self.size:
             return images
         return F.interpolate(images, self.size, mode="bicubic", antialias=True)
-
-
-def _evaluating(teacher: Module) -> None:
-    if teacher.training:
-        warnings.warn("the teacher was in training mode, and is put into evaluation mode", stacklevel=3)
-        teacher.eval()
 
 
 def _check_classes(config: Any, teacher: Module) -> None:

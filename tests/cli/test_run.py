@@ -73,6 +73,14 @@ def test_it_runs_as_under_python(tmp_path, monkeypatch, kind):
     assert done.stderr == f"deit-fast run: {name[-1]} built no DeiT or ViT; nothing was swapped\n"
 
 
+def test_a_model_of_a_library_too_old_stays_and_it_is_said(tmp_path):
+    too_old = "from timm.models import vision_transformer\nvision_transformer.Block.forward = lambda self, x: x\n"
+    (tmp_path / "script.py").write_text(too_old + BUILDS)
+    done = run(tmp_path / "script.py", tmp_path / "out.pt")
+    assert done.returncode == 0
+    assert "VisionTransformerDistilled stays as it is: deit_fast.swap needs timm 1.0.31 or newer, found" in done.stderr
+
+
 def test_an_error_of_the_script_is_its_own(tmp_path):
     (tmp_path / "fails.py").write_text("raise ValueError('of the script')")
     done = run(tmp_path / "fails.py")

@@ -24,6 +24,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(logits)
         self.asked = []
+        self.eval()
 
     def forward(self, inputs):
         self.asked.append((inputs, self.training, torch.is_grad_enabled()))
@@ -111,9 +112,11 @@ def test_loss_and_gradients_are_the_original_formulas(name, distillation_type, c
 
 
 @pytest.mark.parametrize("distillation_type", ["soft", "hard"])
-def test_the_teacher_is_in_evaluation_mode_without_gradients(distillation_type):
+def test_the_teacher_is_in_evaluation_mode_without_gradients_and_it_is_said(distillation_type):
     teacher = Teacher(torch.randn(BATCH, CLASSES)).train()
-    loss_function = DistillationLoss(nn.CrossEntropyLoss(), teacher, distillation_type, 0.5, 1.0).train()
+    with pytest.warns(UserWarning, match="the teacher was in training mode"):
+        loss_function = DistillationLoss(nn.CrossEntropyLoss(), teacher, distillation_type, 0.5, 1.0)
+    loss_function.train()
     images = torch.randn(BATCH, 3)
     loss_function(images, heads(), torch.zeros(BATCH, dtype=torch.int64))
     assert loss_function.training
@@ -151,7 +154,8 @@ def test_outputs_of_transformers_and_a_transformers_teacher():
     outputs = DeiTForImageClassificationWithTeacherOutput(
         logits=(logits + dist_logits) / 2, cls_logits=logits, distillation_logits=dist_logits
     )
-    loss = DistillationLoss(nn.CrossEntropyLoss(), TransformersTeacher(), "soft", 0.5, 2.0)(None, outputs, labels)
+    teacher = TransformersTeacher().eval()
+    loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, "soft", 0.5, 2.0)(None, outputs, labels)
     as_pair = DistillationLoss(nn.CrossEntropyLoss(), Teacher(teacher_logits), "soft", 0.5, 2.0)
     assert torch.equal(loss, as_pair(None, (logits, dist_logits), labels))
     single = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 2.0)
@@ -212,7 +216,7 @@ def test_accumulated_over_two_steps_the_gradients_add_up():
 def test_copies_and_compiles():
     logits, dist_logits = heads()
     labels = torch.arange(BATCH)
-    loss = DistillationLoss(nn.CrossEntropyLoss(), nn.Linear(3, CLASSES), "hard", 0.5, 2.0)
+    loss = DistillationLoss(nn.CrossEntropyLoss(), nn.Linear(3, CLASSES).eval(), "hard", 0.5, 2.0)
     images = torch.randn(BATCH, 3)
     expected = loss(images, (logits, dist_logits), labels)
     assert torch.equal(copy.deepcopy(loss)(images, (logits, dist_logits), labels), expected)
@@ -234,7 +238,7 @@ def test_copies_and_compiles():
 def test_a_wrong_setting_is_refused_at_construction(change, message):
     settings = {
         "base_criterion": nn.CrossEntropyLoss(),
-        "teacher_model": nn.Identity(),
+        "teacher_model": nn.Identity().eval(),
         "distillation_type": "soft",
         "alpha": 0.5,
         "tau": 1.0,
@@ -265,7 +269,7 @@ def test_a_teacher_without_logits_is_refused():
         def forward(self, inputs):
             return torch.ones(BATCH, CLASSES), torch.ones(BATCH, CLASSES)
 
-    loss = DistillationLoss(nn.BCEWithLogitsLoss(), TwoHeads(), "hard", 0.5, 1.0)
+    loss = DistillationLoss(nn.BCEWithLogitsLoss(), TwoHeads().eval(), "hard", 0.5, 1.0)
     with pytest.raises(TypeError, match=r"tensor or an object with .logits, got tuple"):
         loss(None, heads(), torch.zeros(BATCH, CLASSES))
 

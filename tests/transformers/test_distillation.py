@@ -52,7 +52,7 @@ def test_the_loss_is_the_distillation_losss(kind: str) -> None:
     assert list(result.keys()) == ["loss", "logits", "cls_logits", "distillation_logits"]
     assert_close(result.logits, (result.cls_logits + result.distillation_logits) / 2)
     # transformers' own model, with the criterion of a training loop.
-    expected, teacher = stock("DeiTForImageClassificationWithTeacher").train(), nn.Module()
+    expected, teacher = stock("DeiTForImageClassificationWithTeacher").train(), nn.Module().eval()
     teacher.forward = lambda inputs: teacher_of(model, inputs).clone()
     criterion = deit_fast.DistillationLoss(nn.CrossEntropyLoss(), teacher, kind, 0.3, 2.0)
     control = criterion(x, expected(x), LABELS)

@@ -146,6 +146,18 @@ def test_a_sharded_folder_is_loaded_on_the_fused_path(class_name: str, original:
     assert not deit_fast.report(loaded).stock and not any(p.is_meta for p in loaded.parameters())
 
 
+def test_a_checkpoint_of_another_architecture_is_told_of(tmp_path, caplog) -> None:
+    settings = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    transformers.BertModel(transformers.BertConfig(**settings, vocab_size=10)).save_pretrained(tmp_path)
+    messages = []
+    for library in (transformers, deit_fast.transformers):
+        caplog.clear()
+        library.DeiTModel.from_pretrained(tmp_path)
+        messages.append(sorted(record.getMessage() for record in caplog.records))
+    assert "a model of type `bert` to instantiate a model of type `deit`" in "".join(messages[1])
+    assert messages[1] == messages[0]
+
+
 @pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
 def test_dtype_and_device_map(device_map: str | None, tmp_path) -> None:
     if device_map:
