@@ -108,12 +108,10 @@ class Half:
         count = len(needs)
         return self.backward(grad, *self.gathered(rest[:count]), rest[count:], needs)
 
-    def _again(self, autocast: bool, flat: Sequence[Any]) -> Tensor:
-        """The result, differentiable. autocast: whether the matrices were cast, and x need not have their dtype."""
+    def _again(self, autocast: torch.dtype | None, flat: Sequence[Any]) -> Tensor:
+        """The result, differentiable. autocast: what the matrices were cast to, whatever x is; or None."""
         x, a = self.gathered(flat)
-        matrices = getattr(a, self.matrices[0])
-        dtype = (matrices[0] if isinstance(matrices, list) else matrices).dtype
-        with torch.autocast(x.device.type, dtype, enabled=autocast, cache_enabled=False):
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
             return self.one_by_one(x, a)
 
 
@@ -146,7 +144,9 @@ def _node(half: Half) -> Any:
             y, *kept = half._training.run(flat)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*_tensors(flat), *kept)
-            ctx.numbers, ctx.autocast = _numbers(flat), torch.is_autocast_enabled(y.device.type)
+            device = y.device.type
+            ctx.numbers = _numbers(flat)
+            ctx.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             return y
 
         @staticmethod
@@ -165,7 +165,12 @@ def _node(half: Half) -> Any:
 
         @staticmethod
         def forward(
-            ctx: Any, autocast: bool, kept: Sequence[Tensor], needs: Sequence[bool], grad: Tensor, *flat: Any
+            ctx: Any,
+            autocast: torch.dtype | None,
+            kept: Sequence[Tensor],
+            needs: Sequence[bool],
+            grad: Tensor,
+            *flat: Any,
         ) -> tuple[Tensor | None, ...]:
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(grad, *_tensors(flat))
