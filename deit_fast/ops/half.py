@@ -157,6 +157,9 @@ def _node(half: Half) -> Any:
                 return (None,) * len(numbers)
             flat, kept = _merged(saved, numbers), saved[len(numbers) :]
             if torch.is_grad_enabled():
+                if batches_gradients():
+                    # Its vmap sees through no node made here.
+                    return tuple(derivatives(lambda *flat: [half._again(ctx.autocast, flat)], flat, needs, [grad]))
                 return gradients(ctx.autocast, kept, needs, grad, *flat)
             return half.gradients(grad, *flat, *kept, needs)
 

@@ -106,6 +106,18 @@ class TestOneNode:
             (expected,) = torch.autograd.grad(y, x, back, retain_graph=True)
             torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
+    def test_a_vectorized_jacobian_has_derivatives_of_its_own(self) -> None:
+        stock, swapped = blocks()
+        x, factor, found = torch.randn(1, 2, WIDTH), torch.ones(2, 1, requires_grad=True), []
+        for model in (stock, swapped):
+            with sdpa_kernel(SDPBackend.MATH):
+                jacobian = torch.autograd.functional.jacobian(
+                    lambda factor, m=model: m(x * factor)[0, :, :2], factor, create_graph=True, vectorize=True
+                )
+                found.append(torch.autograd.grad(jacobian.square().sum(), factor)[0])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
     def test_backward_runs_twice_where_the_graph_is_kept(self, x) -> None:
         _, swapped = blocks()
         y = swapped(x).sum()
