@@ -1,6 +1,8 @@
 """scikit-learn's handwritten digits: 1,797 real 8 × 8 images of ten classes, which come with the package."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +56,18 @@ def _split(pixels: np.ndarray, labels: np.ndarray) -> Split:
     rgb = np.repeat(pixels[..., None], 3, axis=-1)
     images = image_processor()(list(rgb), return_tensors="pt").pixel_values
     return Split(pixels, images, torch.from_numpy(labels).long())
+
+
+def write_folder(path: str | os.PathLike, seed: int = 0, most: int | None = None) -> None:
+    """The digits of `load`, `most` of each split, as images in `train` and `val`, a folder a class."""
+    require("PIL", extra="demo")
+    from PIL import Image
+
+    for name, split in zip(("train", "val"), load(seed), strict=True):
+        for number, (pixels, label) in enumerate(zip(split.pixels[:most], split.labels.tolist(), strict=False)):
+            folder = Path(path) / name / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number:04d}.png")
 
 
 def batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,124 @@
+"""A run's checkpoints: folders that appear whole or not at all, each one that timm loads by `local-dir:`."""
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import nn
+
+WEIGHTS, STATE, EMA = "model.safetensors", "state.pt", "ema"
+PARTIAL, UNREADABLE = ".partial", ".unreadable"
+_NAME = re.compile(r"step-(\d+)")
+
+
+class Saved:
+    """What a checkpoint holds beside the weights. state: of tensors and plain values, as it was given to `save`."""
+
+    def __init__(self, folder: Path):
+        """Read it whole.
+
+        Raises:
+            ValueError: it can't be read, or asks for more trust than tensors need.
+        """
+        self.folder = folder
+        try:
+            self.weights = load_file(folder / WEIGHTS)
+            self.ema = load_file(folder / EMA / WEIGHTS) if (folder / EMA).exists() else None
+            self.state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        except Exception as error:  # nearly anything for a broken file
+            raise ValueError(f"{folder} is no checkpoint that can be resumed: {error}") from error
+
+
+class Checkpoints:
+    """The folders `step-<n>` below `folder`: the last `keep` and the best one, which `best` links to."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are, in order."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def latest(self) -> Saved | None:
+        """The newest that can be read; one that can't is set aside, and a warning says so."""
+        for step in reversed(self.steps()):
+            try:
+                return Saved(self.path(step))
+            except ValueError as error:
+                aside = self.path(step).with_suffix(UNREADABLE)
+                self.path(step).rename(aside)
+                warnings.warn(f"{error}; it is now {aside}", stacklevel=2)
+        return None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        ema: nn.Module | None,
+        data_config: dict[str, Any],
+        state: dict[str, Any],
+        best: int | None,
+    ) -> None:
+        """Write a checkpoint; then remove those no longer kept.
+
+        data_config: how images are prepared for the model, for timm's config.json.
+        best: the step of the best one so far, kept beside the last.
+
+        Raises:
+            OSError: it can't be written, say to a full disk; those before are as they were.
+        """
+        if step not in self.steps():
+            with _whole(self.path(step)) as folder:
+                save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
+                if ema is not None:
+                    save_for_hf(ema, str(folder / EMA), safe_serialization=True, data_config=data_config)
+                torch.save(state, folder / STATE)
+        if best is not None:
+            self._link_best(best)
+        for old in self.steps()[: -self.keep]:
+            if old != best:
+                shutil.rmtree(self.path(old))
+
+    def _link_best(self, step: int) -> None:
+        link = self.folder / f"best{PARTIAL}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.path(step).name)
+        link.replace(self.folder / "best")
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes its name once all of it is on the disk."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two of torch and safetensors for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,223 @@
+"""Images for training and evaluation from timm's readers, every draw a function of seed, epoch and position alone.
+
+So a run that begins anywhere in an epoch, with any number of workers, sees what an uninterrupted one sees there.
+"""
+
+import hashlib
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision import transforms
+
+from deit_fast.train.recipe import Recipe
+
+REPEATS = 3
+# Of epoch, position in the epoch's order, and sample.
+Key = tuple[int, int, int]
+
+
+class Data(NamedTuple):
+    """Samples to learn from, samples to be evaluated on, and how many classes there are."""
+
+    train: Dataset
+    val: Dataset
+    num_classes: int
+
+
+def seed_draws(*key: str | int) -> None:
+    """Let the next draws of Python, numpy and torch (on the CPU and the current GPU) follow from `key` alone."""
+    number = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    # Not torch.manual_seed: where CUDA is unused it formats a stack trace each time, and keeps it.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
+
+
+def open_data(path: str, name: str = "", num_classes: int | None = None) -> Data:
+    """The training and validation samples below `path`, without transforms.
+
+    name: of timm's `create_dataset`: "" for a folder with `train` and `val` (or `validation`) inside, each of one
+    folder a class, or of tar files; "hfds/…" for Hugging Face datasets, "torch/…" for torchvision's.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+        ValueError: samples that can't be taken by their index, or one folder for both.
+    """
+    train = _open(path, name, "train")
+    classes = _classes(train)
+    # The classes of training: one that has no image to be evaluated on would shift the others' numbers.
+    val = _open(path, name, "validation", **({"class_map": classes} if classes and not name else {}))
+    if not name and train.reader.root == val.reader.root:
+        raise ValueError(f"{path} needs two folders, train and val: its images would be both trained and evaluated on")
+    found = len(classes) if classes else num_classes
+    if found is None:
+        raise ValueError(f"{name} does not say how many classes it has: give --nb-classes")
+    if num_classes is not None and num_classes != found:
+        raise ValueError(f"{path} has {found} classes, not {num_classes}")
+    return Data(train, val, found)
+
+
+def open_val(path: str, name: str = "") -> tuple[Dataset, int | None]:
+    """The validation samples alone, and how many classes there are, where that is known."""
+    if (Path(path) / "train").is_dir():
+        return open_data(path, name)[1:]
+    val = _open(path, name, "validation")
+    return val, len(_classes(val)) or None
+
+
+def _classes(dataset: Any) -> dict[str, int]:
+    return getattr(getattr(dataset, "reader", dataset), "class_to_idx", {})
+
+
+def _open(path: str, name: str, split: str, **options: Any) -> Any:
+    if not name and not Path(path).is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
+    try:
+        dataset = create_dataset(name, root=path, split=split, **options)
+    except RuntimeError as error:  # timm's, where a folder has no images
+        raise FileNotFoundError(f"no images to be found for {split} in {path}: {error}") from error
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{name} is read as a stream: a run on it could not be resumed where it stopped")
+    return dataset
+
+
+def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> transforms.Compose:
+    """timm's, as the recipe has it. data_config: of `timm.data.resolve_model_data_config`."""
+    size = data_config["input_size"]
+    parts: Any = create_transform(
+        size,
+        is_training=True,
+        scale=recipe.scale,
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter or 0.0,
+        auto_augment=recipe.aa,
+        interpolation=recipe.train_interpolation,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        re_prob=recipe.reprob,
+        re_mode=recipe.remode,
+        re_count=recipe.recount,
+        separate=True,
+    )
+    for step in parts[1].transforms:
+        for augment in getattr(step, "ops", ()):
+            if augment.aug_fn is auto_augment.posterize:
+                augment.aug_fn = _posterize
+    if recipe.src:
+        parts = (_simple_random_crop(recipe, size[-1]), *parts[1:])
+    return transforms.Compose(parts)
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's. Of a strong RandAugment it keeps 0 bits: black, which Pillow 13 refuses to make."""
+    return auto_augment.posterize(image, bits, **options) if bits > 0 else image.point(lambda _: 0)
+
+
+def _simple_random_crop(recipe: Recipe, size: int) -> transforms.Compose:
+    """DeiT III's, which timm lacks: the shorter side to `size`, a reflected margin of 4, and a square of it."""
+    resize = transforms.Resize(size, transforms.InterpolationMode(recipe.train_interpolation))
+    crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
+    return transforms.Compose([resize, crop, transforms.RandomHorizontalFlip(recipe.hflip)])
+
+
+def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
+    """timm's: the shorter side to size / crop_pct, and the centre of it."""
+    names = ("interpolation", "mean", "std", "crop_pct")
+    return create_transform(data_config["input_size"], **{name: data_config[name] for name in names})
+
+
+class Order(Sampler[list[Key]]):
+    """What the batches of an epoch hold, a list of keys a batch; set `epoch` and `start` before each pass.
+
+    A step's batch is cut into `parts` (processes times accumulated batches) that hold as many images each, and this
+    process takes those numbered `mine`. Mixup pairs the images of a batch from its two ends inwards: a part holds
+    both of each pair, so that the parts mix what the whole would.
+    """
+
+    def __init__(
+        self, samples: int, batch_size: int, seed: int, repeated: bool, parts: int = 1, mine: range | None = None
+    ):
+        if samples < batch_size:
+            raise ValueError(f"{samples} training images don't fill a batch of {batch_size}")
+        if batch_size % (2 * parts) and parts > 1:
+            raise ValueError(f"a batch of {batch_size} can't be cut into {parts} parts of an even number of images")
+        self.samples, self.batch_size, self.seed, self.repeated = samples, batch_size, seed, repeated
+        self.parts, self.mine = parts, range(parts) if mine is None else mine
+        self.steps = samples // batch_size
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * len(self.mine)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = self.epoch, self._order()
+        for step in range(self.start, self.steps):
+            first = step * self.batch_size
+            for part in self.mine:
+                yield [(epoch, at, order[at]) for at in self._part(part, first)]
+
+    def _order(self) -> list[int]:
+        seed_draws("order", self.seed, self.epoch)
+        order = torch.randperm(self.samples)
+        return (order.repeat_interleave(REPEATS)[: self.samples] if self.repeated else order).tolist()
+
+    def _part(self, part: int, first: int) -> list[int]:
+        if self.parts == 1:
+            return list(range(first, first + self.batch_size))
+        half = self.batch_size // self.parts // 2
+        last = first + self.batch_size
+        start, end = first + part * half, last - part * half
+        return [*range(start, start + half), *range(end - half, end)]
+
+
+class Augmented(Dataset):
+    """A dataset that is asked for by `Key`."""
+
+    def __init__(self, dataset: Any, transform: transforms.Compose, seed: int):
+        dataset.transform = transform
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, position, index = key
+        seed_draws("sample", self.seed, epoch, position)
+        return self.dataset[index]
+
+
+def train_loader(data: Data, order: Order, recipe: Recipe, data_config: dict[str, Any], workers: int) -> DataLoader:
+    """Batches in `order`, by `recipe`."""
+    dataset = Augmented(data.train, train_transform(recipe, data_config), recipe.seed)
+    return _loader(dataset, workers, batch_sampler=order)
+
+
+def val_loader(dataset: Any, transform: transforms.Compose, batch_size: int, mine: range, workers: int) -> DataLoader:
+    """The samples numbered `mine`, in order."""
+    dataset.transform = transform
+    return _loader(dataset, workers, batch_size=batch_size, sampler=mine)
+
+
+def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
+    pinned = torch.cuda.is_available()
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=pinned,
+        persistent_workers=workers > 0,
+        worker_init_fn=_go_on,
+        **options,
+    )
+
+
+def _go_on(worker: int) -> None:
+    # Sent to the whole group of processes, SIGTERM is for the one that saves.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
