@@ -1,4 +1,4 @@
-"""What a training loop needs beside the model: so far, the distillation loss."""
+"""Training: the distillation loss, recipes, and the run that `deit-fast train` starts."""
 
 from deit_fast.train.distillation import DistillationLoss
 

@@ -91,7 +91,7 @@ def test_a_state_that_asks_for_trust_is_refused(kept, model, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    (kept.path(1) / STATE).write_bytes(pickle.dumps(Runs()))
+    (kept.path(1) / STATE).write_bytes(pickle.dumps(Runs(), protocol=2))
     with pytest.raises(ValueError, match="no checkpoint that can be resumed"):
         Saved(kept.path(1))
     torch.save({"step": Runs()}, kept.path(1) / STATE)

@@ -1,0 +1,46 @@
+"""`deit-fast eval`: a model's accuracy on a folder of images."""
+
+import argparse
+from typing import Any
+
+from deit_fast._extras import require
+from deit_fast.cli.errors import user_input
+from deit_fast.cli.train import LIBRARIES
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand and its arguments."""
+    parser = commands.add_parser("eval", help="accuracy of a model on a folder of images", allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="NAME", help="timm's name, or the folder of a checkpoint")
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="with val inside, or a folder a class")
+    parser.add_argument("--data-set", default="", metavar="NAME", help="of timm's create_dataset, say hfds/NAME")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--eval-crop-ratio", type=float, metavar="X", help="default: the model's own")
+    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the loss and the share of right answers."""
+    with user_input():
+        for module in LIBRARIES:
+            require(module, extra="train")
+        from accelerate import Accelerator
+        from timm.data import resolve_model_data_config
+
+        from deit_fast.train import build
+        from deit_fast.train.evaluation import evaluate
+        from deit_fast.train.samples import eval_transform, open_val, val_loader
+
+        accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+        val, num_classes = open_val(args.data_path, args.data_set)
+        model = build.pretrained(args.model, num_classes).to(accelerator.device)
+        transform = eval_transform(resolve_model_data_config(model, args={"crop_pct": args.eval_crop_ratio}))
+        mine = range(accelerator.process_index, len(val), accelerator.num_processes)  # type: ignore[arg-type]
+        loader = val_loader(val, transform, args.batch_size, mine, args.num_workers)
+    found = evaluate(model, loader, accelerator)
+    if found is not None and accelerator.is_main_process:
+        print(f"loss {found.loss:.4f}, {100 * found.accuracy:.2f} % of {len(val)} images")  # type: ignore[arg-type]
+    return 0

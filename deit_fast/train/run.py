@@ -1,0 +1,310 @@
+"""A training run: one loop over epochs and steps, which can be stopped anywhere and resumed bit for bit.
+
+Everything drawn follows from the seed, the epoch and the step, so no generator's state is saved.
+"""
+
+import json
+import math
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from deit_fast.train import build
+from deit_fast.train.checkpoints import Checkpoints, Saved
+from deit_fast.train.evaluation import evaluate
+from deit_fast.train.meter import Meter
+from deit_fast.train.recipe import Recipe
+from deit_fast.train.samples import (
+    Order,
+    eval_transform,
+    open_data,
+    seed_draws,
+    train_loader,
+    train_transform,
+    val_loader,
+)
+
+# Gets the step, the number of steps, and what the log has of it.
+OnLog = Callable[[int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and how a recipe is run; the options of `deit-fast train` say what each is."""
+
+    data_path: str
+    output_dir: str
+    data_set: str = ""
+    nb_classes: int | None = None
+    teacher: str | None = None
+    resume: str | None = None
+    num_workers: int = 4
+    cpu: bool = False
+    mixed_precision: str = "no"
+    grad_accum_steps: int = 1
+    compile: bool = False
+    memory: str = "balanced"
+    save_every: int | None = None
+    keep: int = 2
+    log_every: int = 50
+
+
+class Run:
+    """A recipe on its way: everything is made, and what is wrong with it refused, before the first step.
+
+    Raises:
+        ValueError, FileNotFoundError: as `deit_fast.train.recipe`, `samples` and `build` do; checkpoints in the way,
+            or of another run.
+    """
+
+    def __init__(self, recipe: Recipe, job: Job):
+        refuse(recipe, job)
+        self.recipe, self.job = recipe, job
+        self.checkpoints = Checkpoints(Path(job.output_dir), job.keep)
+        saved = self._saved()
+        accelerator = Accelerator(cpu=job.cpu, mixed_precision=job.mixed_precision)
+        self.accelerator = accelerator
+        data = open_data(job.data_path, job.data_set, job.nb_classes)
+
+        seed_draws("weights", recipe.seed)
+        self.model = build.model_of(recipe, data.num_classes).to(accelerator.device)
+        build.swap_known(self.model, job.memory)
+        self.data_config = data_config = build.data_config_of(recipe, self.model)
+        self.teacher = None
+        if job.teacher is not None:
+            teacher = build.Teacher(build.pretrained(job.teacher, data.num_classes), data_config)
+            self.teacher = teacher.to(accelerator.device)
+        self.criterion = build.loss_of(recipe, self.teacher)
+        self.mixup = build.mixup_of(recipe, data.num_classes)
+        self.ema = ModelEmaV3(self.model, recipe.model_ema_decay) if recipe.model_ema else None
+
+        ranks, rank = accelerator.num_processes, accelerator.process_index
+        self.batch_size = recipe.batch_size * ranks
+        self.parts = range(rank * job.grad_accum_steps, (rank + 1) * job.grad_accum_steps)
+        samples = len(data.train)  # type: ignore[arg-type]
+        order = (samples, self.batch_size, recipe.seed, recipe.repeated_aug, ranks * job.grad_accum_steps, self.parts)
+        self.order = Order(*order)
+        self.steps = recipe.epochs * self.order.steps
+        self.loader = train_loader(data, self.order, recipe, data_config, job.num_workers)
+        shown = eval_transform(data_config)
+        mine = range(rank, len(data.val), ranks)  # type: ignore[arg-type]
+        self.val_loader = val_loader(data.val, shown, recipe.batch_size, mine, job.num_workers)
+
+        compiled = torch.compile(self.model) if job.compile else self.model
+        optimizer = build.optimizer_of(recipe, self.model, self.batch_size)
+        self.schedule = create_scheduler_v2(
+            optimizer,
+            recipe.sched,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+        )[0]
+        self.wrapped, self.optimizer = accelerator.prepare(compiled, optimizer)
+
+        # What a checkpoint of this very run has, too.
+        same = {name: getattr(job, name) for name in ("teacher", "mixed_precision", "grad_accum_steps", "compile")}
+        self.identity = {**asdict(recipe), **same, "samples": samples, "processes": ranks}
+        self.step, self.evaluated = 0, True
+        self.best: tuple[float, int] | None = None
+        if saved is not None:
+            self._load(saved)
+
+    # -- the loop
+
+    def train(self, on_log: OnLog | None = None) -> bool:
+        """Train to the end, or until SIGTERM: False, with a checkpoint.
+
+        Raises:
+            FloatingPointError: a loss or a weight is not finite; the message names the checkpoint that is kept.
+            OSError: the last checkpoint can't be written. One before the last that can't is a warning.
+        """
+        self.on_log = on_log
+        with _sigterm() as self.asked:
+            while self.step < self.steps or not self.evaluated:
+                if self._epoch():
+                    self._save(must=True)
+                    return False
+                self._save(must=self.step == self.steps)
+        return True
+
+    def _epoch(self) -> bool:
+        """The rest of an epoch, and its evaluation; True where it has been told to stop."""
+        epoch, start = divmod(self.step, self.order.steps)
+        if start == 0 and not self.evaluated:
+            epoch, start = epoch - 1, self.order.steps
+        self.order.epoch, self.order.start = epoch, start
+        if self.schedule is not None:
+            self.schedule.step(epoch)
+        self.wrapped.train()
+        meter = Meter(self.batch_size, self.accelerator, self.teacher)
+        for step, parts in enumerate(meter.waiting(self.loader, len(self.parts)), start=start):
+            meter.add(self._update(epoch, step, parts))
+            self.step, self.evaluated = self.step + 1, False
+            last = step == self.order.steps - 1
+            if self.step % self.job.log_every == 0 or last:
+                record = meter.read(self.steps - self.step)
+                if not math.isfinite(record["loss"]):
+                    raise FloatingPointError(f"a loss is {record['loss']} at step {self.step}; {self._kept()}")
+                self._log({"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **record})
+            if self._stopping():
+                return True
+            # The last one's comes after the evaluation.
+            if self.job.save_every and self.step % self.job.save_every == 0 and not last:
+                self._save()
+        for ema in (False, True) if self.ema is not None else (False,):
+            model = self.ema.module if ema else self.wrapped  # type: ignore[union-attr]
+            evaluation = evaluate(model, self.val_loader, self.accelerator, self._stopping)
+            if evaluation is None:
+                return True
+            self._log({"epoch": epoch, "ema": ema, "val_loss": evaluation.loss, "val_accuracy": evaluation.accuracy})
+            accuracy = evaluation.accuracy
+        self.evaluated = True
+        if self.best is None or accuracy > self.best[0]:
+            self.best = accuracy, self.step
+        return False
+
+    def _update(self, epoch: int, step: int, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """One step of the optimizer; its loss, and the share of images whose likeliest class is right."""
+        accelerator, seed, of = self.accelerator, self.recipe.seed, len(self.parts)
+        seen = torch.zeros(2, device=accelerator.device)
+        for part, (images, targets) in zip(self.parts, parts, strict=True):
+            images = images.to(accelerator.device, non_blocking=True)
+            targets = targets.to(accelerator.device, non_blocking=True)
+            if self.mixup is not None:
+                seed_draws("mixup", seed, epoch, step)  # the same for every part of the batch
+                images, targets = self.mixup(images, targets)
+            seed_draws("step", seed, epoch, step, part)
+            with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.wrapped):
+                with accelerator.autocast():
+                    outputs = self.wrapped(images)
+                    loss = self.criterion(images, outputs, targets)
+                accelerator.backward(loss / of)
+            logits = outputs[0] if isinstance(outputs, tuple) else outputs
+            classes = targets.argmax(-1) if targets.ndim > 1 else targets
+            seen += torch.stack([loss.detach().float(), (logits.argmax(-1) == classes).float().mean()]) / of
+        if self.recipe.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step + 1)
+        return seen
+
+    def _stopping(self) -> bool:
+        """Whether any process has been asked to."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.asked)
+        if self.asked:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    # -- files
+
+    def _saved(self) -> Saved | None:
+        resume, there = self.job.resume, self.checkpoints.steps()
+        if resume is None and there:
+            raise ValueError(f"{self.job.output_dir} has checkpoints: --resume auto goes on from them")
+        if resume is None or resume == "auto":
+            return self.checkpoints.latest()
+        return Saved(Path(resume))
+
+    def _load(self, saved: Saved) -> None:
+        state = saved.state
+        for name, value in self.identity.items():
+            other = state["identity"].get(name)
+            if other != value:
+                raise ValueError(f"{saved.folder} is of another run: its {name} was {other}, now it is {value}")
+        self.model.load_state_dict(saved.weights)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved.ema)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
+
+    def _save(self, must: bool = False) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise FloatingPointError(f"the weights are not finite after step {self.step}; {self._kept()}")
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+        }
+        try:
+            if self.accelerator.is_main_process:
+                ema = self.ema.module if self.ema is not None else None
+                best = self.best[1] if self.best else None
+                self.checkpoints.save(self.step, self.model, ema, self.data_config, state, best)
+        except OSError as error:
+            if must:
+                raise OSError(f"{error}; {self._kept()}") from error
+            warnings.warn(f"{error}; training goes on, and {self._kept()}", stacklevel=2)
+        self.accelerator.wait_for_everyone()
+
+    def _kept(self) -> str:
+        steps = self.checkpoints.steps()
+        return f"{self.checkpoints.path(steps[-1])} is kept" if steps else "there is no checkpoint yet"
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        record = {"step": self.step, **record}
+        try:
+            with (self.checkpoints.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            warnings.warn(f"the log could not be written: {error}", stacklevel=2)
+        if self.on_log is not None:
+            self.on_log(self.step, self.steps, record)
+
+
+def refuse(recipe: Recipe, job: Job) -> None:
+    """Whatever can be known to be wrong before data is looked at.
+
+    Raises:
+        ValueError: it is.
+    """
+    if recipe.distils and job.teacher is None:
+        raise ValueError(f"distillation_type {recipe.distillation_type} needs --teacher")
+    if job.teacher is not None and not recipe.distils:
+        raise ValueError("a teacher is given, and distillation_type is none: make it soft or hard")
+    pairs = 2 if recipe.mixes else 1
+    if job.grad_accum_steps < 1 or recipe.batch_size % (pairs * job.grad_accum_steps):
+        raise ValueError(f"a batch of {recipe.batch_size} can't be cut into {job.grad_accum_steps} equal parts")
+    for name in ("keep", "log_every", "save_every"):
+        value = getattr(job, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    with torch.device("meta"):
+        model = build.model_of(recipe, num_classes=2)
+    build.optimizer_of(recipe, model, 1)
+    try:
+        train_transform(recipe, build.data_config_of(recipe, model))
+    except (AssertionError, KeyError, AttributeError) as error:
+        raise ValueError(f"timm can't make the augmentation aa={recipe.aa}, remode={recipe.remode}: {error}") from error
+    Path(job.output_dir).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[bool]]:
+    """A list that is no longer empty once the process has been asked to end."""
+    asked: list[bool] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

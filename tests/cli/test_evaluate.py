@@ -1,0 +1,34 @@
+"""`deit-fast eval`, through `main` as the console script calls it."""
+
+import pytest
+import timm
+import torch
+
+from deit_fast.cli.main import main
+from tests.train.test_samples import folders
+
+
+@pytest.fixture
+def model(tmp_path):
+    """As timm saves it, with the answer "class 1" for every image."""
+    made = timm.create_model("test_vit", num_classes=3, img_size=16)
+    torch.nn.init.zeros_(made.head.weight)
+    made.head.bias.data = torch.tensor([0.0, 9.0, 0.0])
+    timm.models.save_for_hf(made, str(tmp_path / "model"), safe_serialization=True)
+    return tmp_path / "model"
+
+
+def evaluate(model, images, more: str = "") -> int:
+    return main(f"eval --model {model} --data-path {images} --batch-size 4 --num-workers 0 --cpu {more}".split())
+
+
+@pytest.mark.parametrize("classes", [("a", "b", "c"), ("b", "c")])
+def test_the_share_of_right_answers_is_that_of_the_validation_images(model, tmp_path, capsys, classes):
+    images = folders(tmp_path / "images", val=classes)
+    assert evaluate(model, images) == 0
+    assert f"{100 / len(classes):.2f} % of {2 * len(classes)} images" in capsys.readouterr().out
+
+
+def test_a_model_of_other_classes_is_the_users_mistake(model, tmp_path, capsys):
+    assert evaluate(model, folders(tmp_path / "images", train=(), val=("a", "b"))) == 2
+    assert "knows 3 classes, the images have 2" in capsys.readouterr().err

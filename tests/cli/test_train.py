@@ -1,0 +1,82 @@
+"""`deit-fast train`, through `main` as the console script calls it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deit_fast.cli import train
+from deit_fast.cli.main import main
+from deit_fast.train import run as runs
+from tests.train.test_samples import folders
+
+SMALL = "--model deit_tiny_patch16_224 --model-kwargs patch_size=8 depth=1 embed_dim=32 num_heads=1 --input-size 16"
+FEW = "--batch-size 2 --epochs 2 --warmup-epochs 0 --num-workers 0 --cpu"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return folders(tmp_path / "images")
+
+
+def arguments(images: Path, out: Path, more: str = "") -> list[str]:
+    return f"train --data-path {images} --output-dir {out} {SMALL} {FEW} {more}".split()
+
+
+def test_a_run_is_logged_and_can_be_resumed(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(images, out, "--lr 1e-3 --recipe deit")) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 2: " in printed and f"% of the validation images, {out}/best." in printed
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in log if "val_accuracy" in record] == [0, 1]
+
+    assert main(arguments(images, out, "--lr 1e-3 --resume auto")) == 0
+    assert "Resumed after step 6 of 6." in capsys.readouterr().out
+    assert main(arguments(images, out, "--lr 1e-3")) == 2
+    assert "--resume auto goes on" in capsys.readouterr().err
+
+
+def test_a_run_that_is_told_to_stop_says_how_it_goes_on(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs.Run, "_stopping", lambda self: True)
+    assert main(arguments(images, tmp_path / "out")) == 143
+    assert "Stopped after step 1 of 6; --resume auto goes on." in capsys.readouterr().out
+
+
+def test_the_help_is_read_on_one_screen(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and len(lines) <= 50 and max(map(len, lines)) <= train.WIDTH
+    assert all(f"{group}:" in "".join(lines) for group in ("data", "run", "files", "augmentation"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
+        ("--smooth 0.1", "unrecognized arguments: --smooth"),  # no abbreviation
+        ("--lr fast", "lr must be float"),
+        ("--batch-size 3", "batch_size must be even"),
+        ("--recipe deit4", "there is no recipe 'deit4'"),
+        ("--distillation-type hard", "needs --teacher"),
+        ("--distillation-tau 2", "distillation_tau is given, and would change nothing"),
+        ("--model-kwargs depth", "expected NAME=VALUE"),
+        ("--mixed-precision fp16", "fp16"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_data_is_touched(images, tmp_path, capsys, monkeypatch, more, message):
+    def untouched(*_, **__):
+        pytest.fail("data was opened")
+
+    monkeypatch.setattr(runs, "open_data", untouched)
+    try:
+        code = main(arguments(images, tmp_path / "out", more))
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_the_users_mistake(tmp_path, capsys):
+    assert main(arguments(tmp_path / "none", tmp_path / "out")) == 2
+    assert f"there is no folder {tmp_path}/none" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""A training run on small digits: it learns, and stopped, killed or short of disk it ends where it would have."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from deit_fast.train import build, checkpoints, digits, recipe
+from deit_fast.train import run as runs
+from deit_fast.train.evaluation import evaluate
+from deit_fast.train.run import Job, Run
+from tests.train.test_samples import folders
+
+SMALL = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 1}
+STUDENT = "deit_tiny_distilled_patch16_224"
+EPOCHS, BATCH = 3, 32
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few of scikit-learn's digits as folders."""
+    root = tmp_path_factory.mktemp("digits")
+    digits.write_folder(root, most=160)
+    return root
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained convolutional network as timm saves it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=10), str(folder), safe_serialization=True)
+    return folder
+
+
+def small(**given) -> recipe.Recipe:
+    """The whole recipe of DeiT, at a small size."""
+    values = {"epochs": EPOCHS, "warmup_epochs": 1, "batch_size": BATCH, "input_size": 16, "lr": 1e-2}
+    return recipe.load(**({"model": STUDENT, "model_kwargs": SMALL, "model_ema": True} | values | given))
+
+
+def job(images: Path, out: Path, **given) -> Job:
+    values = {"num_workers": 0, "cpu": True, "log_every": 2, "save_every": 2}
+    return Job(str(images), str(out), **(values | given))
+
+
+def assert_same_end(out: Path, other: Path) -> None:
+    """Both runs end with the same bits: weights, their average, the optimizer, the best."""
+    for name in (checkpoints.WEIGHTS, f"{checkpoints.EMA}/{checkpoints.WEIGHTS}"):
+        assert (newest(out) / name).read_bytes() == (newest(other) / name).read_bytes(), name
+    ends = [checkpoints.Saved(newest(folder)).state for folder in (out, other)]
+    torch.testing.assert_close(*(end.pop("optimizer")["state"] for end in ends), rtol=0, atol=0)
+    assert ends[0] == ends[1]
+    assert (out / "best").readlink() == (other / "best").readlink()
+
+
+def newest(out: Path) -> Path:
+    found = checkpoints.Checkpoints(out)
+    return found.path(found.steps()[-1])
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert Run(small(), job(images, out)).train()
+    return out
+
+
+# -- learning
+
+
+def test_a_student_learns_from_a_teacher(images, teacher, tmp_path):
+    plain = {"mixup": 0, "cutmix": 0, "reprob": 0, "hflip": 0, "aa": "none", "scale": (0.8, 1.0), "repeated_aug": False}
+    made = small(
+        **plain, distillation_type="hard", distillation_alpha=0.2, epochs=8, lr=0.1, smoothing=0.0, model_ema=False
+    )
+    run = Run(made, job(images, tmp_path, teacher=str(teacher)))
+    assert run.train()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in log if "loss" in record]
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and steps[-1]["accuracy"] > 0.25
+    assert steps[-1]["seconds_left"] == 0 and all(0 < record["waiting_for_teacher"] < 1 for record in steps)
+    assert all(record["images_per_second"] > 0 and 0 < record["waiting_for_data"] < 1 for record in steps)
+    assert [record["epoch"] for record in log if "val_accuracy" in record] == list(range(8))
+    best = build.pretrained(str(tmp_path / "best"), num_classes=10)
+    assert evaluate(best, run.val_loader, run.accelerator).accuracy == run.best[0]
+
+
+def test_each_recipe_takes_its_steps(images, tmp_path):
+    for name in recipe.recipes():
+        model = STUDENT if name == "deit" else "deit3_small_patch16_224"
+        given = {"model": model, "model_kwargs": SMALL, "input_size": 16, "batch_size": BATCH, "epochs": 1}
+        run = Run(recipe.load(name, **given, warmup_epochs=0), job(images, tmp_path / name, save_every=None))
+        before = run.model.blocks[0].attn.qkv.weight.clone()
+        assert run.train() and not torch.equal(before, run.model.blocks[0].attn.qkv.weight)
+        assert run.optimizer.defaults.get("fused", False) is (name == "deit")
+        assert run.model.blocks[0].drop_path1.__class__.__name__ == ("Identity" if name == "deit" else "DropPath")
+
+
+def test_parts_of_a_batch_teach_what_the_batch_does(images, tmp_path):
+    weights = []
+    for parts in (1, 2):
+        # Drop path draws for each part anew; AdamW makes much of small gradients' rounding.
+        made = small(drop_path=0.0, opt="sgd", opt_eps="none", lr=0.1, epochs=2)
+        run = Run(made, job(images, tmp_path / str(parts), grad_accum_steps=parts))
+        assert run.train()
+        weights.append(torch.cat([parameter.flatten() for parameter in run.model.parameters()]))
+    assert torch.allclose(*weights, rtol=0, atol=1e-5)
+
+
+# -- the end is the same
+
+
+def test_more_workers_change_nothing(images, uninterrupted, tmp_path):
+    assert Run(small(), job(images, tmp_path, num_workers=2)).train()
+    assert_same_end(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 6])
+def test_sigterm_saves_and_the_run_goes_on_from_there(images, uninterrupted, tmp_path, at):
+    """At a step, and at the evaluation after the last of an epoch, of five steps."""
+
+    def stop(step, steps, record):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = Run(small(), job(images, tmp_path, log_every=1))
+    assert not run.train(stop) and run.step == at
+    assert checkpoints.Checkpoints(tmp_path).steps()[-1] == at
+    again = Run(small(), job(images, tmp_path, resume="auto"))
+    assert again.step == at and again.train()
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def _train(images: Path, out: Path, workers: int) -> None:
+    os.setsid()
+    torch.set_num_threads(1)
+    Run(small(), job(images, out, save_every=1, log_every=1, resume="auto", num_workers=workers)).train()
+
+
+def ended(images: Path, out: Path, by: int, delay: float = 0.0, in_a_save: bool = False, workers: int = 0) -> int:
+    """Train in a group of processes, send them a signal `delay` seconds after a step, and return the exit code."""
+    context = multiprocessing.get_context("forkserver")  # which has imported, and computed nothing
+    context.set_forkserver_preload([runs.__name__])
+    process = context.Process(target=_train, args=(images, out, workers))
+    log, before = out / "log.jsonl", time.time()
+    process.start()
+    while process.is_alive() and not (log.exists() and log.stat().st_mtime > before):
+        time.sleep(0.001)
+    time.sleep(delay)
+    while process.is_alive() and in_a_save and not list(out.glob(f"*{checkpoints.PARTIAL}")):
+        pass
+    os.killpg(process.pid, by)
+    process.join()
+    return process.exitcode
+
+
+def test_a_killed_run_ends_as_the_uninterrupted_one(images, uninterrupted, tmp_path):
+    """Once at some moment, once in a save."""
+    for delay, in_a_save in ((0.1, False), (0.0, True)):
+        assert ended(images, tmp_path, signal.SIGKILL, delay, in_a_save) == -signal.SIGKILL
+    assert checkpoints.Checkpoints(tmp_path).steps()[-1] < EPOCHS * 5
+    Run(small(), job(images, tmp_path, resume="auto")).train()
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_sigterm_to_the_workers_too_saves(images, uninterrupted, tmp_path):
+    assert ended(images, tmp_path, signal.SIGTERM, workers=2) == 0
+    assert 0 < checkpoints.Checkpoints(tmp_path).steps()[-1] < EPOCHS * 5
+    Run(small(), job(images, tmp_path, resume="auto")).train()
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_full_disk_stops_nothing_and_loses_nothing(images, uninterrupted, tmp_path, monkeypatch):
+    save, saves = torch.save, []
+
+    def full_for_a_while(state, path):
+        saves.append(state["step"])
+        if 2 <= len(saves) <= 4:
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_for_a_while)
+    with pytest.warns(UserWarning, match="No space left on device; training goes on, and .*step-00000002 is kept"):
+        assert Run(small(), job(images, tmp_path)).train()
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_disk_that_stays_full_is_an_error_that_names_what_is_kept(images, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(state, path):
+        if state["step"] > 2:
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="step-00000002 is kept"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Run(small(), job(images, tmp_path)).train()
+    assert checkpoints.Checkpoints(tmp_path).steps() == [2]
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(images, tmp_path):
+    run = Run(small(), job(images, tmp_path, log_every=100))
+
+    def broken(*arguments):
+        return float("nan") * build.loss_of(run.recipe, None)(*arguments)
+
+    sound = run.criterion
+    run.criterion = lambda *arguments: (broken if run.step >= 3 else sound)(*arguments)
+    with pytest.raises(FloatingPointError, match=r"step-00000002 is kept"):
+        run.train()
+    assert checkpoints.Checkpoints(tmp_path).steps() == [2]
+
+
+# -- refused
+
+
+def untouched(*_, **__):
+    pytest.fail("data was opened")
+
+
+@pytest.mark.parametrize(
+    ("given", "of_job", "message"),
+    [
+        ({"distillation_type": "hard"}, {}, "needs --teacher"),
+        ({}, {"teacher": "test_resnet"}, "distillation_type is none"),
+        ({"distillation_type": "hard", "model": "test_vit"}, {"teacher": "test_resnet"}, "test_vit has one head"),
+        ({"model": "deit_gigantic"}, {}, "can't make the model deit_gigantic"),
+        ({"model_kwargs": {"dept": 3}}, {}, "can't make the model"),
+        ({"opt": "adamv"}, {}, "can't make the optimizer adamv"),
+        ({"aa": "rnd-m9"}, {}, "can't make the augmentation"),
+        ({}, {"grad_accum_steps": 5}, "can't be cut into 5"),
+        ({}, {"keep": 0}, "keep must be at least 1"),
+        ({}, {"save_every": 0}, "save_every must be at least 1"),
+        ({}, {"resume": "nowhere"}, "nowhere is no checkpoint"),
+    ],
+    ids=lambda given: str(given)[:40],
+)
+def test_what_can_be_known_to_be_wrong_is_refused_before_data_is_touched(
+    images, tmp_path, monkeypatch, given, of_job, message
+):
+    monkeypatch.setattr(runs, "open_data", untouched)
+    kwargs = {} if given.get("model") == "test_vit" else {"model_kwargs": SMALL}
+    with pytest.raises(ValueError, match=message):
+        Run(small(**(kwargs | given)), job(images, tmp_path, **of_job))
+
+
+def test_checkpoints_in_the_way_or_of_another_run_are_refused(images, uninterrupted, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="has checkpoints: --resume auto"):
+        patch.setattr(runs, "open_data", untouched)
+        Run(small(), job(images, uninterrupted))
+    with pytest.raises(ValueError, match=r"another run: its lr was 0.01, now it is 0.02"):
+        Run(small(lr=2e-2), job(images, uninterrupted, resume="auto"))
+    with pytest.raises(ValueError, match=r"its grad_accum_steps was 1, now it is 2"):
+        Run(small(), job(images, uninterrupted, resume="auto", grad_accum_steps=2))
+    step = newest(uninterrupted)
+    assert Run(small(), job(images, uninterrupted, resume=str(step))).step == EPOCHS * 5
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
+    made = small(distillation_type="soft", batch_size=2)
+    three = folders(tmp_path / "three")
+    with pytest.raises(ValueError, match="knows 10 classes, the images have 3"):
+        Run(made, replace(job(three, tmp_path / "out"), teacher=str(teacher)))
