@@ -27,13 +27,14 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # timm wri
 # Where training checkpoints keep the weights, in the order in which timm looks.
 _EMA_KEYS, _KEYS = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 _PATCHES = "patch_embed.proj.weight"
+WEIGHTS = "model.safetensors"
 _FOLDER_FILES = (
-    "model.safetensors",
+    WEIGHTS,
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_TRANSFORMERS_DEFAULTS: dict[str, Any] = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+TRANSFORMERS_DEFAULTS: dict[str, Any] = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 
 class Checkpoint(NamedTuple):
@@ -157,7 +158,7 @@ def follow_config(config: DeiTConfig, checkpoint: Checkpoint) -> DeiTConfig:
     theirs = checkpoint.config
     if theirs is None or "model_type" not in theirs:  # timm's folders have a config.json of another kind
         return config
-    theirs = _TRANSFORMERS_DEFAULTS | theirs
+    theirs = TRANSFORMERS_DEFAULTS | theirs
     expected = {
         "model_type": ("deit", "vit"),
         "num_attention_heads": (config.num_heads,),
@@ -209,7 +210,7 @@ def load_weights(
         source, weight = entries[_PATCHES]
         entries[_PATCHES] = Entry(source, adapt_input_channels(weight, config.in_chans))
 
-    problems = _misfits(expected, entries)
+    problems = misfits(expected, entries)
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(
@@ -268,7 +269,8 @@ def _warn_of_new_heads(config: DeiTConfig, path: Path, heads: dict[str, Entry]) 
     )
 
 
-def _misfits(expected: dict[str, torch.Size], entries: dict[str, Entry]) -> list[str]:
+def misfits(expected: dict[str, torch.Size], entries: dict[str, Entry]) -> list[str]:
+    """What of `entries` is not as expected, and what is missing: a line each."""
     missing = [f"missing: {name}, expected {tuple(expected[name])}" for name in expected.keys() - entries.keys()]
     unexpected = [
         f"unexpected: {entry.source}, found {tuple(entry.tensor.shape)}"

@@ -1,35 +1,61 @@
-"""Parameter names of the original repository and of transformers, to timm's, which are ours."""
+"""Parameter names of the original repository and of transformers, to timm's, which are ours, and back."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# The original repository has timm's names but for DeiT III's LayerScale.
-_ORIGINAL = ((r"(blocks\.\d+)\.gamma_([12])", r"\1.ls\2.gamma"),)
+Rules = tuple[tuple[str, str], ...]
 
-# transformers renamed its modules in 5.x and goes on writing the names from before: (?:before|since).
-_LAYER = r"(?:encoder\.layer|layers)\.(\d+)\."
-_TRANSFORMERS = (
-    (r"embeddings\.cls_token", r"cls_token"),
-    (r"embeddings\.distillation_token", r"dist_token"),
-    (r"embeddings\.position_embeddings", r"pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
-    (_LAYER + r"layernorm_before\.(\w+)", r"blocks.\1.norm1.\2"),
-    (_LAYER + r"layernorm_after\.(\w+)", r"blocks.\1.norm2.\2"),
-    (_LAYER + r"attention\.(?:attention\.query|q_proj)\.(\w+)", r"blocks.\1.attn.q.\2"),
-    (_LAYER + r"attention\.(?:attention\.key|k_proj)\.(\w+)", r"blocks.\1.attn.k.\2"),
-    (_LAYER + r"attention\.(?:attention\.value|v_proj)\.(\w+)", r"blocks.\1.attn.v.\2"),
-    (_LAYER + r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"blocks.\1.attn.proj.\2"),
-    (_LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-    (_LAYER + r"(?:output\.dense|mlp\.fc2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-    (r"layernorm\.(\w+)", r"norm.\1"),
-    (r"(?:cls_)?classifier\.(\w+)", r"head.\1"),
-    (r"distillation_classifier\.(\w+)", r"head_dist.\1"),
+# The original repository has timm's names but for DeiT III's LayerScale.
+_ORIGINAL: Rules = ((r"(blocks\.\d+)\.gamma_([12])", r"\1.ls\2.gamma"),)
+_TO_ORIGINAL: Rules = ((r"(blocks\.\d+)\.ls([12])\.gamma", r"\1.gamma_\2"),)
+
+# timm's name: transformers' from before 5.x, which it goes on writing, and since where it is another.
+_IN_MODEL = {
+    "cls_token": ("embeddings.cls_token",),
+    "dist_token": ("embeddings.distillation_token",),
+    "pos_embed": ("embeddings.position_embeddings",),
+    "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
+    "norm": ("layernorm",),
+    "head": ("classifier", "cls_classifier"),
+    "head_dist": ("distillation_classifier",),
+}
+_IN_LAYER = {
+    "norm1": ("layernorm_before",),
+    "norm2": ("layernorm_after",),
+    "attn.q": ("attention.attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ("output.dense", "mlp.fc2"),
+}
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    return f"(?:{'|'.join(map(re.escape, names))})"
+
+
+_TRANSFORMERS: Rules = (
+    *((rf"{_any_of(theirs)}((?:\.\w+)?)", rf"{ours}\1") for ours, theirs in _IN_MODEL.items()),
+    *(
+        (rf"(?:encoder\.layer|layers)\.(\d+)\.{_any_of(theirs)}\.(\w+)", rf"blocks.\1.{ours}.\2")
+        for ours, theirs in _IN_LAYER.items()
+    ),
 )
 
+
+_TO_TRANSFORMERS: Rules = (
+    *((rf"{re.escape(ours)}((?:\.\w+)?)", rf"{theirs[0]}\1") for ours, theirs in _IN_MODEL.items()),
+    *(
+        (rf"blocks\.(\d+)\.{re.escape(ours)}\.(\w+)", rf"encoder.layer.\1.{theirs[0]}.\2")
+        for ours, theirs in _IN_LAYER.items()
+    ),
+)
+_DISTILLED_HEAD: Rules = ((r"head\.(\w+)", r"cls_classifier.\1"),)
 
 # What torch.compile and DistributedDataParallel put before a name, in the orders that timm knows.
 _WRAPPERS = r"^(?:_orig_mod\.)?(?:module\.)?(?:_orig_mod\.)?"
@@ -68,7 +94,7 @@ def _unwrapped(names: list[str]) -> list[str]:
     return names
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _rename(name: str, rules: Rules) -> str:
     for pattern, replacement in rules:
         match = re.fullmatch(pattern, name)
         if match:
@@ -89,3 +115,32 @@ def _merge_qkv(entries: dict[str, Entry]) -> dict[str, Entry]:
             sources = " + ".join(part.source for part in parts)
             merged[f"{match[1]}.qkv.{match[3]}"] = Entry(sources, torch.cat([part.tensor for part in parts]))
     return merged
+
+
+def to_original_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names to those of the original repository."""
+    return {_rename(name, _TO_ORIGINAL): tensor for name, tensor in state_dict.items()}
+
+
+def to_transformers_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names to those that transformers writes: of DeiT where there is a distillation token, else of ViT.
+
+    LayerScale, which neither has, keeps its name.
+    """
+    distilled = "dist_token" in state_dict
+    rules, backbone = ((*_DISTILLED_HEAD, *_TO_TRANSFORMERS), "deit.") if distilled else (_TO_TRANSFORMERS, "vit.")
+    return {
+        ("" if part.startswith("head") else backbone) + _rename(part, rules): values
+        for name, tensor in state_dict.items()
+        for part, values in _split_qkv(name, tensor)
+    }
+
+
+def _split_qkv(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What `_merge_qkv` has put together."""
+    before, packed, after = name.partition(".attn.qkv.")
+    if not packed:
+        yield name, tensor
+        return
+    for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+        yield f"{before}.attn.{letter}.{after}", part

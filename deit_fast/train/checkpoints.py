@@ -1,22 +1,20 @@
 """A run's checkpoints: folders that appear whole or not at all, each one that timm loads by `local-dir:`."""
 
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
+from deit_fast.models.files import PARTIAL, whole
+
 WEIGHTS, STATE, EMA = "model.safetensors", "state.pt", "ema"
-PARTIAL, UNREADABLE = ".partial", ".unreadable"
+UNREADABLE = ".unreadable"
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -81,7 +79,8 @@ class Checkpoints:
             OSError: it can't be written, say to a full disk; those before are as they were.
         """
         if step not in self.steps():
-            with _whole(self.path(step)) as folder:
+            with whole(self.path(step)) as folder:
+                folder.mkdir()
                 save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
                 if ema is not None:
                     save_for_hf(ema, str(folder / EMA), safe_serialization=True, data_config=data_config)
@@ -97,28 +96,3 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(self.path(step).name)
         link.replace(self.folder / "best")
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes its name once all of it is on the disk."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # the last two of torch and safetensors for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{folder} could not be written: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

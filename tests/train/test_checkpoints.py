@@ -46,7 +46,7 @@ def test_what_is_saved_comes_back_and_timm_loads_it(kept, model):
         assert again.pretrained_cfg["input_size"] == (3, 32, 32) and again.num_classes == 3
 
 
-@pytest.mark.parametrize("full", ["save_for_hf", "_sync", "torch.save"])
+@pytest.mark.parametrize("full", ["save_for_hf", "fsync", "torch.save"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 def test_a_full_disk_leaves_what_was_there(kept, model, monkeypatch, full, error):
     save(kept, model, 1)
@@ -55,7 +55,7 @@ def test_a_full_disk_leaves_what_was_there(kept, model, monkeypatch, full, error
         raise error
 
     with monkeypatch.context() as patch:
-        target = torch if full == "torch.save" else checkpoints
+        target = {"torch.save": torch, "fsync": os}.get(full, checkpoints)
         patch.setattr(target, full.removeprefix("torch."), fails)
         with pytest.raises(OSError, match=r"step-00000002 could not be written: .*(space|write)"):
             save(kept, model, 2)

@@ -1,0 +1,73 @@
+"""What a checkpoint's tensors and its folder tell of its model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deit_fast.models import VisionTransformer, list_models
+from deit_fast.models.checkpoint import load_checkpoint
+from deit_fast.models.inspection import inspect, known_as
+from deit_fast.models.registry import get_config
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """`saved(config)`: a file that says nothing but its tensors."""
+
+    def save(config):
+        torch.save(VisionTransformer(config).state_dict(), tmp_path / "x.pth")
+        return load_checkpoint(tmp_path / "x.pth")
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_base_distilled_patch16_384", "deit3_huge_patch14_224"])
+def test_tensors_tell_all_but_the_heads(name, small_config, saved):
+    config = small_config(name, depth=1, in_chans=1, num_classes=0)
+    found, tensors, assumed = inspect(saved(config), num_heads=config.num_heads)
+    assert found == config and tensors.keys() == VisionTransformer(config, device="meta").state_dict().keys()
+    assert assumed == []
+
+
+def test_heads_that_nobody_tells_are_those_of_the_known_model_or_of_64_and_that_is_said(small_config, saved):
+    huge = get_config("deit3_huge_patch14_224")
+    thin = VisionTransformer(replace(huge, img_size=14, num_classes=0), device="meta")
+    checkpoint = load_checkpoint(saved(small_config("deit_tiny_patch16_224")).path)
+    found, _, assumed = inspect(checkpoint)
+    assert found.num_heads == 3
+    assert assumed == ["3 attention heads, one for every 64 of the width 192: the checkpoint doesn't say how many"]
+    found, _, assumed = inspect(checkpoint._replace(state_dict=thin.state_dict()))
+    assert found.num_heads == 16 and "as deit3_huge_patch14_224 has" in assumed[0]
+    with pytest.raises(ValueError, match="its width 48 is no multiple of 64: give their number"):
+        inspect(saved(small_config("deit_tiny_patch16_224", embed_dim=48)))
+
+
+@pytest.mark.parametrize("arguments", [{"num_heads": 6}, {}])
+def test_a_folder_of_timm_tells_heads_and_image(arguments, small_config, saved):
+    config = {"architecture": "deit_tiny_patch16_224", "model_args": {"img_size": [64, 32], **arguments}}
+    checkpoint = saved(small_config("deit_tiny_patch16_224", img_size=(64, 32)))._replace(config=config)
+    found, _, assumed = inspect(checkpoint)
+    assert (found.num_heads, found.img_size, assumed) == (arguments.get("num_heads", 3), (64, 32), [])
+    with pytest.raises(ValueError, match=f"has {found.num_heads} attention heads by its own words, and 2 are asked"):
+        inspect(checkpoint, num_heads=2)
+
+
+def test_positions_of_no_square_are_refused_where_nobody_tells_the_image(small_config, saved):
+    with pytest.raises(ValueError, match="for which images its 6 positions are"):
+        inspect(saved(small_config("deit_tiny_patch16_224", img_size=(80, 16), depth=1)))
+
+
+def test_another_activation_is_refused(transformers_model, tmp_path):
+    transformers_model("ViTForImageClassification").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    with pytest.raises(ValueError, match="hidden_act is 'relu'"):
+        inspect(load_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_known_model_is_known_whatever_its_classes(name):
+    assert known_as(replace(get_config(name), num_classes=7, in_chans=1)) == name
+    assert known_as(replace(get_config(name), depth=5)) is None
