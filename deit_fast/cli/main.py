@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from deit_fast import __version__
-from deit_fast.cli import bench, check, convert, demo, evaluate, gpu, predict, run, train, tune
+from deit_fast.cli import bench, check, convert, demo, evaluate, gpu, plan, predict, run, train, tune
 from deit_fast.cli.errors import UserError
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deit-fast", description="DeiT on fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"deit-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (predict, run, train, evaluate, convert, demo, check, bench, tune, gpu):
+    for command in (predict, run, train, evaluate, convert, plan, demo, check, bench, tune, gpu):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

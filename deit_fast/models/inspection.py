@@ -18,6 +18,8 @@ from deit_fast.models.registry import get_config, list_models
 # Their shapes, with as many dimensions, tell the sizes of a model.
 _TELLING = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
 _HEAD_WIDTH = 64
+# What timm's models may be given that another computation, with the same tensors, follows from.
+_UNSEEN = ("act_layer", "norm_layer", "attn_layer", "mlp_layer", "block_fn")
 
 
 def inspect(checkpoint: Checkpoint, num_heads: int | None = None) -> tuple[DeiTConfig, dict[str, Tensor], list[str]]:
@@ -96,6 +98,8 @@ def _said(config: dict[str, Any]) -> tuple[int | None, Any]:
         config = TRANSFORMERS_DEFAULTS | config
         return config["num_attention_heads"], config.get("image_size", 224)
     arguments, preprocessing = (config.get(key) or {} for key in ("model_args", "pretrained_cfg"))
+    if unseen := [name for name in _UNSEEN if arguments.get(name)]:
+        raise ValueError(f"{config.get('architecture')} with its own {', '.join(unseen)} may compute something else")
     heads, size = arguments.get("num_heads"), arguments.get("img_size") or preprocessing.get("input_size", [])[1:]
     if heads is None and config.get("architecture") in list_models():
         heads = get_config(config["architecture"]).num_heads

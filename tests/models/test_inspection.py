@@ -67,6 +67,13 @@ def test_another_activation_is_refused(transformers_model, tmp_path):
         inspect(load_checkpoint(tmp_path))
 
 
+def test_a_model_of_timm_that_may_compute_something_else_is_refused(small_config, saved):
+    checkpoint = saved(small_config("deit_tiny_patch16_224"))
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"act_layer": "quick_gelu"}}
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 with its own act_layer may compute something else"):
+        inspect(checkpoint._replace(config=config))
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_a_known_model_is_known_whatever_its_classes(name):
     assert known_as(replace(get_config(name), num_classes=7, in_chans=1)) == name
