@@ -25,7 +25,7 @@ _UNSEEN = ("act_layer", "norm_layer", "attn_layer", "mlp_layer", "block_fn")
 def inspect(checkpoint: Checkpoint, num_heads: int | None = None) -> tuple[DeiTConfig, dict[str, Tensor], list[str]]:
     """A checkpoint's configuration, its tensors by timm's names, and what had to be assumed.
 
-    num_heads: where the checkpoint doesn't say it; by default that of the known model of its size, else one for every
+    num_heads: where the checkpoint doesn't say it; by default that of the known models of its size, else one for every
     64 of the width.
 
     Raises:
@@ -112,10 +112,9 @@ def _refuse_other_heads(checkpoint: Checkpoint, said: int | None, wanted: int | 
 
 
 def _usual_heads(width: int, depth: int, patch_size: int) -> tuple[int, str]:
-    for name in list_models():
-        config = get_config(name)
+    for config in map(get_config, list_models()):
         if (config.embed_dim, config.depth, config.patch_size) == (width, depth, patch_size):
-            return config.num_heads, f"as {name} has"
+            return config.num_heads, "as the known models of this size have"
     if width % _HEAD_WIDTH:
         raise ValueError(
             f"the checkpoint doesn't say how many attention heads it has, and its width {width} is no multiple of "
