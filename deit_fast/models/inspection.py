@@ -1,7 +1,6 @@
 """Which model a checkpoint holds: by its own words where it has some, else by the shapes of its tensors."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -63,11 +62,10 @@ def _config(
         return description.config, []
 
     shapes = {name: tuple(entry.tensor.shape) for name, entry in entries.items()}
-    if lacking := [name for name, ndim in _TELLING.items() if len(shapes.get(name, ())) != ndim]:
+    if lacking := [name for name, ndim in _TELLING.items() if len(shapes.get(name, ())) != ndim or 0 in shapes[name]]:
         raise ValueError(f"{path} holds no DeiT: it has no {', '.join(lacking)} as DeiTs have")
     width, in_chans, patch_size, _ = shapes["patch_embed.proj.weight"]
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in shapes]
-    depth = 1 + max(int(block[1]) for block in blocks if block)
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     distilled, positions = "dist_token" in shapes, shapes["pos_embed"][1]
 
     said_heads, said_size = _said(checkpoint.config or {})
@@ -84,8 +82,8 @@ def _config(
         img_size=said_size or _square(checkpoint, positions, prefix) * patch_size,
         patch_size=patch_size,
         in_chans=in_chans,
-        num_classes=shapes["head.weight"][0] if "head.weight" in shapes else 0,
-        mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        num_classes=(shapes.get("head.weight") or (0,))[0],
+        mlp_ratio=_ratio(shapes["blocks.0.mlp.fc1.weight"][0], width),
         distilled=distilled,
         init_values=1e-6 if "blocks.0.ls1.gamma" in shapes else None,
     )
@@ -100,7 +98,8 @@ def _said(config: dict[str, Any]) -> tuple[int | None, Any]:
     arguments, preprocessing = (config.get(key) or {} for key in ("model_args", "pretrained_cfg"))
     if unseen := [name for name in _UNSEEN if arguments.get(name)]:
         raise ValueError(f"{config.get('architecture')} with its own {', '.join(unseen)} may compute something else")
-    heads, size = arguments.get("num_heads"), arguments.get("img_size") or preprocessing.get("input_size", [])[1:]
+    heads = arguments.get("num_heads")
+    size = arguments.get("img_size") or (preprocessing.get("input_size") or ())[1:]
     if heads is None and config.get("architecture") in list_models():
         heads = get_config(config["architecture"]).num_heads
     return heads, size
@@ -121,6 +120,12 @@ def _usual_heads(width: int, depth: int, patch_size: int) -> tuple[int, str]:
             f"{_HEAD_WIDTH}: give their number"
         )
     return width // _HEAD_WIDTH, f"one for every {_HEAD_WIDTH} of the width {width}"
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Which times `width`, rounded down, is `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _square(checkpoint: Checkpoint, positions: int, prefix: int) -> int:

@@ -59,6 +59,28 @@ def test_positions_of_no_square_are_refused_where_nobody_tells_the_image(small_c
         inspect(saved(small_config("deit_tiny_patch16_224", img_size=(80, 16), depth=1)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_embed.proj.weight": torch.ones(0, 3, 16, 16)}, r"it has no patch_embed\.proj\.weight as DeiTs have"),
+        ({"cls_token": torch.ones(192)}, "it has no cls_token as DeiTs have"),
+        ({"blocks.123456789.norm1.bias": torch.ones(192)}, r"(?s)missing: blocks\.2\..*unexpected: blocks\.123456789"),
+        ({"head.weight": torch.tensor(1.0)}, r"unexpected: head\.weight, found \(\)"),
+        ({"norm.bias": torch.ones(192, dtype=torch.int8)}, r"not floating-point: norm\.bias"),
+    ],
+)
+def test_broken_tensors_are_refused(changes, message, small_config, saved):
+    checkpoint = saved(small_config("deit_tiny_patch16_224"))
+    with pytest.raises(ValueError, match=message):
+        inspect(checkpoint._replace(state_dict=checkpoint.state_dict | changes))
+
+
+def test_a_hidden_width_may_be_any(small_config, saved):
+    checkpoint = saved(small_config("deit_tiny_patch16_224", embed_dim=49, num_heads=1, mlp_ratio=27.1 / 49))
+    assert checkpoint.state_dict["blocks.0.mlp.fc1.weight"].shape == (27, 49) and int(27 / 49 * 49) == 26
+    assert inspect(checkpoint, num_heads=1)[1].keys() == checkpoint.state_dict.keys()
+
+
 def test_another_activation_is_refused(transformers_model, tmp_path):
     transformers_model("ViTForImageClassification").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
