@@ -76,6 +76,7 @@ def lightning(model: nn.Module) -> Call:
 
 def peft(model: nn.Module) -> Call:
     library = pytest.importorskip("peft")
+    torch.manual_seed(2)
     return library.get_peft_model(model, library.LoraConfig(r=2, target_modules=["qkv", "fc1"], init_lora_weights=True))
 
 
