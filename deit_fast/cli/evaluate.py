@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
         val, num_classes = open_val(args.data_path, args.data_set)
         model = build.pretrained(args.model, num_classes).to(accelerator.device)
         transform = eval_transform(resolve_model_data_config(model, args={"crop_pct": args.eval_crop_ratio}))
-        mine = range(accelerator.process_index, len(val), accelerator.num_processes)  # type: ignore[arg-type]
+        mine = range(accelerator.process_index, len(val), accelerator.num_processes)
         loader = val_loader(val, transform, args.batch_size, mine, args.num_workers)
     found = evaluate(model, loader, accelerator)
     if found is not None and accelerator.is_main_process:
-        print(f"loss {found.loss:.4f}, {100 * found.accuracy:.2f} % of {len(val)} images")  # type: ignore[arg-type]
+        print(f"loss {found.loss:.4f}, {100 * found.accuracy:.2f} % of {len(val)} images")
     return 0

@@ -62,7 +62,7 @@ class Half:
         self._inference = Chain(self.name, lambda *flat: self.one_by_one(*self.gathered(flat)))
         self._training = Chain(f"{self.name}_training", lambda *flat: self.forward(*self.gathered(flat)))
         self._gradients = Chain(f"{self.name}_backward", self._found)
-        self.plans = self._inference, self._training, self._gradients
+        self.all_chains = self._inference, self._training, self._gradients
         self._apply = _node(self)
 
     def __call__(self, x: Tensor, a: Any) -> Tensor:

@@ -331,8 +331,8 @@ def _second_derivative(operator: BackwardOperator) -> Callable:
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             flat = [t if t is not None else n for t, n in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
-            differentiable = lambda *flat: operator.differentiable(*ctx.layout.gather(*flat))  # noqa: E731
-            return None, *derivatives(differentiable, flat, ctx.needs_input_grad[1:], grads)
+            gather, needs = ctx.layout.gather, ctx.needs_input_grad[1:]
+            return None, *derivatives(lambda *flat: operator.differentiable(*gather(*flat)), flat, needs, grads)
 
     return super(torch.autograd.Function, Function).apply
 

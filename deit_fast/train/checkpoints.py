@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
+from deit_fast.models.checkpoint import WEIGHTS
 from deit_fast.models.files import PARTIAL, whole
 
-WEIGHTS, STATE, EMA = "model.safetensors", "state.pt", "ema"
+STATE, EMA = "state.pt", "ema"
 UNREADABLE = ".unreadable"
 _NAME = re.compile(r"step-(\d+)")
 

@@ -91,13 +91,13 @@ class Run:
         ranks, rank = accelerator.num_processes, accelerator.process_index
         self.batch_size = recipe.batch_size * ranks
         self.parts = range(rank * job.grad_accum_steps, (rank + 1) * job.grad_accum_steps)
-        samples = len(data.train)  # type: ignore[arg-type]
+        samples = len(data.train)
         order = (samples, self.batch_size, recipe.seed, recipe.repeated_aug, ranks * job.grad_accum_steps, self.parts)
         self.order = Order(*order)
         self.steps = recipe.epochs * self.order.steps
         self.loader = train_loader(data, self.order, recipe, data_config, job.num_workers)
         shown = eval_transform(data_config)
-        mine = range(rank, len(data.val), ranks)  # type: ignore[arg-type]
+        mine = range(rank, len(data.val), ranks)
         self.val_loader = val_loader(data.val, shown, recipe.batch_size, mine, job.num_workers)
 
         compiled = torch.compile(self.model) if job.compile else self.model
@@ -162,11 +162,12 @@ class Run:
             # The last one's comes after the evaluation.
             if self.job.save_every and self.step % self.job.save_every == 0 and not last:
                 self._save()
-        for ema in (False, True) if self.ema is not None else (False,):
-            model = self.ema.module if ema else self.wrapped  # type: ignore[union-attr]
+        averaged = [self.ema.module] if self.ema is not None else []
+        for model in (self.wrapped, *averaged):
             evaluation = evaluate(model, self.val_loader, self.accelerator, self._stopping)
             if evaluation is None:
                 return True
+            ema = model is not self.wrapped
             self._log({"epoch": epoch, "ema": ema, "val_loss": evaluation.loss, "val_accuracy": evaluation.accuracy})
             accuracy = evaluation.accuracy
         self.evaluated = True

@@ -26,10 +26,13 @@ Key = tuple[int, int, int]
 
 
 class Data(NamedTuple):
-    """Samples to learn from, samples to be evaluated on, and how many classes there are."""
+    """Samples to learn from, samples to be evaluated on, and how many classes there are.
 
-    train: Dataset
-    val: Dataset
+    train, val: datasets by index, with a length, which torch's type doesn't promise.
+    """
+
+    train: Any
+    val: Any
     num_classes: int
 
 
@@ -68,7 +71,7 @@ def open_data(path: str, name: str = "", num_classes: int | None = None) -> Data
     return Data(train, val, found)
 
 
-def open_val(path: str, name: str = "") -> tuple[Dataset, int | None]:
+def open_val(path: str, name: str = "") -> tuple[Any, int | None]:
     """The validation samples alone, and how many classes there are, where that is known."""
     if (Path(path) / "train").is_dir():
         return open_data(path, name)[1:]

@@ -24,6 +24,7 @@ from deit_fast.nn import Block
 from deit_fast.ops import backend, half, operator
 
 HALVES = ops.attention_half, ops.mlp_half
+SCALED = {"init_values": 0.1, "drop_path": 0.5}
 
 
 class Compiled:
@@ -120,7 +121,9 @@ def differences(gpu: Gpu, title: str, function: Callable[[], object], dispatched
     first = gpu.launches(function, dispatched)
     again = gpu.launches(function, dispatched)
     return {
-        "chains": sum(plan is not None for each in HALVES for chain in each.plans for plan in chain.plans.values()),
+        "chains": sum(
+            plan is not None for each in HALVES for chain in each.all_chains for plan in chain.plans.values()
+        ),
         "title": title,
         "launches": len(expected),
         "same": first[:2] == (expected, outputs) and again[:2] == (expected, outputs),
@@ -158,6 +161,17 @@ def of_block(block: Block, x: Tensor, training: bool, autocast: bool) -> Callabl
     return run
 
 
+def of_blocks(options: dict[str, dict]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Blocks of these options by what they are, in each precision, for inference and training."""
+    for title, each in options.items():
+        for dtype, autocast in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+            block = Block(64, 2, qkv_bias=True, **each).to(dtype)
+            for training in (False, True):
+                x = torch.zeros(4, 6, 64, dtype=dtype, requires_grad=training)
+                what = f"{title} {dtype} {'autocast' if autocast else ''} {'training' if training else ''}"
+                yield what, of_block(block.train(training), x, training, autocast)
+
+
 def of_trained(block: Block, x: Tensor, *trained: str) -> Callable[[], object]:
     """Forward and backward with gradients of these parameters alone."""
     parameters = [parameter.requires_grad_(name in trained) for name, parameter in block.named_parameters()]
@@ -189,14 +203,8 @@ def of_separate_projections(block: Block) -> Callable[[], object]:
 
 def chained(gpu: Gpu) -> Iterator[dict]:
     """Whole blocks, of which nobody watches the operators."""
-    for title, options in {"": {}, ", LayerScale and drop path": {"init_values": 0.1, "drop_path": 0.5}}.items():
-        for dtype, autocast in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
-            block = Block(64, 2, qkv_bias=True, **options).to(dtype)
-            for training in (False, True):
-                x = torch.zeros(4, 6, 64, dtype=dtype, requires_grad=training)
-                what = f"chained block{title} {dtype} {'autocast' if autocast else ''} {'training' if training else ''}"
-                function = of_block(block.train(training), x, training, autocast)
-                yield differences(gpu, what, function, dispatched=False)
+    for what, function in of_blocks({"block": {}, "block, LayerScale and drop path": SCALED}):
+        yield differences(gpu, f"chained {what}", function, dispatched=False)
     block, x = Block(64, 2, qkv_bias=True).bfloat16(), torch.zeros(4, 6, 64, dtype=torch.bfloat16)
     yield differences(gpu, "chained, separate q, k, v", of_separate_projections(block), dispatched=False)
     for trained in (("mlp.fc2.bias",), ("norm2.weight", "mlp.fc1.weight"), ("attn.proj.weight",), ("norm1.bias",)):
@@ -315,18 +323,8 @@ def main() -> None:
                     for op in OPS:
                         for case in cases(op, INTERPRETER_SIZES[0], dtype, torch.device("cpu")):
                             seen.append(differences(gpu, f"{op} {case.title} {dtype}", of_case(case)))
-                for title, options in {
-                    "block": {},
-                    "block, low": {"memory": "low"},
-                    "block, LayerScale and drop path": {"init_values": 0.1, "drop_path": 0.5},
-                }.items():
-                    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
-                        block = Block(64, 2, qkv_bias=True, **options).to(dtype)
-                        for training in (False, True):
-                            x = torch.zeros(4, 6, 64, dtype=dtype, requires_grad=training)
-                            what = f"{title} {dtype} {'autocast' if autocast else ''} {'training' if training else ''}"
-                            function = of_block(block.train(training), x, training, autocast)
-                            seen.append(differences(gpu, what, function))
+                options = {"block": {}, "block, low": {"memory": "low"}, "block, LayerScale and drop path": SCALED}
+                seen += [differences(gpu, what, function) for what, function in of_blocks(options)]
                 seen += chained(gpu)
                 apart = distinguished(gpu)
                 refused = with_a_runner_that_refuses_addresses(gpu)
