@@ -209,18 +209,21 @@ def val_loader(dataset: Any, transform: transforms.Compose, batch_size: int, min
     return _loader(dataset, workers, batch_size=batch_size, sampler=mine)
 
 
+class _Loader(DataLoader):
+    """torch's, whose workers, and the server that forks them, SIGTERM does not end.
+
+    It may be sent to the whole group of processes, and is for the one that saves.
+    """
+
+    def __iter__(self) -> Any:
+        # A mask is inherited: a handler that a worker sets would come too late for one that is starting.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     pinned = torch.cuda.is_available()
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=pinned,
-        persistent_workers=workers > 0,
-        worker_init_fn=_go_on,
-        **options,
-    )
-
-
-def _go_on(worker: int) -> None:
-    # Sent to the whole group of processes, SIGTERM is for the one that saves.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return _Loader(dataset, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0, **options)

@@ -140,17 +140,26 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(images, uninterrupted, tmp
     assert_same_end(tmp_path, uninterrupted)
 
 
-def _train(images: Path, out: Path, workers: int) -> None:
+def _train(images: Path, out: Path, workers: int, start_method: str) -> None:
     os.setsid()
+    multiprocessing.set_start_method(start_method, force=True)
     torch.set_num_threads(1)
     Run(small(), job(images, out, save_every=1, log_every=1, resume="auto", num_workers=workers)).train()
 
 
-def ended(images: Path, out: Path, by: int, delay: float = 0.0, in_a_save: bool = False, workers: int = 0) -> int:
+def ended(
+    images: Path,
+    out: Path,
+    by: int,
+    delay: float = 0.0,
+    in_a_save: bool = False,
+    workers: int = 0,
+    start_method: str = "fork",
+) -> int:
     """Train in a group of processes, send them a signal `delay` seconds after a step, and return the exit code."""
     context = multiprocessing.get_context("forkserver")  # which has imported, and computed nothing
     context.set_forkserver_preload([runs.__name__])
-    process = context.Process(target=_train, args=(images, out, workers))
+    process = context.Process(target=_train, args=(images, out, workers, start_method))
     log, before = out / "log.jsonl", time.time()
     process.start()
     while process.is_alive() and not (log.exists() and log.stat().st_mtime > before):
@@ -172,8 +181,10 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(images, uninterrupted, tmp_p
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_sigterm_to_the_workers_too_saves(images, uninterrupted, tmp_path):
-    assert ended(images, tmp_path, signal.SIGTERM, workers=2) == 0
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_sigterm_to_the_whole_group_saves(images, uninterrupted, tmp_path, start_method):
+    """To the workers too, and to the server that forks them."""
+    assert ended(images, tmp_path, signal.SIGTERM, workers=2, start_method=start_method) == 0
     assert 0 < checkpoints.Checkpoints(tmp_path).steps()[-1] < EPOCHS * 5
     Run(small(), job(images, tmp_path, resume="auto")).train()
     assert_same_end(tmp_path, uninterrupted)
