@@ -4,6 +4,7 @@ import torch
 import reference
 from deit_fast import ops
 from deit_fast.kernels.linear import settings
+from deit_fast.ops.linear import linear_backward
 from tests.support.accuracy import assert_as_accurate_as_stock
 from tests.support.compare import BATCHES, DTYPES, TOKENS, WIDTHS, assert_op_is_right, randn, strided
 
@@ -101,6 +102,22 @@ def test_strided_and_expanded_inputs(dtype):
             assert_op_is_right("linear_residual", view, matrix, vector, strided(x), vector, None)
             assert_op_is_right("layer_norm_linear", view, vector, vector, EPS, matrix, vector)
     assert_op_is_right("layer_norm_qkv", x, vector, None, EPS, weight, None, strided(weight), None, weight.T, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_stock_form_s_gradients_keep_a_small_layer_scale(dtype):
+    """In float16 layer_scale W falls below its range, where stock's layer_scale * grad does not."""
+    x, weight, bias = randn(2, 20, 64, dtype=dtype), weight_of(48, 64, dtype), randn(48, dtype=dtype)
+    layer_scale, grad = randn(48, dtype=dtype, scale=1e-5), randn(2, 20, 48, dtype=dtype, scale=1e3)
+    found = linear_backward.stock(grad, x, weight, bias, layer_scale, None, "none", None, [True, True, True, True])
+
+    def by_autograd(dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias, layer_scale)]
+        branch = leaves[3] * torch.nn.functional.linear(*leaves[:3])
+        return torch.autograd.grad(branch, leaves, grad.to(dtype))
+
+    for ours, stock, exact in zip(found, by_autograd(dtype), by_autograd(torch.float64), strict=True):
+        assert_as_accurate_as_stock(ours, stock, exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
