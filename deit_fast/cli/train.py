@@ -1,4 +1,4 @@
-"""`deit-fast train`: a recipe on a folder of images, without a script."""
+"""`deit-fast train`, `finetune` and `pretrain`: a recipe on a folder of images, without a script."""
 
 import argparse
 import textwrap
@@ -17,12 +17,28 @@ WIDTH = 110
 LIBRARIES = ("timm", "torchvision", "accelerate", "rich")
 
 
+# Each command is the one loop with a recipe of its own, and the value that makes it what it is.
+COMMANDS = {
+    "train": ("deit", None, "train a DeiT by a recipe on a folder of images, with or without a teacher"),
+    "finetune": ("finetune", "finetune", "go on from pretrained weights: new classes, larger images, a linear probe"),
+    "pretrain": ("pretrain", "mask_ratio", "train without labels: fill in masked squares of the images"),
+}
+
+
 def add_parser(commands: Any) -> None:
-    """Declare the subcommand and its arguments."""
+    """Declare the subcommands and their arguments."""
+    for command in COMMANDS:
+        _add_parser(commands, command)
+
+
+def _add_parser(commands: Any, command: str) -> None:
+    recipe, needed, explained = COMMANDS[command]
+    more = "--finetune NAME|FILE " if needed == "finetune" else ""
     parser = commands.add_parser(
-        "train",
-        help="train a DeiT by a recipe on a folder of images, with or without a teacher",
-        usage="deit-fast train --data-path DIR --output-dir DIR [--recipe NAME] [option ...]",
+        command,
+        help=explained,
+        description=explained[0].upper() + explained[1:] + ".",
+        usage=f"deit-fast {command} --data-path DIR --output-dir DIR {more}[--recipe NAME] [option ...]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH),
         allow_abbrev=False,
     )
@@ -34,7 +50,8 @@ def add_parser(commands: Any) -> None:
         "--num-workers", type=int, default=4, metavar="N", help="processes that read; default: %(default)s"
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--recipe", default="deit", metavar="NAME", help="deit, deit3, deit3_21k, or a .yaml file")
+    known = ", ".join(recipes.recipes())
+    run.add_argument("--recipe", default=recipe, metavar="NAME", help=f"{known}, or a .yaml file")
     run.add_argument("--teacher", metavar="NAME", help="timm's name, or the folder of a checkpoint")
     run.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     run.add_argument("--grad-accum-steps", type=int, default=1, metavar="N", help="cut each batch into N")
@@ -49,17 +66,17 @@ def add_parser(commands: Any) -> None:
     files.add_argument("--log-every", type=int, default=50, metavar="STEPS")
     recipes.add_options(parser)
     plain = parser.format_help
-    parser.format_help = lambda: plain() + _recipe_help()
+    parser.format_help = lambda: plain() + _recipe_help(recipe)
     parser.set_defaults(run=run_command)
 
 
-def _recipe_help() -> str:
-    """The recipe's options with DeiT's values, a paragraph a group."""
+def _recipe_help(recipe: str) -> str:
+    """The recipe's options with its values, a paragraph a group."""
     try:
-        groups = list(recipes.explained(recipes.load()))
+        groups = list(recipes.explained(recipes.load(recipe)))
     except ImportError as error:
         return f"\nrecipe: {error}\n"
-    lines = ["", "recipe, with the values of deit (recipes/deit.yaml explains each):"]
+    lines = ["", f"recipe, with the values of {recipe} (recipes/deit.yaml explains each):"]
     for group, options in groups:
         indent = f"  {group + ':':14}"
         text = options.replace(" --", "\n--").replace(" ", "\0").replace("\n", " ")
@@ -74,6 +91,9 @@ def run_command(args: argparse.Namespace) -> int:
         for module in LIBRARIES:
             require(module, extra="train")
         recipe = recipes.load(args.recipe, **recipes.given(args))
+        needed = COMMANDS[args.command][1]
+        if needed and getattr(recipe, needed) is None:
+            raise UserError(f"{args.command} needs --{needed.replace('_', '-')}")
         from deit_fast.train.run import Job, Run
 
         run = Run(recipe, Job(**{name: getattr(args, name) for name in Job.__dataclass_fields__}))
@@ -91,9 +111,9 @@ def run_command(args: argparse.Namespace) -> int:
         console.print(f"Stopped after step {run.step} of {run.steps}; --resume auto goes on.")
         return 143
     if run.best is not None:
-        console.print(
-            f"Best: {100 * run.best[0]:.2f} % of the validation images, {args.output_dir}/best.", soft_wrap=True
-        )
+        score = run.best[0]
+        best = f"validation loss {-score:.4f}" if recipe.masks else f"{100 * score:.2f} % of the validation images"
+        console.print(f"Best: {best}, {args.output_dir}/best.", soft_wrap=True)
     return 0
 
 
@@ -104,8 +124,10 @@ def _shown(progress: "Progress") -> Callable[[int, int, dict[str, Any]], None]:
     def show(step: int, steps: int, record: dict[str, Any]) -> None:
         if "loss" not in record:
             of = "EMA " if record["ema"] else ""
-            accuracy, loss = 100 * record["val_accuracy"], record["val_loss"]
-            progress.console.print(f"epoch {record['epoch'] + 1}: {of}{accuracy:.2f} %, validation loss {loss:.4f}")
+            accuracy = f"{100 * record['val_accuracy']:.2f} %, " if "val_accuracy" in record else ""
+            progress.console.print(
+                f"epoch {record['epoch'] + 1}: {of}{accuracy}validation loss {record['val_loss']:.4f}"
+            )
             return
         update(
             step,

@@ -23,7 +23,7 @@ from deit_fast.models.input_channels import adapt_input_channels
 from deit_fast.models.key_maps import Entry, to_timm_names
 from deit_fast.models.pos_embed import resample_pos_embed
 
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # timm writes .pth.tar, Lightning .ckpt
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # timm writes .pth.tar, Lightning .ckpt
 # Where training checkpoints keep the weights, in the order in which timm looks.
 _EMA_KEYS, _KEYS = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 _PATCHES = "patch_embed.proj.weight"
@@ -98,8 +98,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_file(path: Path, use_ema: bool = True) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.suffix not in _SUFFIXES:
-        suffixes = ", ".join(_SUFFIXES)
+    if path.suffix not in SUFFIXES:
+        suffixes = ", ".join(SUFFIXES)
         raise ValueError(f"{path} is no checkpoint: expected a file in {suffixes}, or a transformers folder")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     return _state_dict_in(content, path, use_ema)

@@ -6,21 +6,29 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 
 class Evaluation(NamedTuple):
-    """Means over the images; accuracy: the share whose likeliest class is right."""
+    """Means over the images; accuracy: the share whose likeliest class is right, 0 where no classes are told."""
 
     loss: float
     accuracy: float
 
 
+def right(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Of logits [B, C] whether the likeliest class is the label, [B]; no, of losses [B], which tell no class."""
+    return outputs.argmax(-1) == labels if outputs.ndim > 1 else torch.zeros_like(outputs, dtype=torch.bool)
+
+
 def evaluate(
     model: nn.Module, loader: DataLoader, accelerator: Accelerator, stopping: Callable[[], bool] = lambda: False
 ) -> Evaluation | None:
-    """Mean loss and accuracy over `loader` of all processes, or None where it has been told to stop."""
+    """Mean loss and accuracy over `loader` of all processes, or None where it has been told to stop.
+
+    model: images -> logits [B, C], or the loss of each, [B].
+    """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for images, labels in loader:
@@ -28,9 +36,9 @@ def evaluate(
             return None
         labels = labels.to(accelerator.device)
         with torch.inference_mode(), accelerator.autocast():
-            logits = model(images.to(accelerator.device)).float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-        right = (logits.argmax(-1) == labels).sum()
-        sums += torch.stack([loss.double(), right.double(), right.new_tensor(len(labels)).double()])
-    loss, right, images = accelerator.reduce(sums).tolist()
-    return Evaluation(loss / images, right / images)
+            outputs = model(images.to(accelerator.device)).float()
+            loss = F.cross_entropy(outputs, labels, reduction="sum") if outputs.ndim > 1 else outputs.sum()
+        count = right(outputs, labels).sum()
+        sums += torch.stack([loss.double(), count.double(), count.new_tensor(len(labels)).double()])
+    loss, count, images = accelerator.reduce(sums).tolist()
+    return Evaluation(loss / images, count / images)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from deit_fast._extras import require
+from deit_fast.models.checkpoint import SUFFIXES
 from deit_fast.train.distillation import DISTILLATION_TYPES
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -23,6 +25,8 @@ class Recipe:
     model: str
     model_kwargs: dict[str, Any]
     input_size: int | None
+    finetune: str | None
+    linear_probe: bool
     drop: float
     drop_path: float
     uniform_drop_path: bool
@@ -39,6 +43,7 @@ class Recipe:
     opt: str
     opt_eps: float | None
     weight_decay: float
+    layer_decay: float | None
     clip_grad: float | None
     seed: int
     smoothing: float
@@ -46,6 +51,8 @@ class Recipe:
     distillation_type: str
     distillation_alpha: float
     distillation_tau: float
+    mask_ratio: float | None
+    mask_patch_size: int
     repeated_aug: bool
     src: bool
     scale: tuple[float, float]
@@ -71,6 +78,22 @@ class Recipe:
     @property
     def distils(self) -> bool:
         return self.distillation_type != "none"
+
+    @property
+    def masks(self) -> bool:
+        """Whether squares of the images are masked and filled in, and no classes are learnt."""
+        return self.mask_ratio is not None
+
+    @property
+    def pretrained_name(self) -> str | None:
+        """timm's name of the model that `finetune` is; None where it is weights alone, whose model `model` says."""
+        if self.finetune is None:
+            return None
+        path = Path(self.finetune.removeprefix("local-dir:"))
+        if not path.exists():
+            return None if path.suffix in SUFFIXES else self.finetune
+        config = path / "config.json"
+        return f"local-dir:{path}" if config.exists() and "architecture" in json.loads(config.read_text()) else None
 
 
 NAMES = [field.name for field in fields(Recipe)]
@@ -152,7 +175,24 @@ def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"mixup and cutmix pair images: batch_size must be even, got {recipe.batch_size}"
     if not 0 < recipe.scale[0] <= recipe.scale[1]:
         yield f"scale must be two shares of the area, the smaller first, got {recipe.scale}"
+    if recipe.mask_ratio is not None and not 0 < recipe.mask_ratio < 1:
+        yield f"mask_ratio must be between 0 and 1, got {recipe.mask_ratio}"
+    if recipe.layer_decay is not None and not 0 < recipe.layer_decay <= 1:
+        yield f"layer_decay must be above 0 and at most 1, got {recipe.layer_decay}"
+    for name, value in (("mixup", recipe.mixup), ("cutmix", recipe.cutmix), ("smoothing", recipe.smoothing)):
+        if recipe.masks and value:
+            yield f"mask_ratio is given, so there are no classes to learn: {name} must be 0, got {value}"
+    for name in ("distils", "bce_loss", "linear_probe", "model_ema", "layer_decay"):
+        if recipe.masks and getattr(recipe, name):
+            yield f"mask_ratio and {'distillation_type' if name == 'distils' else name} exclude each other"
+    if recipe.linear_probe and recipe.finetune is None:
+        yield "linear_probe needs finetune"
     needs = {
+        "model": (recipe.pretrained_name is None, "a finetune of weights that do not say theirs"),
+        "mask_patch_size": (recipe.masks, "mask_ratio"),
+        "layer_decay": (not recipe.linear_probe, "layers that train, so no linear_probe"),
+        "drop": (not recipe.linear_probe, "layers that train, so no linear_probe"),
+        "drop_path": (not recipe.linear_probe, "layers that train, so no linear_probe"),
         "distillation_alpha": (recipe.distils, "distillation_type soft or hard"),
         "distillation_tau": (recipe.distillation_type == "soft", "distillation_type soft"),
         "model_ema_decay": (recipe.model_ema, "model_ema"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deit_fast.train import build
 from deit_fast.train.checkpoints import Checkpoints, Saved
-from deit_fast.train.evaluation import evaluate
+from deit_fast.train.evaluation import evaluate, right
 from deit_fast.train.meter import Meter
 from deit_fast.train.recipe import Recipe
 from deit_fast.train.samples import (
@@ -74,11 +74,13 @@ class Run:
         saved = self._saved()
         accelerator = Accelerator(cpu=job.cpu, mixed_precision=job.mixed_precision)
         self.accelerator = accelerator
+        weights = build.weights_of(recipe) if saved is None else None
         data = open_data(job.data_path, job.data_set, job.nb_classes)
 
         seed_draws("weights", recipe.seed)
-        self.model = build.model_of(recipe, data.num_classes).to(accelerator.device)
+        self.model = build.model_of(recipe, data.num_classes, weights).to(accelerator.device)
         build.swap_known(self.model, job.memory)
+        self.trained = build.trained_of(recipe, self.model).to(accelerator.device)
         self.data_config = data_config = build.data_config_of(recipe, self.model)
         self.teacher = None
         if job.teacher is not None:
@@ -100,8 +102,8 @@ class Run:
         mine = range(rank, len(data.val), ranks)
         self.val_loader = val_loader(data.val, shown, recipe.batch_size, mine, job.num_workers)
 
-        compiled = torch.compile(self.model) if job.compile else self.model
-        optimizer = build.optimizer_of(recipe, self.model, self.batch_size)
+        compiled = torch.compile(self.trained) if job.compile else self.trained
+        optimizer = build.optimizer_of(recipe, self.trained, self.batch_size)
         self.schedule = create_scheduler_v2(
             optimizer,
             recipe.sched,
@@ -147,6 +149,8 @@ class Run:
         if self.schedule is not None:
             self.schedule.step(epoch)
         self.wrapped.train()
+        if self.recipe.linear_probe:
+            build.rest_backbone(self.model)
         meter = Meter(self.batch_size, self.accelerator, self.teacher)
         for step, parts in enumerate(meter.waiting(self.loader, len(self.parts)), start=start):
             meter.add(self._update(epoch, step, parts))
@@ -156,7 +160,7 @@ class Run:
                 record = meter.read(self.steps - self.step)
                 if not math.isfinite(record["loss"]):
                     raise FloatingPointError(f"a loss is {record['loss']} at step {self.step}; {self._kept()}")
-                self._log({"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **record})
+                self._log({"epoch": epoch, "lr": max(group["lr"] for group in self.optimizer.param_groups), **record})
             if self._stopping():
                 return True
             # The last one's comes after the evaluation.
@@ -164,15 +168,16 @@ class Run:
                 self._save()
         averaged = [self.ema.module] if self.ema is not None else []
         for model in (self.wrapped, *averaged):
+            seed_draws("evaluation", self.recipe.seed)  # masks, the same after each epoch
             evaluation = evaluate(model, self.val_loader, self.accelerator, self._stopping)
             if evaluation is None:
                 return True
             ema = model is not self.wrapped
             self._log({"epoch": epoch, "ema": ema, "val_loss": evaluation.loss, "val_accuracy": evaluation.accuracy})
-            accuracy = evaluation.accuracy
+            score = -evaluation.loss if self.recipe.masks else evaluation.accuracy
         self.evaluated = True
-        if self.best is None or accuracy > self.best[0]:
-            self.best = accuracy, self.step
+        if self.best is None or score > self.best[0]:
+            self.best = score, self.step
         return False
 
     def _update(self, epoch: int, step: int, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -193,9 +198,9 @@ class Run:
                 accelerator.backward(loss / of)
             logits = outputs[0] if isinstance(outputs, tuple) else outputs
             classes = targets.argmax(-1) if targets.ndim > 1 else targets
-            seen += torch.stack([loss.detach().float(), (logits.argmax(-1) == classes).float().mean()]) / of
+            seen += torch.stack([loss.detach().float(), right(logits, classes).float().mean()]) / of
         if self.recipe.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+            accelerator.clip_grad_norm_(self.trained.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -227,6 +232,7 @@ class Run:
             if other != value:
                 raise ValueError(f"{saved.folder} is of another run: its {name} was {other}, now it is {value}")
         self.model.load_state_dict(saved.weights)
+        self.trained.load_state_dict(state["filling"], strict=False)
         if self.ema is not None:
             self.ema.module.load_state_dict(saved.ema)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -235,13 +241,14 @@ class Run:
         self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
 
     def _save(self, must: bool = False) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        if not all(bool(parameter.isfinite().all()) for parameter in self.trained.parameters()):
             raise FloatingPointError(f"the weights are not finite after step {self.step}; {self._kept()}")
         state = {
             "identity": self.identity,
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
+            "filling": self._filling(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
@@ -256,6 +263,11 @@ class Run:
             warnings.warn(f"{error}; training goes on, and {self._kept()}", stacklevel=2)
         self.accelerator.wait_for_everyone()
 
+    def _filling(self) -> dict[str, Tensor]:
+        """What masked image modelling trains beside the model."""
+        weights = self.trained.state_dict().items() if self.recipe.masks else ()
+        return {name: tensor for name, tensor in weights if not name.startswith("encoder.")}
+
     def _kept(self) -> str:
         steps = self.checkpoints.steps()
         return f"{self.checkpoints.path(steps[-1])} is kept" if steps else "there is no checkpoint yet"
@@ -264,6 +276,8 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         record = {"step": self.step, **record}
+        if self.recipe.masks:  # no classes are told
+            record = {name: value for name, value in record.items() if not name.endswith("accuracy")}
         try:
             with (self.checkpoints.folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -292,7 +306,7 @@ def refuse(recipe: Recipe, job: Job) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     with torch.device("meta"):
         model = build.model_of(recipe, num_classes=2)
-    build.optimizer_of(recipe, model, 1)
+    build.optimizer_of(recipe, build.trained_of(recipe, model), 1)
     try:
         train_transform(recipe, build.data_config_of(recipe, model))
     except (AssertionError, KeyError, AttributeError) as error:

@@ -1,5 +1,6 @@
 """The command line itself."""
 
+import re
 import subprocess
 import sys
 
@@ -24,6 +25,20 @@ def test_wrong_arguments_exit_with_2(capsys, arguments):
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
+
+
+def test_each_commands_help_is_read_on_one_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+
+    def shown(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*arguments, "--help"])
+        return capsys.readouterr().out
+
+    commands = re.findall(r"^    (\w+) ", shown(), re.MULTILINE)
+    assert len(commands) >= 13
+    for command in commands:
+        assert len(shown(command).splitlines()) <= 50, command
 
 
 def test_a_missing_library_is_named_with_its_extra(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""`deit-fast train`, through `main` as the console script calls it."""
+"""`deit-fast train`, `finetune` and `pretrain`, through `main` as the console script calls it."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ def images(tmp_path: Path) -> Path:
     return folders(tmp_path / "images")
 
 
-def arguments(images: Path, out: Path, more: str = "") -> list[str]:
-    return f"train --data-path {images} --output-dir {out} {SMALL} {FEW} {more}".split()
+def arguments(images: Path, out: Path, more: str = "", command: str = "train") -> list[str]:
+    return f"{command} --data-path {images} --output-dir {out} {SMALL} {FEW} {more}".split()
 
 
 def test_a_run_is_logged_and_can_be_resumed(images, tmp_path, capsys):
@@ -43,9 +43,23 @@ def test_a_run_that_is_told_to_stop_says_how_it_goes_on(images, tmp_path, capsys
     assert "Stopped after step 1 of 6; --resume auto goes on." in capsys.readouterr().out
 
 
-def test_the_help_is_read_on_one_screen(capsys):
+def test_what_was_pretrained_is_finetuned(images, tmp_path, capsys):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert main(arguments(images, first, "--mask-patch-size 8", "pretrain")) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 2: validation loss " in printed and "Best: validation loss " in printed
+    # A file says nothing of its model, a folder does.
+    assert main(arguments(images, second, f"--finetune {first}/best/model.safetensors", "finetune")) == 0
+    assert "epoch 2: " in capsys.readouterr().out
+    more = f"--output-dir {third} {FEW} --finetune {second}/best --linear-probe --input-size 32"
+    assert main(f"finetune --data-path {images} {more}".split()) == 0
+    assert f"% of the validation images, {third}/best." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", train.COMMANDS)
+def test_the_help_is_read_on_one_screen(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main([command, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0 and len(lines) <= 50 and max(map(len, lines)) <= train.WIDTH
     assert all(f"{group}:" in "".join(lines) for group in ("data", "run", "files", "augmentation"))
@@ -75,6 +89,34 @@ def test_what_is_wrong_is_refused_before_data_is_touched(images, tmp_path, capsy
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("finetune", "finetune needs --finetune"),
+        ("finetune --finetune none.pth", "no checkpoint at none.pth"),
+        ("finetune --finetune deit_gigantic", "can't make the model deit_gigantic"),
+        ("finetune --finetune test_vit --model test_vit", "model is given, and would change nothing"),
+        ("finetune --finetune test_vit --linear-probe --drop-path 0.1", "drop_path is given, and would change nothing"),
+        ("finetune --finetune test_vit --layer-decay 2", "layer_decay must be above 0 and at most 1"),
+        ("train --linear-probe", "linear_probe needs finetune"),
+        ("train --mask-patch-size 16", "mask_patch_size is given, and would change nothing without mask_ratio"),
+        ("train --mask-ratio 0.6", "there are no classes to learn: mixup must be 0"),
+        ("pretrain --mask-ratio 1", "mask_ratio must be between 0 and 1"),
+        ("pretrain --mask-ratio none", "pretrain needs --mask-ratio"),
+        ("pretrain --input-size 48", "must divide the image's 48 x 48 pixels"),
+        ("pretrain --distillation-type hard", "mask_ratio and distillation_type exclude each other"),
+        ("pretrain --model test_resnet", "masked image modelling needs a ViT"),
+    ],
+)
+def test_what_contradicts_a_finetuning_or_pretraining_is_refused(images, tmp_path, capsys, monkeypatch, more, message):
+    def untouched(*_, **__):
+        pytest.fail("data was opened")
+
+    monkeypatch.setattr(runs, "open_data", untouched)
+    assert main(f"{more} --data-path {images} --output-dir {tmp_path}/out --cpu".split()) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_the_users_mistake(tmp_path, capsys):

@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +64,14 @@ def assert_same_end(out: Path, other: Path) -> None:
     assert (out / "best").readlink() == (other / "best").readlink()
 
 
+def starting(target: Callable, *arguments) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")  # which has imported, and computed nothing
+    context.set_forkserver_preload([runs.__name__])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 def newest(out: Path) -> Path:
     found = checkpoints.Checkpoints(out)
     return found.path(found.steps()[-1])
@@ -96,13 +106,15 @@ def test_a_student_learns_from_a_teacher(images, teacher, tmp_path):
 
 def test_each_recipe_takes_its_steps(images, tmp_path):
     for name in recipe.recipes():
-        model = STUDENT if name == "deit" else "deit3_small_patch16_224"
+        deit3 = name.startswith("deit3")
+        model = "deit3_small_patch16_224" if deit3 else STUDENT
         given = {"model": model, "model_kwargs": SMALL, "input_size": 16, "batch_size": BATCH, "epochs": 1}
+        given |= {"mask_patch_size": 8} if name == "pretrain" else {}
         run = Run(recipe.load(name, **given, warmup_epochs=0), job(images, tmp_path / name, save_every=None))
         before = run.model.blocks[0].attn.qkv.weight.clone()
         assert run.train() and not torch.equal(before, run.model.blocks[0].attn.qkv.weight)
-        assert run.optimizer.defaults.get("fused", False) is (name == "deit")
-        assert run.model.blocks[0].drop_path1.__class__.__name__ == ("Identity" if name == "deit" else "DropPath")
+        assert run.optimizer.defaults.get("fused", False) is not deit3
+        assert run.model.blocks[0].drop_path1.__class__.__name__ == ("DropPath" if deit3 else "Identity")
 
 
 def test_parts_of_a_batch_teach_what_the_batch_does(images, tmp_path):
@@ -114,6 +126,77 @@ def test_parts_of_a_batch_teach_what_the_batch_does(images, tmp_path):
         assert run.train()
         weights.append(torch.cat([parameter.flatten() for parameter in run.model.parameters()]))
     assert torch.allclose(*weights, rtol=0, atol=1e-5)
+
+
+def test_what_was_pretrained_without_labels_is_finetuned(images, teacher, tmp_path):
+    def pretraining(name: str, **given) -> Run:
+        values = {"mask_patch_size": 8, "epochs": 4, "warmup_epochs": 0, "batch_size": BATCH, "input_size": 16}
+        made = recipe.load("pretrain", model=STUDENT, model_kwargs=SMALL, lr=0.02, **values)
+        return Run(made, job(images, tmp_path / name, **given))
+
+    def stop(step, steps, record):
+        if step == 8 and "loss" in record:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert pretraining("whole").train()
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    losses = [record["val_loss"] for record in log if "val_loss" in record]
+    assert losses[-1] < 0.95 * losses[0] and not any("accuracy" in name for record in log for name in record)
+    run = pretraining("stopped")
+    assert not run.train(stop) and pretraining("stopped", resume="auto").train()
+    ends = [checkpoints.Saved(newest(tmp_path / name)) for name in ("whole", "stopped")]
+    for part in ("weights", "filling", "optimizer", "best"):
+        mine, other = (end.weights if part == "weights" else end.state[part] for end in ends)
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+    # Both heads with a teacher, larger images, a smaller rate for the block than for the heads.
+    values = {"finetune": str(tmp_path / "whole" / "best"), "distillation_type": "hard", "input_size": 32}
+    made = recipe.load("finetune", epochs=1, warmup_epochs=0, batch_size=BATCH, layer_decay=0.5, lr=1e-3, **values)
+    run = Run(made, job(images, tmp_path / "finetuned", teacher=str(teacher)))
+    pretrained = ends[0].weights["blocks.0.attn.qkv.weight"]
+    assert torch.equal(run.model.blocks[0].attn.qkv.weight, pretrained) and run.model.pos_embed.shape[1] == 2 + 16
+    assert run.train() and not torch.equal(run.model.blocks[0].attn.qkv.weight, pretrained)
+
+
+def test_a_linear_probe_resumes_bit_for_bit(images, uninterrupted, tmp_path):
+    def probing(name: str, **given) -> Run:
+        values = {"finetune": str(uninterrupted / "best"), "linear_probe": True, "lr": 1e-2, "model_ema": True}
+        made = recipe.load("finetune", epochs=2, warmup_epochs=0, batch_size=BATCH, **values)
+        return Run(made, job(images, tmp_path / name, **given))
+
+    run = probing("whole")
+    before = run.model.blocks[0].attn.qkv.weight.clone()
+    assert run.train() and torch.equal(run.model.blocks[0].attn.qkv.weight, before)
+    assert not probing("stopped").train(lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None)
+    assert probing("stopped", resume="auto").train()
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+
+
+def _train_one_of_two(images: Path, out: Path, rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    Run(without_drop_path(batch_size=BATCH // 2), job(images, out, log_every=1, save_every=None)).train()
+
+
+def without_drop_path(**given) -> recipe.Recipe:
+    """Each process would draw it for itself."""
+    return small(drop_path=0.0, epochs=2, **given)
+
+
+def test_two_processes_lose_what_one_loses(images, tmp_path):
+    """With the environment that torchrun makes, in float32, of the same batches in all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [starting(_train_one_of_two, images, tmp_path / "two", rank, port) for rank in range(2)]
+    assert Run(without_drop_path(), job(images, tmp_path / "one", log_every=1, save_every=None)).train()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[record.get("loss", record.get("val_loss")) for record in map(json.loads, log)] for log in logs]
+    assert len(losses[0]) == 2 * (5 + 2) and losses[1] == pytest.approx(losses[0], rel=0, abs=1e-3)
 
 
 # -- the end is the same
@@ -157,11 +240,8 @@ def ended(
     start_method: str = "fork",
 ) -> int:
     """Train in a group of processes, send them a signal `delay` seconds after a step, and return the exit code."""
-    context = multiprocessing.get_context("forkserver")  # which has imported, and computed nothing
-    context.set_forkserver_preload([runs.__name__])
-    process = context.Process(target=_train, args=(images, out, workers, start_method))
     log, before = out / "log.jsonl", time.time()
-    process.start()
+    process = starting(_train, images, out, workers, start_method)
     while process.is_alive() and not (log.exists() and log.stat().st_mtime > before):
         time.sleep(0.001)
     time.sleep(delay)
@@ -176,7 +256,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(images, uninterrupted, tmp_p
     """Once at some moment, once in a save."""
     for delay, in_a_save in ((0.1, False), (0.0, True)):
         assert ended(images, tmp_path, signal.SIGKILL, delay, in_a_save) == -signal.SIGKILL
-    assert checkpoints.Checkpoints(tmp_path).steps()[-1] < EPOCHS * 5
+    assert max(checkpoints.Checkpoints(tmp_path).steps(), default=0) < EPOCHS * 5
     Run(small(), job(images, tmp_path, resume="auto")).train()
     assert_same_end(tmp_path, uninterrupted)
 
