@@ -9,7 +9,7 @@ import torch
 
 import deit_fast
 from deit_fast._extras import require
-from deit_fast.cli import demo_inference, demo_training
+from deit_fast.cli import demo_inference
 from deit_fast.cli.errors import user_input
 from deit_fast.cli.predict import find_device
 from deit_fast.kernels.launching import tf32
@@ -31,10 +31,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run both halves; 1 where the swapped model does not do what the stock model does."""
     with user_input():
-        for module in ("timm", "transformers", "sklearn", "matplotlib", "PIL", "rich"):
+        for module in ("timm", "transformers", "accelerate", "sklearn", "matplotlib", "PIL", "rich"):
             require(module, extra="demo")
         out = writable_folder(args.out)
     from rich.console import Console
+
+    from deit_fast.cli import demo_training
 
     console = Console(highlight=False)
     device = find_device(None)

@@ -1,6 +1,5 @@
 """Second half of `deit-fast demo`: a distilled DeiT learns handwritten digits, stock and swapped from one seed."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import torch
 
 from deit_fast.cli.progress import bar, progress_bars
 from deit_fast.train import digits, students
-from deit_fast.train.students import Trained, accuracy, loss_differences, train_student, train_teacher
+from deit_fast.train.students import OnStep, Trained, loss_differences
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,23 +25,22 @@ def run(console: "Console", device: torch.device, out: Path) -> bool:
     False where a student learns too little, the losses part, or one is not finite.
     """
     console.rule("Training on handwritten digits")
-    train_split, test_split = (split.to(device) for split in digits.load(students.SEED))
+    train_split, test_split = digits.load()
+    sizes = students.student_recipe().model_kwargs
     console.print(
         f"{len(train_split.labels)} digits to learn from, {len(test_split.labels)} others to test with. DeiT of "
-        f"{students.CONFIG.depth} blocks, width {students.CONFIG.embed_dim}, distilled (hard) from a convolutional "
-        f"network; AdamW, float32, batches of {students.BATCH_SIZE}, {students.STUDENT_STEPS} steps."
+        f"{sizes['depth']} blocks, width {sizes['embed_dim']}, distilled (hard) from a convolutional network; AdamW, "
+        f"float32, batches of {students.BATCH_SIZE}, {students.STUDENT_EPOCHS} epochs."
     )
+    images = out / "digits"
+    digits.write_folder(images)
+    cpu = device.type == "cpu"
     try:
         with progress_bars(console) as progress:
-            teacher = train_teacher(train_split, step_bar(progress, "teacher", students.TEACHER_STEPS))
+            taught = students.train_teacher(images, out / "teacher", step_bar(progress, "teacher"), cpu)
             results = {
-                name: train_student(
-                    teacher,
-                    train_split,
-                    test_split,
-                    checkpoint(out, name),
-                    step_bar(progress, name, students.STUDENT_STEPS),
-                    swapped=name == "swapped",
+                name: students.train_student(
+                    images, out / name, out / "teacher", step_bar(progress, name), cpu, swapped=name == "swapped"
                 )
                 for name in ("stock", "swapped")
             }
@@ -51,7 +49,7 @@ def run(console: "Console", device: torch.device, out: Path) -> bool:
         return False
 
     console.print(results_table(results))
-    console.print(f"Teacher: {100 * accuracy(teacher, test_split):.1f} % of the test digits.")
+    console.print(f"Teacher: {100 * taught:.1f} % of the test digits.")
     differences = loss_differences(results)
     first = max(differences[:LOSS_STEPS])
     console.print(
@@ -61,21 +59,16 @@ def run(console: "Console", device: torch.device, out: Path) -> bool:
     if device.type == "cpu":
         console.print("Seconds are of this CPU, where both run stock PyTorch code: they say nothing about a GPU.")
     draw(results, out / "training.png")
-    digit = save_digit(test_split, out)
+    digit = next((images / "val").glob("*/0000.png"))
     console.print(f"Loss curves: {out / 'training.png'}. The swapped model answers:", soft_wrap=True)
-    console.print(f"  deit-fast predict {digit} --checkpoint {checkpoint(out, 'swapped')}", soft_wrap=True)
+    console.print(f"  deit-fast predict {digit} --checkpoint {out / 'swapped' / 'best'}", soft_wrap=True)
     return first < LOSS_TOLERANCE and all(result.accuracy >= LEAST_ACCURACY for result in results.values())
 
 
-def checkpoint(out: Path, name: str) -> Path:
-    """Where the stock or the swapped DeiT is saved."""
-    return out / f"{name}.safetensors"
-
-
-def step_bar(progress: "Progress", name: str, steps: int) -> Callable[[int, float], None]:
-    """A new progress bar, as `train` calls it."""
+def step_bar(progress: "Progress", name: str) -> OnStep:
+    """A new progress bar, as students call it."""
     update = bar(progress, f"{name:>7}")
-    return lambda step, loss: update(step, steps, f"loss {loss:.3f}")
+    return lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}")
 
 
 def results_table(results: dict[str, Trained]) -> Any:
@@ -115,12 +108,3 @@ def draw(results: dict[str, Trained], path: Path) -> None:
     gap.set(title="stock and swapped from one seed", xlabel="step", ylabel="difference of the losses")
     gap.legend()
     figure.savefig(path, dpi=120)
-
-
-def save_digit(split: digits.Split, out: Path) -> Path:
-    """The first digit as the data set has it, 8 × 8 pixels, named by what it shows."""
-    import PIL.Image
-
-    path = out / f"digit-{split.labels[0].item()}.png"
-    PIL.Image.fromarray(split.pixels[0]).save(path)
-    return path

@@ -13,7 +13,6 @@ from deit_fast.data import load_image
 from deit_fast.data.evaluation import image_processor
 from deit_fast.data.labels import default_labels, describe_checkpoint, read_labels, top_classes
 from deit_fast.models import create_model, load_model
-from deit_fast.models.description import read_description
 
 BATCH_SIZE = 32
 DEFAULT_MODEL = "deit_small_distilled_patch16_224"
@@ -24,12 +23,12 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("predict", help="print the most likely classes of images")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
     parser.add_argument(
-        "--model", metavar="NAME", help=f"default: what the checkpoint says it holds, if it does, else {DEFAULT_MODEL}"
+        "--model", metavar="NAME", help=f"default: what the checkpoint holds, without one {DEFAULT_MODEL}"
     )
     parser.add_argument(
         "--checkpoint",
         metavar="PATH",
-        help=".safetensors, .pth or a transformers folder; without one the weights are random",
+        help=".safetensors, .pth, or a folder of transformers, timm or `train`; without one the weights are random",
     )
     parser.add_argument(
         "--labels", metavar="FILE", help="class names: a text file with one a line, or a JSON list or dict"
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if not 1 <= args.topk <= num_classes:
             raise ValueError(f"--topk is {args.topk}; expected 1 to {num_classes}, the number of classes")
         name = args.model
-        if name is None and args.checkpoint and read_description(args.checkpoint):
+        if name is None and args.checkpoint:
             model = load_model(args.checkpoint, device=device).eval()
         else:
             name = name or DEFAULT_MODEL

@@ -56,6 +56,7 @@ def _add_parser(commands: Any, command: str) -> None:
     run.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     run.add_argument("--grad-accum-steps", type=int, default=1, metavar="N", help="cut each batch into N")
     run.add_argument("--memory", choices=("balanced", "low"), default="balanced", help="as of deit_fast.swap")
+    run.add_argument("--no-swap", dest="swap", action="store_false", help="train the stock model, to compare with it")
     run.add_argument("--compile", action="store_true", help="with torch.compile")
     run.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     files = parser.add_argument_group("files")

@@ -1,5 +1,8 @@
 """The image processor that a checkpoint is evaluated with."""
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 from deit_fast.data.image_processor import DeiTImageProcessor
@@ -9,6 +12,8 @@ from deit_fast.models.description import read_description
 # What every published DeiT was trained with; `DeiTImageProcessor`, like transformers', defaults to 0.5.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# timm's names of Pillow's filters.
+_RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 def image_processor(checkpoint: str | None, img_size: int | tuple[int, int]) -> DeiTImageProcessor:
@@ -34,7 +39,22 @@ def saved_image_processor(checkpoint: str) -> DeiTImageProcessor | None:
     """From a folder's file, or from the metadata of a safetensors file."""
     if settings_file(checkpoint) is not None:
         return DeiTImageProcessor.from_pretrained(checkpoint)
+    folder_config = Path(checkpoint) / "config.json"
+    if folder_config.exists():
+        return _timms(json.loads(folder_config.read_text(encoding="utf-8")).get("pretrained_cfg") or {})
     description = read_description(checkpoint)
     if description is None or description.image_processor is None:
         return None
     return DeiTImageProcessor.from_dict(description.image_processor)
+
+
+def _timms(data_config: dict[str, Any]) -> DeiTImageProcessor | None:
+    """As `timm.data.create_transform` prepares square images, by timm's config.json; None where that doesn't say it."""
+    try:
+        (_, height, width), mean, std = (data_config[name] for name in ("input_size", "mean", "std"))
+        resample = _RESAMPLE[data_config["interpolation"]]
+        larger = [math.floor(side / data_config["crop_pct"]) for side in (height, width)]
+    except KeyError:
+        return None
+    size: Any = {"shortest_edge": larger[0]} if height == width else larger
+    return DeiTImageProcessor(size=size, crop_size=(height, width), resample=resample, image_mean=mean, image_std=std)

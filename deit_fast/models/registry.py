@@ -14,7 +14,6 @@ import torch
 from deit_fast.models.checkpoint import follow_config, load_checkpoint, load_weights
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.deit import VisionTransformer
-from deit_fast.models.description import read_description
 
 _TINY: dict[str, Any] = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 _SMALL: dict[str, Any] = {"embed_dim": 384, "depth": 12, "num_heads": 6}
@@ -122,35 +121,19 @@ def create_model(
         return build(config, device=device)
 
     loaded = load_checkpoint(checkpoint, use_ema)
-    on = _real_device(device)
+    on = real_device(device)
     # On meta nothing is initialised only to be overwritten, and a checkpoint that doesn't fit costs nothing.
     model = build(follow_config(config, loaded), device="meta")
     load_weights(model, loaded, on, new_heads="num_classes" in changes, adapt_channels="in_chans" in changes)
     return model
 
 
-def load_model(
-    checkpoint: str | os.PathLike,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> VisionTransformer:
-    """The model of a `.safetensors` file that says itself which one it holds, as `deit-fast demo` saves it.
+def real_device(device: torch.device | str | None) -> torch.device:
+    """Where weights are to lie, by default torch's default device.
 
     Raises:
-        ValueError: the file doesn't say it, is unreadable, its weights don't fit what it says, or `device` is meta.
-        FileNotFoundError: nothing there.
+        ValueError: it has no memory.
     """
-    description = read_description(checkpoint)
-    if description is None:
-        raise ValueError(f"{checkpoint} doesn't say which model it holds: name it to create_model")
-    on = _real_device(device)
-    model = VisionTransformer(description.config, device="meta", dtype=dtype)
-    load_weights(model, load_checkpoint(checkpoint), on)
-    return model
-
-
-def _real_device(device: torch.device | str | None) -> torch.device:
     found = torch.get_default_device() if device is None else torch.device(device)
     if found.type == "meta":
         raise ValueError("a checkpoint can't be loaded on the meta device; give a real one, or no checkpoint")

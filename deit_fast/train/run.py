@@ -54,6 +54,7 @@ class Job:
     grad_accum_steps: int = 1
     compile: bool = False
     memory: str = "balanced"
+    swap: bool = True
     save_every: int | None = None
     keep: int = 2
     log_every: int = 50
@@ -79,7 +80,8 @@ class Run:
 
         seed_draws("weights", recipe.seed)
         self.model = build.model_of(recipe, data.num_classes, weights).to(accelerator.device)
-        build.swap_known(self.model, job.memory)
+        if job.swap:
+            build.swap_known(self.model, job.memory)
         self.trained = build.trained_of(recipe, self.model).to(accelerator.device)
         self.data_config = data_config = build.data_config_of(recipe, self.model)
         self.teacher = None
@@ -300,6 +302,8 @@ def refuse(recipe: Recipe, job: Job) -> None:
     pairs = 2 if recipe.mixes else 1
     if job.grad_accum_steps < 1 or recipe.batch_size % (pairs * job.grad_accum_steps):
         raise ValueError(f"a batch of {recipe.batch_size} can't be cut into {job.grad_accum_steps} equal parts")
+    if job.memory != "balanced" and not job.swap:
+        raise ValueError("memory is of swapped models, and none is to be swapped")
     for name in ("keep", "log_every", "save_every"):
         value = getattr(job, name)
         if value is not None and value < 1:

@@ -1,44 +1,28 @@
 """A distilled DeiT that learns handwritten digits, stock or swapped, from one seed."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-import deit_fast
 from deit_fast.check.saved_bytes import saved_bytes
-from deit_fast.models import DeiTConfig
-from deit_fast.models.description import to_metadata
-from deit_fast.train import digits
-from deit_fast.train.loop import train
-from deit_fast.train.teacher import conv_net
+from deit_fast.train import recipe
+from deit_fast.train.recipe import Recipe
+from deit_fast.train.run import Job, Run
 
-SEED = 0
-CONFIG = DeiTConfig(
-    embed_dim=96,
-    depth=3,
-    num_heads=3,
-    img_size=digits.IMG_SIZE,
-    patch_size=4,
-    num_classes=digits.CLASSES,
-    distilled=True,
-)
 BATCH_SIZE = 64
-TEACHER_STEPS = 100
-STUDENT_STEPS = 200
-TEACHER_LEARNING_RATE = 3e-3
-STUDENT_LEARNING_RATE = 2e-3
+IMG_SIZE = 16
+TEACHER_EPOCHS = 5
+STUDENT_EPOCHS = 12
 # timm's 0.02 is small beside patches of unit scale: the model would look past their positions for hundreds of steps.
 POSITIONS_STD = 0.5
-ALPHA = 0.5
-SAVE_EVERY = 100
 
-# Gets the number of a step and its loss.
-OnStep = Callable[[int, float], None]
+# Gets the number of a step, the number of steps, and the step's loss.
+OnStep = Callable[[int, int, float], None]
 
 
 class Trained(NamedTuple):
@@ -50,79 +34,87 @@ class Trained(NamedTuple):
     saved_bytes: int
 
 
-def build_student() -> nn.Module:
-    """timm's distilled DeiT of `CONFIG`, which returns both heads' logits in training."""
-    from timm.models.deit import VisionTransformerDistilled
+def teacher_recipe() -> Recipe:
+    """A small convolutional network."""
+    return _recipe(model="test_resnet", epochs=TEACHER_EPOCHS, lr=3e-3)
 
-    torch.manual_seed(SEED)
-    model = VisionTransformerDistilled(
-        img_size=CONFIG.img_size,
-        patch_size=CONFIG.patch_size,
-        num_classes=CONFIG.num_classes,
-        embed_dim=CONFIG.embed_dim,
-        depth=CONFIG.depth,
-        num_heads=CONFIG.num_heads,
-        weight_init="jax",  # unit gain at any width; timm's usual σ = 0.02 is small for one as narrow as this
+
+def student_recipe() -> Recipe:
+    """DeiT, distilled (hard)."""
+    return _recipe(
+        model="deit_tiny_distilled_patch16_224",
+        model_kwargs={
+            "patch_size": 4,
+            "embed_dim": 96,
+            "depth": 3,
+            "num_heads": 3,
+            # Unit gain at any width; timm's usual σ = 0.02 is small for one as narrow as this.
+            "weight_init": "jax",
+        },
+        epochs=STUDENT_EPOCHS,
+        lr=2e-3,
+        smoothing=0.0,
+        distillation_type="hard",
     )
-    positions: Any = model.pos_embed
-    nn.init.normal_(positions, std=POSITIONS_STD)
-    model.set_distilled_training(True)
-    return model
 
 
-def train_teacher(split: digits.Split, on_step: OnStep) -> nn.Module:
-    """A convolutional network that has learnt the digits."""
-    torch.manual_seed(SEED)
-    teacher = conv_net(digits.CLASSES).to(split.images.device)
-    train(
-        teacher,
-        lambda inputs, logits, labels: F.cross_entropy(logits, labels),
-        digits.batches(split, BATCH_SIZE, SEED),
-        steps=TEACHER_STEPS,
-        lr=TEACHER_LEARNING_RATE,
-        warmup_steps=TEACHER_STEPS // 10,
-        on_step=on_step,
+def _recipe(**given: Any) -> Recipe:
+    """Of DeiT's what suits digits: they are neither mirrored nor mixed, and moved and stretched a little."""
+    return recipe.load(
+        input_size=IMG_SIZE,
+        batch_size=BATCH_SIZE,
+        unscale_lr=True,
+        warmup_epochs=1,
+        drop_path=0.0,
+        repeated_aug=False,
+        scale=(0.8, 1.0),
+        train_interpolation="bilinear",
+        eval_crop_ratio=1.0,
+        hflip=0.0,
+        aa=None,
+        color_jitter=None,
+        reprob=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        **given,
     )
-    return teacher.eval()
 
 
-def train_student(
-    teacher: nn.Module,
-    train_split: digits.Split,
-    test_split: digits.Split,
-    checkpoint: Path,
-    on_step: OnStep,
-    swapped: bool,
-) -> Trained:
-    """Train the stock or the swapped DeiT from the same weights on the same batches, and save it as `checkpoint`."""
-    device = train_split.images.device
-    model = build_student().to(device)
-    if swapped:
-        deit_fast.swap(model)
-    criterion = deit_fast.DistillationLoss(nn.CrossEntropyLoss(), teacher, "hard", alpha=ALPHA, tau=1.0)
-    images = train_split.images[:BATCH_SIZE].clone()  # a view would count with all it is a view of
-    kept = saved_bytes(model, lambda: model(images))
+def train_teacher(digits: Path, out: Path, on_step: OnStep, cpu: bool) -> float:
+    """A teacher as `out`/best, and its accuracy. digits: as `deit_fast.train.digits.write_folder` writes them."""
+    run = Run(teacher_recipe(), _job(digits, out, cpu))
+    return _train(run, on_step).accuracy
+
+
+def train_student(digits: Path, out: Path, teacher: Path, on_step: OnStep, cpu: bool, swapped: bool) -> Trained:
+    """Train the stock or the swapped DeiT from the same weights on the same batches; the best one is `out`/best."""
+    run = Run(student_recipe(), _job(digits, out, cpu, teacher=str(teacher / "best"), swap=swapped))
+    nn.init.normal_(run.model.pos_embed, std=POSITIONS_STD)
+    return _train(run, on_step)
+
+
+def _job(digits: Path, out: Path, cpu: bool, **given: Any) -> Job:
+    if (out / "log.jsonl").exists():  # of an earlier demo
+        shutil.rmtree(out)
+    # Images this small are read faster than workers start.
+    return Job(str(digits), str(out), num_workers=0, cpu=cpu, keep=1, log_every=1, **given)
+
+
+def _train(run: Run, on_step: OnStep) -> Trained:
+    records: list[dict[str, Any]] = []
+
+    def on_log(step: int, steps: int, record: dict[str, Any]) -> None:
+        records.append(record)
+        if "loss" in record:
+            on_step(step, steps, record["loss"])
+
+    images = torch.zeros(BATCH_SIZE, 3, IMG_SIZE, IMG_SIZE, device=run.accelerator.device)
+    kept = saved_bytes(run.model, lambda: run.model(images))
     start = time.perf_counter()
-    losses = train(
-        model,
-        criterion,
-        digits.batches(train_split, BATCH_SIZE, SEED),
-        steps=STUDENT_STEPS,
-        lr=STUDENT_LEARNING_RATE,
-        warmup_steps=STUDENT_STEPS // 10,
-        checkpoint=checkpoint,
-        metadata=to_metadata(CONFIG, digits.image_processor().to_dict()),
-        save_every=SAVE_EVERY,
-        on_step=on_step,
-    )
+    run.train(on_log)
     seconds = time.perf_counter() - start
-    return Trained(losses, accuracy(model, test_split), seconds, kept)
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, split: digits.Split) -> float:
-    """Share of the digits whose likeliest class is right; leaves the model in evaluation mode."""
-    return (model.eval()(split.images).argmax(-1) == split.labels).double().mean().item()
+    losses = [record["loss"] for record in records if "loss" in record]
+    return Trained(losses, records[-1]["val_accuracy"], seconds, kept)
 
 
 def loss_differences(results: dict[str, Trained]) -> list[float]:

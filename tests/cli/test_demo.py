@@ -2,7 +2,7 @@
 
 import pytest
 
-from deit_fast.cli import demo
+from deit_fast.cli import demo, demo_inference, demo_training
 from deit_fast.cli.main import main
 
 
@@ -12,8 +12,8 @@ def halves(monkeypatch):
 
     def answer(agree: bool, learnt: bool) -> list:
         folders = []
-        monkeypatch.setattr(demo.demo_inference, "run", lambda console, device: agree)
-        monkeypatch.setattr(demo.demo_training, "run", lambda console, device, out: folders.append(out) or learnt)
+        monkeypatch.setattr(demo_inference, "run", lambda console, device: agree)
+        monkeypatch.setattr(demo_training, "run", lambda console, device, out: folders.append(out) or learnt)
         return folders
 
     return answer

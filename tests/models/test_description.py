@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import deit_fast
 from deit_fast import create_model
 from deit_fast.models import DeiTConfig, VisionTransformer, load_model
 from deit_fast.models.description import read_description, to_metadata
@@ -44,6 +45,15 @@ def test_a_model_of_images_that_are_no_squares_comes_back(tmp_path):
     assert loaded.config == config
     images = torch.randn(2, 1, 16, 8)
     assert torch.equal(loaded(images), model(images))
+
+
+def test_a_checkpoint_that_says_nothing_is_known_by_its_size(tmp_path):
+    model = deit_fast.create_model("deit_tiny_patch16_224", num_classes=3, img_size=32)
+    torch.save({"model": model.state_dict()}, tmp_path / "tiny.pth")
+    with pytest.warns(UserWarning, match="tiny.pth: taken to have 3 attention heads, as the known models of this size"):
+        loaded = load_model(tmp_path / "tiny.pth")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
 
 
 def test_other_checkpoints_are_not_described(model, tmp_path):
