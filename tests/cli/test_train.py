@@ -72,6 +72,7 @@ def test_the_help_is_read_on_one_screen(capsys, command):
         ("--smooth 0.1", "unrecognized arguments: --smooth"),  # no abbreviation
         ("--lr fast", "lr must be float"),
         ("--batch-size 3", "batch_size must be even"),
+        ("--no-swap --memory low", "memory is of swapped models"),
         ("--recipe deit4", "there is no recipe 'deit4'"),
         ("--distillation-type hard", "needs --teacher"),
         ("--distillation-tau 2", "distillation_tau is given, and would change nothing"),
