@@ -302,6 +302,8 @@ def refuse(recipe: Recipe, job: Job) -> None:
     pairs = 2 if recipe.mixes else 1
     if job.grad_accum_steps < 1 or recipe.batch_size % (pairs * job.grad_accum_steps):
         raise ValueError(f"a batch of {recipe.batch_size} can't be cut into {job.grad_accum_steps} equal parts")
+    if job.mixed_precision == "fp16" and (job.cpu or not torch.accelerator.is_available()):
+        raise ValueError("mixed precision in fp16 needs a GPU; bf16 does not")
     if job.memory != "balanced" and not job.swap:
         raise ValueError("memory is of swapped models, and none is to be swapped")
     for name in ("keep", "log_every", "save_every"):
