@@ -1,10 +1,11 @@
 """`deit-fast eval`: a model's accuracy on a folder of images."""
 
 import argparse
+import sys
 from typing import Any
 
 from deit_fast._extras import require
-from deit_fast.cli.errors import user_input
+from deit_fast.cli.errors import UserError, user_input
 from deit_fast.cli.train import LIBRARIES
 
 
@@ -12,7 +13,9 @@ def add_parser(commands: Any) -> None:
     """Declare the subcommand and its arguments."""
     parser = commands.add_parser("eval", help="accuracy of a model on a folder of images", allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="NAME", help="timm's name, or the folder of a checkpoint")
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="with val inside, or a folder a class")
+    parser.add_argument(
+        "--data-path", required=True, metavar="DIR", help="with val inside, a folder a class, or a .tar"
+    )
     parser.add_argument("--data-set", default="", metavar="NAME", help="of timm's create_dataset, say hfds/NAME")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--eval-crop-ratio", type=float, metavar="X", help="default: the model's own")
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
         from deit_fast.train import build
         from deit_fast.train.evaluation import evaluate
+        from deit_fast.train.reading import named
         from deit_fast.train.samples import eval_transform, open_val, val_loader
 
         accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
@@ -39,8 +43,14 @@ def run(args: argparse.Namespace) -> int:
         model = build.pretrained(args.model, num_classes).to(accelerator.device)
         transform = eval_transform(resolve_model_data_config(model, args={"crop_pct": args.eval_crop_ratio}))
         mine = range(accelerator.process_index, len(val), accelerator.num_processes)
-        loader = val_loader(val, transform, args.batch_size, mine, args.num_workers)
-    found = evaluate(model, loader, accelerator)
+        loader = val_loader(val, transform, args.batch_size, mine, args.num_workers, max_corrupt=1.0)
+    try:
+        found = evaluate(model, loader, accelerator)
+    except OSError as error:  # there is none that can be read
+        raise UserError(str(error)) from error
+    corrupt = loader.gather()
     if found is not None and accelerator.is_main_process:
-        print(f"loss {found.loss:.4f}, {100 * found.accuracy:.2f} % of {len(val)} images")
+        print(f"loss {found.loss:.4f}, {100 * found.accuracy:.2f} % of {len(val) - len(corrupt)} images")
+        if corrupt:
+            print(f"Left out, since they can't be read: {len(corrupt)} images, {named(corrupt)}", file=sys.stderr)
     return 0

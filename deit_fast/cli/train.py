@@ -43,11 +43,16 @@ def _add_parser(commands: Any, command: str) -> None:
         allow_abbrev=False,
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data-path", required=True, metavar="DIR", help="with train and val inside, a folder a class")
+    data.add_argument(
+        "--data-path", required=True, metavar="DIR", help="with train and val inside, a folder a class or tars"
+    )
     data.add_argument("--data-set", default="", metavar="NAME", help="of timm's create_dataset, say hfds/NAME")
     data.add_argument("--nb-classes", type=int, metavar="N", help="where the data set does not say")
     data.add_argument(
         "--num-workers", type=int, default=4, metavar="N", help="processes that read; default: %(default)s"
+    )
+    data.add_argument(
+        "--max-corrupt", type=float, default=0.01, metavar="X", help="stop if more than this share can't be read"
     )
     run = parser.add_argument_group("run")
     known = ", ".join(recipes.recipes())
@@ -111,6 +116,8 @@ def run_command(args: argparse.Namespace) -> int:
     if not finished:
         console.print(f"Stopped after step {run.step} of {run.steps}; --resume auto goes on.")
         return 143
+    if run.loader.corrupt:
+        console.print(f"{len(run.loader.corrupt)} training images could not be read; log.jsonl names them.")
     if run.best is not None:
         score = run.best[0]
         best = f"validation loss {-score:.4f}" if recipe.masks else f"{100 * score:.2f} % of the validation images"
@@ -119,10 +126,16 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _shown(progress: "Progress") -> Callable[[int, int, dict[str, Any]], None]:
-    """A bar with what the last steps were, and a line for each evaluation."""
+    """A bar with what the last steps were, and a line for each evaluation and for corrupt images."""
+    from deit_fast.train.reading import named
+
     update = bar(progress, "train")
 
     def show(step: int, steps: int, record: dict[str, Any]) -> None:
+        if "corrupt" in record:
+            corrupt = record["corrupt"]
+            progress.console.print(f"{len(corrupt)} {record['split']} images can't be read: {named(corrupt)}")
+            return
         if "loss" not in record:
             of = "EMA " if record["ema"] else ""
             accuracy = f"{100 * record['val_accuracy']:.2f} %, " if "val_accuracy" in record else ""

@@ -4,7 +4,9 @@ Pillow is imported only to read files and to convert between its modes.
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,34 +26,39 @@ _RANGELESS_MODES = ("I", "F")
 def load_image(path: str | os.PathLike[str]) -> "PIL.Image.Image":
     """Read an image file: RGB, turned upright by its EXIF orientation.
 
-    Transparency is dropped, not blended; 16-bit grey is brought to 8 bits.
+    Transparency is dropped, not blended; 16-bit grey is brought to 8 bits. An orientation that can't be read is none.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no image, is truncated, has no pixels or more than `MAX_PIXELS` (its header is
             asked, before anything is decoded).
     """
-    require("PIL", extra="data")
-    import PIL.Image
-    import PIL.ImageOps
-
     name = os.fspath(path)
     if not os.path.isfile(name):
         raise FileNotFoundError(f"{name}: no such image file")
+    with open(name, "rb") as file:
+        return decode(name, file)
+
+
+def decode(name: str, file: BinaryIO) -> "PIL.Image.Image":
+    """As `load_image`, of an open file that errors call `name`."""
+    require("PIL", extra="data")
+    import PIL.Image
+
     try:
-        image = PIL.Image.open(name)
+        image = PIL.Image.open(file)
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{name}: too many pixels: {error}") from error
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} is not an image that Pillow can read") from error
-    with image:
-        check_pixels(name, image.height, image.width)
-        check_convertible(name, image)
-        try:
-            image.load()
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{name} cannot be decoded: {error}") from error
-        return _to_8_bit(PIL.ImageOps.exif_transpose(image)).convert("RGB")
+    check_pixels(name, image.height, image.width)
+    check_convertible(name, image)
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
+    _turn_upright(image)
+    return to_rgb(image)
 
 
 def is_pil(image: Any) -> bool:
@@ -148,6 +155,21 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, data_format: str | None, r
     alpha = pixels[3:] / white
     blended = pixels[:3] * alpha + white * (1 - alpha)
     return blended if pixels.is_floating_point() else blended.round().to(torch.uint8)
+
+
+def _turn_upright(image: "PIL.Image.Image") -> None:
+    import PIL.ImageOps
+
+    with suppress(OSError, SyntaxError, ValueError, struct.error):  # of broken EXIF, beside a sound image
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+
+
+def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    if image.mode == "RGB":
+        return image  # which convert would copy
+    if image.mode == "P":
+        image.info.pop("transparency", None)  # Pillow warns of dropping it
+    return _to_8_bit(image).convert("RGB")
 
 
 def _to_8_bit(image: "PIL.Image.Image") -> "PIL.Image.Image":

@@ -1,13 +1,12 @@
 """How good a model is on images that it did not learn from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 
 class Evaluation(NamedTuple):
@@ -23,7 +22,10 @@ def right(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module, loader: DataLoader, accelerator: Accelerator, stopping: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    accelerator: Accelerator,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Mean loss and accuracy over `loader` of all processes, or None where it has been told to stop.
 

@@ -1,13 +1,12 @@
 """What a stretch of training steps came to, and where its time went."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from deit_fast.train.build import Teacher
 
@@ -28,7 +27,7 @@ class Meter:
     def _taught(self) -> float:
         return self.teacher.seconds if self.teacher is not None else 0.0
 
-    def waiting(self, loader: DataLoader, parts: int) -> Iterator[tuple[Any, ...]]:
+    def waiting(self, loader: Iterable[tuple[Any, Any]], parts: int) -> Iterator[tuple[Any, ...]]:
         """The batches, `parts` at a time; waiting for them is counted."""
         batches = zip(*[iter(loader)] * parts, strict=True)
         while True:

@@ -23,6 +23,7 @@ from deit_fast.train import build
 from deit_fast.train.checkpoints import Checkpoints, Saved
 from deit_fast.train.evaluation import evaluate, right
 from deit_fast.train.meter import Meter
+from deit_fast.train.reading import Batches
 from deit_fast.train.recipe import Recipe
 from deit_fast.train.samples import (
     Order,
@@ -49,6 +50,7 @@ class Job:
     teacher: str | None = None
     resume: str | None = None
     num_workers: int = 4
+    max_corrupt: float = 0.01
     cpu: bool = False
     mixed_precision: str = "no"
     grad_accum_steps: int = 1
@@ -99,10 +101,10 @@ class Run:
         order = (samples, self.batch_size, recipe.seed, recipe.repeated_aug, ranks * job.grad_accum_steps, self.parts)
         self.order = Order(*order)
         self.steps = recipe.epochs * self.order.steps
-        self.loader = train_loader(data, self.order, recipe, data_config, job.num_workers)
+        self.loader = train_loader(data, self.order, recipe, data_config, job.num_workers, job.max_corrupt)
         shown = eval_transform(data_config)
         mine = range(rank, len(data.val), ranks)
-        self.val_loader = val_loader(data.val, shown, recipe.batch_size, mine, job.num_workers)
+        self.val_loader = val_loader(data.val, shown, recipe.batch_size, mine, job.num_workers, job.max_corrupt)
 
         compiled = torch.compile(self.trained) if job.compile else self.trained
         optimizer = build.optimizer_of(recipe, self.trained, self.batch_size)
@@ -131,7 +133,8 @@ class Run:
 
         Raises:
             FloatingPointError: a loss or a weight is not finite; the message names the checkpoint that is kept.
-            OSError: the last checkpoint can't be written. One before the last that can't is a warning.
+            OSError: the last checkpoint can't be written; one before the last that can't is a warning. More images are
+                corrupt than `max_corrupt` allows.
         """
         self.on_log = on_log
         with _sigterm() as self.asked:
@@ -163,6 +166,8 @@ class Run:
                 if not math.isfinite(record["loss"]):
                     raise FloatingPointError(f"a loss is {record['loss']} at step {self.step}; {self._kept()}")
                 self._log({"epoch": epoch, "lr": max(group["lr"] for group in self.optimizer.param_groups), **record})
+                self._log_corrupt(self.loader, "train")
+                self.loader.check()
             if self._stopping():
                 return True
             # The last one's comes after the evaluation.
@@ -174,6 +179,8 @@ class Run:
             evaluation = evaluate(model, self.val_loader, self.accelerator, self._stopping)
             if evaluation is None:
                 return True
+            self._log_corrupt(self.val_loader, "val")
+            self.val_loader.check()
             ema = model is not self.wrapped
             self._log({"epoch": epoch, "ema": ema, "val_loss": evaluation.loss, "val_accuracy": evaluation.accuracy})
             score = -evaluation.loss if self.recipe.masks else evaluation.accuracy
@@ -241,16 +248,19 @@ class Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
+        self.loader.corrupt = state["corrupt"]
 
     def _save(self, must: bool = False) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.trained.parameters()):
             raise FloatingPointError(f"the weights are not finite after step {self.step}; {self._kept()}")
+        self._log_corrupt(self.loader, "train")
         state = {
             "identity": self.identity,
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
             "filling": self._filling(),
+            "corrupt": self.loader.corrupt,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
@@ -273,6 +283,11 @@ class Run:
     def _kept(self) -> str:
         steps = self.checkpoints.steps()
         return f"{self.checkpoints.path(steps[-1])} is kept" if steps else "there is no checkpoint yet"
+
+    def _log_corrupt(self, batches: Batches, split: str) -> None:
+        corrupt = batches.gather()
+        if corrupt:
+            self._log({"split": split, "corrupt": corrupt})
 
     def _log(self, record: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
@@ -310,6 +325,8 @@ def refuse(recipe: Recipe, job: Job) -> None:
         value = getattr(job, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= job.max_corrupt <= 1:
+        raise ValueError(f"max_corrupt must be from 0 to 1, got {job.max_corrupt}")
     with torch.device("meta"):
         model = build.model_of(recipe, num_classes=2)
     build.optimizer_of(recipe, build.trained_of(recipe, model), 1)

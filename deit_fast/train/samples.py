@@ -4,8 +4,8 @@ So a run that begins anywhere in an epoch, with any number of workers, sees what
 """
 
 import hashlib
+import os
 import random
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_dataset, create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from timm.data import ImageDataset, auto_augment, create_dataset, create_transform
+from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from deit_fast.train import shards
+from deit_fast.train.loader import Loader
+from deit_fast.train.reading import Batches, Item, allowed, collate, read
 from deit_fast.train.recipe import Recipe
 
 REPEATS = 3
+STREAMS = ("wds/", "tfds/", "hfids/")
 # Of epoch, position in the epoch's order, and sample.
 Key = tuple[int, int, int]
 
@@ -51,31 +55,40 @@ def open_data(path: str, name: str = "", num_classes: int | None = None) -> Data
     """The training and validation samples below `path`, without transforms.
 
     name: of timm's `create_dataset`: "" for a folder with `train` and `val` (or `validation`) inside, each of one
-    folder a class, or of tar files; "hfds/…" for Hugging Face datasets, "torch/…" for torchvision's.
+    folder a class, or of tar files (`deit_fast.train.shards`), "hfds/…" for Hugging Face datasets, "torch/…" for
+    torchvision's.
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
-        ValueError: samples that can't be taken by their index, or one folder for both.
+        ValueError: samples that can't be taken by their index, one folder for both, or classes that don't add up.
     """
     train = _open(path, name, "train")
-    classes = _classes(train)
-    # The classes of training: one that has no image to be evaluated on would shift the others' numbers.
-    val = _open(path, name, "validation", **({"class_map": classes} if classes and not name else {}))
+    val = _open(path, name, "validation")
     if not name and train.reader.root == val.reader.root:
         raise ValueError(f"{path} needs two folders, train and val: its images would be both trained and evaluated on")
-    found = len(classes) if classes else num_classes
-    if found is None:
+    classes = _classes(train)
+    unknown = [label for label in _classes(val) if label not in classes]
+    if unknown:
+        raise ValueError(f"{path} has no training images of a class to be evaluated on: {', '.join(unknown)}")
+    if classes != _classes(val) and not name:
+        # The classes of training: one that has no image to be evaluated on would shift the others' numbers.
+        val = _open(path, name, "validation", classes)
+    found = len(classes) or max(num_classes or 0, _numbered(train))
+    if not found:
         raise ValueError(f"{name} does not say how many classes it has: give --nb-classes")
     if num_classes is not None and num_classes != found:
         raise ValueError(f"{path} has {found} classes, not {num_classes}")
+    if _numbered(val) > found:
+        raise ValueError(f"{path} has {found} classes, and one numbered {_numbered(val) - 1} to be evaluated on")
     return Data(train, val, found)
 
 
 def open_val(path: str, name: str = "") -> tuple[Any, int | None]:
     """The validation samples alone, and how many classes there are, where that is known."""
-    if (Path(path) / "train").is_dir():
-        return open_data(path, name)[1:]
     val = _open(path, name, "validation")
+    folder = not name and Path(path).is_dir() and not _numbered(val)
+    if folder and ((Path(path) / "train").is_dir() or shards.find(Path(path), "train")):
+        return open_data(path)[1:]
     return val, len(_classes(val)) or None
 
 
@@ -83,16 +96,43 @@ def _classes(dataset: Any) -> dict[str, int]:
     return getattr(getattr(dataset, "reader", dataset), "class_to_idx", {})
 
 
-def _open(path: str, name: str, split: str, **options: Any) -> Any:
-    if not name and not Path(path).is_dir():
+def _numbered(dataset: Any) -> int:
+    """One more than the largest class, of samples whose classes have numbers and no names; else 0."""
+    return getattr(getattr(dataset, "reader", None), "num_classes", 0)
+
+
+def _open(path: str, name: str, split: str, classes: dict[str, int] | None = None) -> Any:
+    if name:
+        if name.lower().startswith(STREAMS):
+            raise ValueError(
+                f"{name} is read as a stream: a run on it could not be resumed where it stopped. "
+                "Tar files, WebDataset's too, are read by index without --data-set"
+            )
+        return create_dataset(name, root=path, split=split)
+    if not Path(path).is_dir() and Path(path).suffix != ".tar":
         raise FileNotFoundError(f"there is no folder {path}")
+    tars = shards.find(Path(path), split)
+    if tars:
+        return ImageDataset(path, reader=shards.ReaderShards(tars, tars[0].parent != Path(path), classes))
     try:
-        dataset = create_dataset(name, root=path, split=split, **options)
+        # Of whatever Pillow reads; timm alone would leave some out in silence.
+        options: Any = {"class_map": classes, "input_key": ";".join(IMG_EXTENSIONS)}
+        dataset = create_dataset("", root=path, split=split, **options)
     except RuntimeError as error:  # timm's, where a folder has no images
         raise FileNotFoundError(f"no images to be found for {split} in {path}: {error}") from error
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{name} is read as a stream: a run on it could not be resumed where it stopped")
+    _check_folders(dataset.reader, split)
     return dataset
+
+
+def _check_folders(reader: Any, split: str) -> None:
+    """Refuse what would shift the numbers of the classes, or leave one out in silence."""
+    if "" in reader.class_to_idx:
+        raise ValueError(f"{reader.root} has images that are in no class's folder")
+    folders = [file for file in os.scandir(reader.root) if file.is_dir() and not file.name.startswith(".")]
+    for folder in folders:
+        inside = (file.startswith(folder.path + os.sep) for file, _ in reader.samples)
+        if split == "train" and folder.name not in reader.class_to_idx and not any(inside):
+            raise ValueError(f"{folder.path} has no images, and would be no class: fill it or take it away")
 
 
 def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> transforms.Compose:
@@ -185,45 +225,74 @@ class Order(Sampler[list[Key]]):
 
 
 class Augmented(Dataset):
-    """A dataset that is asked for by `Key`."""
+    """Readable samples of a dataset, augmented, asked for by `Key`.
 
-    def __init__(self, dataset: Any, transform: transforms.Compose, seed: int):
-        dataset.transform = transform
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        epoch, position, index = key
-        seed_draws("sample", self.seed, epoch, position)
-        return self.dataset[index]
-
-
-def train_loader(data: Data, order: Order, recipe: Recipe, data_config: dict[str, Any], workers: int) -> DataLoader:
-    """Batches in `order`, by `recipe`."""
-    dataset = Augmented(data.train, train_transform(recipe, data_config), recipe.seed)
-    return _loader(dataset, workers, batch_sampler=order)
-
-
-def val_loader(dataset: Any, transform: transforms.Compose, batch_size: int, mine: range, workers: int) -> DataLoader:
-    """The samples numbered `mine`, in order."""
-    dataset.transform = transform
-    return _loader(dataset, workers, batch_size=batch_size, sampler=mine)
-
-
-class _Loader(DataLoader):
-    """torch's, whose workers, and the server that forks them, SIGTERM does not end.
-
-    It may be sent to the whole group of processes, and is for the one that saves.
+    In place of a corrupt one comes the next in the dataset's order. Where more than `allowed` were found corrupt here,
+    none does.
     """
 
-    def __iter__(self) -> Any:
-        # A mask is inherited: a handler that a worker sets would come too late for one that is starting.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def __init__(self, dataset: Any, transform: transforms.Compose, seed: int, allowed: int = 0):
+        self.dataset, self.transform, self.seed, self.allowed = dataset, transform, seed, allowed
+        self.corrupt: dict[str, str] = {}
+        self.last: tuple[int, Any] = -1, None
+
+    def __getitem__(self, key: Key) -> Item:
+        epoch, position, index = key
+        # With repeated augmentation the same image comes several times in a row, and is decoded once.
+        if self.last[0] != index:
+            self.last = index, self._readable(index)
+        image, target, corrupt = self.last[1]
+        if image is None:
+            return self.last[1]
+        seed_draws("sample", self.seed, epoch, position)
+        return self.transform(image), target, corrupt
+
+    def _readable(self, index: int) -> Item:
+        corrupt: dict[str, str] = {}
+        while True:
+            image, target, why = read(self.dataset, index)
+            if image is not None:
+                return image, target, corrupt
+            corrupt |= why
+            self.corrupt |= why
+            if len(self.corrupt) > self.allowed:
+                return None, target, self.corrupt
+            index = (index + 1) % len(self.dataset)
 
 
-def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
+class Shown(Dataset):
+    """Samples of a dataset for evaluation."""
+
+    def __init__(self, dataset: Any, transform: transforms.Compose):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Item:
+        image, target, corrupt = read(self.dataset, index)
+        return image if image is None else self.transform(image), target, corrupt
+
+
+def train_loader(
+    data: Data, order: Order, recipe: Recipe, data_config: dict[str, Any], workers: int, max_corrupt: float = 0.0
+) -> Batches:
+    """Batches in `order`, by `recipe`."""
+    transform, samples = train_transform(recipe, data_config), len(data.train)
+    dataset = Augmented(data.train, transform, recipe.seed, allowed(max_corrupt, samples))
+    return Batches(_loader(dataset, workers, batch_sampler=order), samples, max_corrupt)
+
+
+def val_loader(
+    dataset: Any, transform: transforms.Compose, batch_size: int, mine: range, workers: int, max_corrupt: float = 0.0
+) -> Batches:
+    """The samples numbered `mine`, in order, but for corrupt ones."""
+    loader = _loader(Shown(dataset, transform), workers, batch_size=batch_size, sampler=mine)
+    return Batches(loader, len(dataset), max_corrupt)
+
+
+def _loader(dataset: Dataset, workers: int, **options: Any) -> Loader:
     pinned = torch.cuda.is_available()
-    return _Loader(dataset, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0, **options)
+    return Loader(
+        dataset, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0, collate_fn=collate, **options
+    )

@@ -32,3 +32,16 @@ def test_the_share_of_right_answers_is_that_of_the_validation_images(model, tmp_
 def test_a_model_of_other_classes_is_the_users_mistake(model, tmp_path, capsys):
     assert evaluate(model, folders(tmp_path / "images", train=(), val=("a", "b"))) == 2
     assert "knows 3 classes, the images have 2" in capsys.readouterr().err
+
+
+def test_images_that_can_not_be_read_are_left_out_and_named(model, tmp_path, capsys):
+    images = folders(tmp_path / "images")
+    for name in ("a/0.png", "a/1.png"):
+        (images / "val" / name).write_bytes(b"")
+    assert evaluate(model, images) == 0
+    printed = capsys.readouterr()
+    assert "50.00 % of 4 images" in printed.out and "can't be read: 2 images, a/0.png (" in printed.err
+    for file in (images / "val").rglob("*.png"):
+        file.write_bytes(b"")
+    assert evaluate(model, images) == 2
+    assert "6 of 6 images can't be read" in capsys.readouterr().err

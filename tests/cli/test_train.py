@@ -37,6 +37,15 @@ def test_a_run_is_logged_and_can_be_resumed(images, tmp_path, capsys):
     assert "--resume auto goes on" in capsys.readouterr().err
 
 
+def test_corrupt_images_are_said_aloud(images, tmp_path, capsys):
+    (images / "train" / "a" / "0.png").write_bytes(b"")
+    assert main(arguments(images, tmp_path / "out", "--no-repeated-aug")) == 2
+    assert "1 of 6 images can't be read, a/0.png (the file is not an image" in capsys.readouterr().err
+    assert main(arguments(images, tmp_path / "again", "--no-repeated-aug --max-corrupt 0.2")) == 0
+    printed = capsys.readouterr().out
+    assert "1 train images can't be read: a/0.png" in printed and "1 training images could not be read" in printed
+
+
 def test_a_run_that_is_told_to_stop_says_how_it_goes_on(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs.Run, "_stopping", lambda self: True)
     assert main(arguments(images, tmp_path / "out")) == 143

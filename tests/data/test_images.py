@@ -41,10 +41,31 @@ def test_exif_orientation_is_honoured(tmp_path, image):
     assert np.array_equal(np.asarray(load_image(tmp_path / "image.png")), np.rot90(np.asarray(image), -1))
 
 
-def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+def test_broken_exif_leaves_the_image_as_it_is(tmp_path, image):
+    for broken in (b"Exif\0\0neither", b"Exif\0\0II*\0\x08"):
+        image.save(tmp_path / "image.webp", exif=broken)
+        assert load_image(tmp_path / "image.webp").size == image.size
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_sixteen_bit_grey_keeps_its_range(tmp_path, kind):
     values = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(values).save(tmp_path / "image.png")
-    assert np.array_equal(np.asarray(load_image(tmp_path / "image.png"))[:, :, 0], values >> 8)
+    Image.fromarray(values).save(tmp_path / f"image.{kind}")
+    assert np.array_equal(np.asarray(load_image(tmp_path / f"image.{kind}"))[:, :, 0], values >> 8)
+
+
+def test_colours_of_four_inks_are_those_of_three(tmp_path, image):
+    for mode in ("RGB", "CMYK"):
+        image.resize((96, 96)).convert(mode).save(tmp_path / f"{mode}.jpg", quality=95)
+    three, four = (np.asarray(load_image(tmp_path / f"{mode}.jpg"), dtype=float) for mode in ("RGB", "CMYK"))
+    assert np.abs(three - four).mean() < 12
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_transparent_palette_keeps_its_colours(tmp_path, image):
+    palette = image.quantize(16)
+    palette.save(tmp_path / "image.png", transparency=bytes([0, 128, *[255] * 14]))
+    assert np.array_equal(np.asarray(load_image(tmp_path / "image.png")), np.asarray(palette.convert("RGB")))
 
 
 def test_the_processor_takes_paths(tmp_path, image):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -20,6 +21,7 @@ from deit_fast.train import run as runs
 from deit_fast.train.evaluation import evaluate
 from deit_fast.train.run import Job, Run
 from tests.train.test_samples import folders
+from tests.train.test_shards import write
 
 SMALL = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 1}
 STUDENT = "deit_tiny_distilled_patch16_224"
@@ -207,6 +209,48 @@ def test_more_workers_change_nothing(images, uninterrupted, tmp_path):
     assert_same_end(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize("numbered", [False, True])
+def test_tar_files_of_the_same_order_end_as_the_folders(images, uninterrupted, tmp_path, numbered):
+    for split in ("train", "val"):
+        files = {}
+        for file in sorted((images / split).rglob("*.png")):
+            label, key = file.parts[-2:]
+            files[f"{label}-{key}" if numbered else f"{label}/{key}"] = file.read_bytes()
+            if numbered:
+                files[f"{label}-{key}".replace(".png", ".cls")] = label.encode()
+        write(tmp_path / "tars" / f"{split}.tar", files)
+    assert Run(small(), job(tmp_path / "tars", tmp_path / "out")).train()
+    assert_same_end(tmp_path / "out", uninterrupted)
+
+
+def test_corrupt_images_are_named_once_and_resumed_past(images, tmp_path):
+    """With workers, without, and stopped in between: the same end, and the same names in the log."""
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    for split, most in (("train", 5), ("val", 2)):
+        for file in sorted((root / split).rglob("*.png"))[10 : 10 + most]:
+            file.write_bytes(file.read_bytes()[:60])
+
+    def named(out: Path, split: str) -> list[str]:
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return sorted(name for record in log if record.get("split") == split for name in record["corrupt"])
+
+    def stop(step, steps, record):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert Run(small(), job(root, whole, max_corrupt=0.04)).train()
+    assert not Run(small(), job(root, parts, max_corrupt=0.04, log_every=1)).train(stop)
+    assert Run(small(), job(root, parts, max_corrupt=0.04, resume="auto", num_workers=2)).train()
+    assert_same_end(whole, parts)
+    corrupt = checkpoints.Saved(newest(whole)).state["corrupt"]
+    assert 0 < len(corrupt) <= 5 and named(whole, "train") == named(parts, "train") == sorted(corrupt)
+    assert len(named(whole, "val")) == 2
+    with pytest.raises(OSError, match=r"[1-5] of 160 images can't be read, .* cannot be decoded"):
+        Run(small(), job(root, tmp_path / "none", max_corrupt=0)).train()
+
+
 @pytest.mark.parametrize("at", [1, 4, 5, 6])
 def test_sigterm_saves_and_the_run_goes_on_from_there(images, uninterrupted, tmp_path, at):
     """At a step, and at the evaluation after the last of an epoch, of five steps."""
@@ -333,6 +377,7 @@ def untouched(*_, **__):
         ({}, {"grad_accum_steps": 5}, "can't be cut into 5"),
         ({}, {"keep": 0}, "keep must be at least 1"),
         ({}, {"save_every": 0}, "save_every must be at least 1"),
+        ({}, {"max_corrupt": 1.5}, "max_corrupt must be from 0 to 1"),
         ({}, {"resume": "nowhere"}, "nowhere is no checkpoint"),
     ],
     ids=lambda given: str(given)[:40],

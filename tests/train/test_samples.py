@@ -74,10 +74,10 @@ def test_batches_that_can_not_be_made_are_refused(size, parts, message):
 def test_a_sample_is_the_same_whatever_was_drawn_before(tmp_path, name):
     data = samples.open_data(str(folders(tmp_path)))
     made = samples.Augmented(data.train, samples.train_transform(recipe.load(name), CONFIG), seed=0)
-    image, label = made[0, 3, 1]
+    image, label, _ = made[0, 3, 1]
     made[0, 4, 1]
     random.random()
-    again, _ = made[0, 3, 1]
+    again = made[0, 3, 1][0]
     assert torch.equal(image, again) and image.shape == (3, 16, 16) and label == 0
     assert not torch.equal(image, made[1, 3, 1][0])
 
@@ -121,3 +121,23 @@ def test_folders_that_can_not_be_trained_on_are_named(tmp_path):
         samples.open_data(str(root / "train"))
     with pytest.raises(ValueError, match="has 3 classes, not 5"):
         samples.open_data(str(folders(tmp_path / "three")), num_classes=5)
+
+
+def test_a_class_that_would_be_left_out_or_shift_the_others_is_refused(tmp_path):
+    root = folders(tmp_path, val=("a", "b", "c", "d"))
+    with pytest.raises(ValueError, match="no training images of a class to be evaluated on: d"):
+        samples.open_data(str(root))
+    (root / "train" / "d").mkdir()
+    with pytest.raises(ValueError, match=r"train/d has no images"):
+        samples.open_data(str(root))
+    (root / "train" / "d" / "deeper").mkdir()
+    Image.new("RGB", (4, 4)).save(root / "train" / "d" / "deeper" / "0.webp")
+    with pytest.raises(ValueError, match="evaluated on: d"):  # timm's classes are the innermost folders
+        samples.open_data(str(root))
+    Image.new("RGB", (4, 4)).save(root / "train" / "d" / "0.bmp")
+    (root / "train" / ".cache").mkdir()
+    (root / "val" / "a" / "0.png").unlink()
+    assert samples.open_data(str(root)).num_classes == 5
+    Image.new("RGB", (4, 4)).save(root / "train" / "stray.png")
+    with pytest.raises(ValueError, match="train has images that are in no class's folder"):
+        samples.open_data(str(root))

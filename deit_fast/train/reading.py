@@ -1,0 +1,86 @@
+"""Samples read and decoded, and what becomes of corrupt ones: each is counted and named."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from deit_fast.data.images import decode, to_rgb
+
+# Image or pixels, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each.
+Item = tuple[Any, Any, dict[str, str]]
+SHOWN = 3
+
+
+def read(dataset: Any, index: int) -> Item:
+    """A sample of a dataset of timm's `create_dataset`, its image as `deit_fast.data.load_image` has it.
+
+    The dataset's own decoding is left out: timm's puts another sample in a corrupt one's place, and says so nowhere.
+    """
+    reader = getattr(dataset, "reader", None)
+    try:
+        if reader is None:  # torchvision's
+            image, target = dataset[index]
+            return to_rgb(image), target, {}
+        file, target = reader[index]
+        with file:
+            return decode("the file", file), target, {}
+    # The last two where a data set of Hugging Face has no image.
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        name = (reader is not None and reader.filename(index)) or f"sample {index}"
+        return None, None, {name: str(error)}
+
+
+def collate(items: list[Item]) -> tuple[Any, Any, dict[str, str]]:
+    """A batch of what could be read: images, classes, and the corrupt ones' names."""
+    corrupt = {name: why for _, _, found in items for name, why in found.items()}
+    sound = [(image, target) for image, target, _ in items if image is not None]
+    images, targets = default_collate(sound) if sound else (None, None)
+    return images, targets, corrupt
+
+
+class Batches:
+    """The images and classes of a loader's batches, and which of its data set's `samples` were found corrupt.
+
+    Raises:
+        OSError: where it is looked through, more than a share `max_corrupt` of the samples are corrupt, or all.
+    """
+
+    def __init__(self, loader: DataLoader, samples: int, max_corrupt: float):
+        self.loader, self.samples, self.allowed = loader, samples, allowed(max_corrupt, samples)
+        # Of all processes, and what this one has found since the last `gather`.
+        self.corrupt: dict[str, str] = {}
+        self.new: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets, corrupt in self.loader:
+            self.new |= {name: why for name, why in corrupt.items() if name not in self.corrupt}
+            self.check()
+            if images is not None:
+                yield images, targets
+
+    def gather(self) -> dict[str, str]:
+        """What any process has found since the last call, which all processes make."""
+        found = dict(gather_object(list(self.new.items())))
+        new = {name: why for name, why in found.items() if name not in self.corrupt}
+        self.corrupt, self.new = self.corrupt | new, {}
+        return new
+
+    def check(self) -> None:
+        """Refuse to go on where too many are corrupt."""
+        corrupt = self.corrupt | self.new
+        if len(corrupt) > self.allowed:
+            raise OSError(f"{len(corrupt)} of {self.samples} images can't be read, {named(corrupt)}")
+
+
+def named(corrupt: dict[str, str]) -> str:
+    """The first of them, for a message."""
+    first = [f"{name} ({why})" for name, why in list(corrupt.items())[:SHOWN]]
+    return ", ".join(first) + (", …" if len(corrupt) > SHOWN else "")
+
+
+def allowed(max_corrupt: float, samples: int) -> int:
+    """How many of the samples may be corrupt: a share, and never all."""
+    return min(int(max_corrupt * samples), samples - 1)
