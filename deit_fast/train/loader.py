@@ -12,10 +12,8 @@ from torch.utils.data import DataLoader
 class Loader(DataLoader):
     """torch's; the server that forks the workers outlives a SIGTERM too."""
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, worker_init_fn=partial(_heed, os.getpid()), **options)
-
     def __iter__(self) -> Any:
+        self.worker_init_fn = partial(_heed, os.getpid())
         # A mask is inherited: a handler that a worker sets would come too late for one that is starting.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         try:
