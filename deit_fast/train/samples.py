@@ -109,11 +109,12 @@ def _open(path: str, name: str, split: str, classes: dict[str, int] | None = Non
                 "Tar files, WebDataset's too, are read by index without --data-set"
             )
         return create_dataset(name, root=path, split=split)
-    if not Path(path).is_dir() and Path(path).suffix != ".tar":
+    root = Path(path)
+    if not root.is_dir() and not (root.is_file() and root.suffix == ".tar"):
         raise FileNotFoundError(f"there is no folder {path}")
-    tars = shards.find(Path(path), split)
+    tars = shards.find(root, split)
     if tars:
-        return ImageDataset(path, reader=shards.ReaderShards(tars, tars[0].parent != Path(path), classes))
+        return ImageDataset(path, reader=shards.ReaderShards(tars, tars[0].parent.parent == root, classes))
     try:
         # Of whatever Pillow reads; timm alone would leave some out in silence.
         options: Any = {"class_map": classes, "input_key": ";".join(IMG_EXTENSIONS)}

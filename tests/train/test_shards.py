@@ -62,6 +62,10 @@ def test_tars_beside_each_other_are_told_apart_by_their_names(tmp_path):
     val, num_classes = samples.open_val(str(tmp_path))
     assert read(val) == [(5, 1)] and num_classes == 2
     assert len(samples.open_val(str(tmp_path / "set-validation.tar"))[0]) == 1
+    with pytest.raises(ValueError, match=r"0\.png has no class"):
+        samples.open_val(str(write(tmp_path / "one.tar", {"0.png": png(0)})))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        samples.open_val(str(tmp_path / "none.tar"))
 
 
 def test_a_tar_a_class_and_tars_in_a_tar(tmp_path):
