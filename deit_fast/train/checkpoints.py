@@ -97,3 +97,14 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(self.path(step).name)
         link.replace(self.folder / "best")
+
+
+def check_same(folder: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """What identifies a run.
+
+    Raises:
+        ValueError: what is in `folder` is of another.
+    """
+    for name, value in now.items():
+        if was.get(name) != value:
+            raise ValueError(f"{folder} is of another run: its {name} was {was.get(name)}, now it is {value}")
