@@ -1,9 +1,8 @@
-"""What a recipe names, made with timm: model, data configuration, loss, optimizer, mixup, teacher."""
+"""What a recipe names, made with timm: model, data configuration, loss, optimizer, mixup."""
 
 import inspect
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2, get_optimizer_class
-from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
 from deit_fast.models.checkpoint import load_checkpoint
@@ -175,27 +173,6 @@ def optimizer_of(recipe: Recipe, model: nn.Module, batch_size: int) -> torch.opt
         return create_optimizer_v2(model, recipe.opt, lr=lr, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"timm can't make the optimizer {recipe.opt}: {error}") from error
-
-
-class Teacher(DistillationTeacher):
-    """timm's wrapper, given the student's images; `seconds` counts the time of its calls."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, student_config: dict[str, Any]):
-        super().__init__(model)
-        self.eval().requires_grad_(False)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(student_config[name]).view(1, -1, 1, 1), persistent=False)
-        self.seconds = 0.0
-
-    def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            logits = super().forward(self.normalize_input(input, self.mean, self.std), return_features)
-        self.seconds += time.perf_counter() - start
-        return logits.clone()  # what is made in inference mode can't be saved for backward
 
 
 def pretrained(name: str, num_classes: int | None) -> Any:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit_fast.train.build import Teacher
+from deit_fast.train.teaching import Teacher
 
 
 class Meter:

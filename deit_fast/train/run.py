@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from deit_fast.train import build
-from deit_fast.train.checkpoints import Checkpoints, Saved
+from deit_fast.train.checkpoints import Checkpoints, Saved, check_same
 from deit_fast.train.evaluation import evaluate, right
 from deit_fast.train.meter import Meter
 from deit_fast.train.reading import Batches
@@ -34,6 +34,7 @@ from deit_fast.train.samples import (
     train_transform,
     val_loader,
 )
+from deit_fast.train.teaching import read_classes, teacher_of
 
 # Gets the step, the number of steps, and what the log has of it.
 OnLog = Callable[[int, int, dict[str, Any]], None]
@@ -48,6 +49,9 @@ class Job:
     data_set: str = ""
     nb_classes: int | None = None
     teacher: str | None = None
+    teacher_classes: str | None = None
+    teacher_logits: str | None = None
+    teacher_compile: bool = False
     resume: str | None = None
     num_workers: int = 4
     max_corrupt: float = 0.01
@@ -86,10 +90,7 @@ class Run:
             build.swap_known(self.model, job.memory)
         self.trained = build.trained_of(recipe, self.model).to(accelerator.device)
         self.data_config = data_config = build.data_config_of(recipe, self.model)
-        self.teacher = None
-        if job.teacher is not None:
-            teacher = build.Teacher(build.pretrained(job.teacher, data.num_classes), data_config)
-            self.teacher = teacher.to(accelerator.device)
+        self.teacher = teacher_of(recipe, job, data, data_config, accelerator)
         self.criterion = build.loss_of(recipe, self.teacher)
         self.mixup = build.mixup_of(recipe, data.num_classes)
         self.ema = ModelEmaV3(self.model, recipe.model_ema_decay) if recipe.model_ema else None
@@ -119,7 +120,8 @@ class Run:
         self.wrapped, self.optimizer = accelerator.prepare(compiled, optimizer)
 
         # What a checkpoint of this very run has, too.
-        same = {name: getattr(job, name) for name in ("teacher", "mixed_precision", "grad_accum_steps", "compile")}
+        teaching = ("teacher", "teacher_classes", "teacher_compile")
+        same = {name: getattr(job, name) for name in (*teaching, "mixed_precision", "grad_accum_steps", "compile")}
         self.identity = {**asdict(recipe), **same, "samples": samples, "processes": ranks}
         self.step, self.evaluated = 0, True
         self.best: tuple[float, int] | None = None
@@ -202,6 +204,8 @@ class Run:
             seed_draws("step", seed, epoch, step, part)
             with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():
+                    if self.teacher is not None:
+                        self.teacher.begin(images, (epoch, step, part))
                     outputs = self.wrapped(images)
                     loss = self.criterion(images, outputs, targets)
                 accelerator.backward(loss / of)
@@ -236,10 +240,7 @@ class Run:
 
     def _load(self, saved: Saved) -> None:
         state = saved.state
-        for name, value in self.identity.items():
-            other = state["identity"].get(name)
-            if other != value:
-                raise ValueError(f"{saved.folder} is of another run: its {name} was {other}, now it is {value}")
+        check_same(saved.folder, state["identity"], self.identity)
         self.model.load_state_dict(saved.weights)
         self.trained.load_state_dict(state["filling"], strict=False)
         if self.ema is not None:
@@ -254,6 +255,8 @@ class Run:
         if not all(bool(parameter.isfinite().all()) for parameter in self.trained.parameters()):
             raise FloatingPointError(f"the weights are not finite after step {self.step}; {self._kept()}")
         self._log_corrupt(self.loader, "train")
+        if self.teacher is not None and self.teacher.cache is not None:
+            self.teacher.cache.flush()
         state = {
             "identity": self.identity,
             "step": self.step,
@@ -314,6 +317,11 @@ def refuse(recipe: Recipe, job: Job) -> None:
         raise ValueError(f"distillation_type {recipe.distillation_type} needs --teacher")
     if job.teacher is not None and not recipe.distils:
         raise ValueError("a teacher is given, and distillation_type is none: make it soft or hard")
+    for name in ("teacher_classes", "teacher_logits", "teacher_compile"):
+        if getattr(job, name) and job.teacher is None:
+            raise ValueError(f"--{name.replace('_', '-')} is given, and would change nothing without --teacher")
+    if job.teacher_classes is not None:
+        read_classes(job.teacher_classes)
     pairs = 2 if recipe.mixes else 1
     if job.grad_accum_steps < 1 or recipe.batch_size % (pairs * job.grad_accum_steps):
         raise ValueError(f"a batch of {recipe.batch_size} can't be cut into {job.grad_accum_steps} equal parts")

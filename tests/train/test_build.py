@@ -57,16 +57,6 @@ def test_binary_cross_entropy_takes_each_mixed_class_as_a_full_one():
     assert torch.allclose(loss(logits, logits, mixed), expected)
 
 
-def test_the_teacher_gets_images_as_it_knows_them(tmp_path):
-    made = timm.create_model("test_resnet", num_classes=10)
-    model = build.pretrained(saved(made, tmp_path / "teacher"), num_classes=10)
-    teacher = build.Teacher(model, {"mean": (0.4,) * 3, "std": (0.25,) * 3})
-    images = torch.rand(2, 3, 32, 32)
-    logits = teacher((images - 0.4) / 0.25)
-    assert torch.allclose(logits, model((images - 0.5) / 0.5), atol=1e-5)
-    assert not logits.requires_grad and not logits.is_inference() and not teacher.training and teacher.seconds > 0
-
-
 def test_a_saved_vit_comes_back_swapped(model, tmp_path):
     again = build.pretrained(saved(model, tmp_path / "vit"), num_classes=3)
     images = torch.rand(1, 3, 16, 16)

@@ -369,6 +369,9 @@ def untouched(*_, **__):
     [
         ({"distillation_type": "hard"}, {}, "needs --teacher"),
         ({}, {"teacher": "test_resnet"}, "distillation_type is none"),
+        ({}, {"teacher_logits": "kept"}, "--teacher-logits is given, and would change nothing without --teacher"),
+        ({}, {"teacher_compile": True}, "--teacher-compile is given, and would change nothing"),
+        ({"distillation_type": "hard"}, {"teacher": "test_resnet", "teacher_classes": __file__}, "whole numbers"),
         ({"distillation_type": "hard", "model": "test_vit"}, {"teacher": "test_resnet"}, "test_vit has one head"),
         ({"model": "deit_gigantic"}, {}, "can't make the model deit_gigantic"),
         ({"model_kwargs": {"dept": 3}}, {}, "can't make the model"),
