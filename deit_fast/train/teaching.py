@@ -30,8 +30,8 @@ class Teacher(nn.Module):
     """Logits [B, classes] in float32 of a model for the student's images.
 
     `begin` starts to compute them, on a GPU on a stream of its own, and the call waits for that. `seconds` counts the
-    time of both. The model is folded, compiled and moved to the images' device when it is first needed: never, where
-    `cache` has all answers.
+    time of both, on a GPU until the kernels are launched. The model is folded, compiled and moved to the images' device
+    when it is first needed: never, where `cache` has all answers.
 
     model: of `load`. student_config: mean and standard deviation of the images. classes: the model's class for each of
     the student's. compiled: by torch.compile.
@@ -128,7 +128,9 @@ class Teacher(nn.Module):
         return torch.cuda.stream(self._stream)
 
 
-def teacher_of(recipe: Recipe, job: "Job", data: Data, student_config: dict[str, Any], accelerator: Accelerator) -> Any:
+def teacher_of(
+    recipe: Recipe, job: "Job", data: Data, student_config: dict[str, Any], accelerator: Accelerator
+) -> Teacher | None:
     """A run's teacher, with its cache, or None.
 
     Raises:
@@ -200,20 +202,18 @@ def load(name: str) -> Any:
         FileNotFoundError: a folder without weights as safetensors.
         ImportError: transformers is needed, and not there.
     """
-    config = Path(name) / "config.json"
-    if config.exists():
-        theirs = "model_type" in json.loads(config.read_text())  # timm has "architecture"
-    else:
-        theirs = (
-            "/" in name
-            and not Path(name).is_dir()
-            and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:", "timm/"))
-        )
-    if theirs:
+    if _is_of_transformers(name):
         return _of_transformers(name)
     model = build.pretrained(name, None)
     model.pretrained_cfg = {**model.pretrained_cfg, **resolve_model_data_config(model)}
     return model
+
+
+def _is_of_transformers(name: str) -> bool:
+    if Path(name).is_dir():
+        config = Path(name) / "config.json"
+        return config.exists() and '"model_type"' in config.read_text(encoding="utf-8")  # timm has "architecture"
+    return "/" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:", "timm/"))
 
 
 def _of_transformers(name: str) -> Any:

@@ -14,9 +14,10 @@ from deit_fast.train import digits, teaching
 from deit_fast.train.run import Run
 from deit_fast.train.teaching import Teacher
 from tests.train.test_build import saved
-from tests.train.test_run import BATCH, assert_same_end, job, small
+from tests.train.test_run import assert_same_end, job, small
 
 KEY = (0, 0, 0)
+BATCH = 16
 STUDENT = {"mean": (0.4,) * 3, "std": (0.25,) * 3}
 
 
@@ -117,6 +118,16 @@ def test_a_vit_of_transformers_is_swapped_and_gets_its_size(tmp_path):
     assert taught(Teacher(teaching.load(str(tmp_path)), STUDENT), torch.rand(2, 3, 24, 24)).shape == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("microsoft/resnet-50", True), ("regnety_160", False), ("timm/regnety_160", False), ("hf-hub:a/b", False)],
+)
+def test_a_name_with_a_slash_is_transformers(name, theirs, monkeypatch):
+    monkeypatch.setattr(teaching, "_of_transformers", lambda name: "transformers")
+    monkeypatch.setattr(teaching.build, "pretrained", lambda name, classes: conv_net())
+    assert (teaching.load(name) == "transformers") is theirs
+
+
 def test_what_transformers_can_not_give_is_named(theirs, tmp_path, monkeypatch):
     transformers.ResNetModel.from_pretrained(theirs).save_pretrained(tmp_path)
     transformers.ViTImageProcessor().save_pretrained(tmp_path)
@@ -140,7 +151,7 @@ def test_what_transformers_can_not_give_is_named(theirs, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("digits")
-    digits.write_folder(root, most=160)
+    digits.write_folder(root, most=80)
     return root
 
 
@@ -169,7 +180,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_run_with_kept_logits_ends_as_the_one_with_a_teacher(folders, name, tmp_path, asked, kind):
-    made = small(distillation_type=kind, epochs=2, warmup_epochs=0)
+    made = small(distillation_type=kind, batch_size=BATCH, epochs=2)
     for out, kept in (("none", None), ("first", "kept"), ("again", "kept")):
         asked.clear()
         given = {"teacher": name, "teacher_logits": kept and str(tmp_path / kept)}
@@ -184,7 +195,7 @@ def test_a_run_with_kept_logits_ends_as_the_one_with_a_teacher(folders, name, tm
 
 def test_a_stopped_run_goes_on_in_its_cache(folders, name, tmp_path, asked):
     """Killed two steps after its last checkpoint, with the batch in two parts: what those had computed is lost."""
-    made, parts = small(distillation_type="soft", epochs=2), 2
+    made, parts = small(distillation_type="soft", batch_size=BATCH, epochs=2), 2
     given = {"teacher": name, "teacher_logits": str(tmp_path / "kept"), "grad_accum_steps": parts}
 
     class Killed(Exception):
