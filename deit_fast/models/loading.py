@@ -14,6 +14,9 @@ from deit_fast.models.registry import real_device
 def load_model(
     checkpoint: str | os.PathLike,
     *,
+    memory: str = "balanced",
+    readout: bool = True,
+    compact_drop_path: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> VisionTransformer:
@@ -22,9 +25,11 @@ def load_model(
     Its sizes are those of the tensors, unless the file says them. Its attention heads are what the file or a folder's
     config.json says, else those of the known models of this size, and a warning says so.
 
+    memory, readout, compact_drop_path: as of `deit_fast.swap`. device, dtype: of the parameters; torch's defaults.
+
     Raises:
         ValueError: no DeiT (the message lists every missing, unexpected and misshapen key), one that isn't computed as
-            a DeiT, or of unknown heads; an unreadable file; `device` is meta.
+            a DeiT, or of unknown heads; an unreadable file; `device` is meta; no such `memory`.
         FileNotFoundError: nothing there.
     """
     on = real_device(device)
@@ -34,6 +39,8 @@ def load_model(
         raise ValueError(f"{checkpoint} doesn't say which model it holds, {assumed[0]}: name it to create_model")
     for assumption in assumed:
         warnings.warn(f"{checkpoint}: taken to have {assumption}", stacklevel=2)
-    model = VisionTransformer(config, device="meta", dtype=dtype)
+    model = VisionTransformer(
+        config, device="meta", dtype=dtype, memory=memory, readout=readout, compact_drop_path=compact_drop_path
+    )
     load_weights(model, loaded, on)
     return model

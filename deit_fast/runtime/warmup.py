@@ -14,7 +14,7 @@ def warmup(
     batch: int,
     img_size: int | tuple[int, int] | None = None,
     *,
-    channels: int = 3,
+    channels: int | None = None,
     amp: torch.dtype | None = None,
 ) -> None:
     """Runs `model` once on black images [batch, channels, height, width], as it stands: in training mode with backward.
@@ -24,7 +24,8 @@ def warmup(
     its modes and the random numbers drawn after it are as before; a batch norm's or another buffer's running
     statistics are put back too. It may be called in inference mode or in an autocast block.
 
-    img_size: the model's own where None. amp: autocast's dtype, as the steps will run; None leaves autocast as it is.
+    img_size: the model's own where None. channels: of its first convolution where None, and 3 where it has none.
+    amp: autocast's dtype, as the steps will run; None leaves autocast as it is.
 
     Raises:
         ValueError: `batch` is not positive, or the model does not say its image size and none is given.
@@ -32,6 +33,7 @@ def warmup(
     if batch < 1:
         raise ValueError(f"deit_fast.warmup: batch must be at least 1, got {batch}")
     height, width = _size(model, img_size)
+    channels = _channels(model) if channels is None else channels
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     like = next(model.parameters())
     backward = model.training
@@ -55,3 +57,8 @@ def _size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int
         raise ValueError("deit_fast.warmup: this model does not say its image size; pass img_size")
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return height, width
+
+
+def _channels(model: nn.Module) -> int:
+    """The patch embedding's, which every library makes of convolutions."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)

@@ -11,6 +11,7 @@ import deit_fast
 from deit_fast import create_model
 from deit_fast.models import DeiTConfig, VisionTransformer, load_model
 from deit_fast.models.description import read_description, to_metadata
+from deit_fast.nn import options
 
 CONFIG = DeiTConfig(embed_dim=64, depth=1, num_heads=2, img_size=16, patch_size=4, num_classes=3, distilled=True)
 
@@ -35,6 +36,14 @@ def test_a_described_model_comes_back(model, path):
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images), model(images))
     assert next(load_model(path, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+def test_it_takes_the_options_of_swap(path):
+    loaded = load_model(path, memory="low", readout=False, compact_drop_path=True)
+    assert {options.memory_of(block) for block in loaded.blocks} == {"low"}
+    assert not options.readout_wanted(loaded) and options.compact(loaded)
+    with pytest.raises(ValueError, match="memory must be one of"):
+        load_model(path, memory="high")
 
 
 def test_a_model_of_images_that_are_no_squares_comes_back(tmp_path):

@@ -99,6 +99,20 @@ def test_the_image_size_is_the_models_own():
         assert seen == [(3, 3, size, size)]
 
 
+def test_the_channels_are_the_models_own():
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64}
+    for model in (
+        distilled(in_chans=1),
+        ViTModel(ViTConfig(**sizes, image_size=32, num_channels=1)),
+        VisionTransformer(DeiTConfig(**CONFIG, in_chans=1)),
+    ):
+        deit_fast.warmup(model.eval(), 2)
+    with pytest.raises(ValueError, match=r"\[batch, 1, 32, 32\], got \[2, 4, 32, 32\]"):
+        deit_fast.warmup(model, 2, channels=4)
+
+
 def test_bad_arguments_are_errors():
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         deit_fast.warmup(distilled(), 0)
