@@ -35,6 +35,8 @@ __all__ = [
     "DeiTForImageClassificationWithTeacherOutput",
     "DeiTForMaskedImageModeling",
     "DeiTImageProcessor",
+    "DeiTImageProcessorFast",
+    "DeiTImageProcessorPil",
     "DeiTModel",
     "TeacherInputs",
     "ViTConfig",
@@ -45,8 +47,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported when they are asked for: transformers' image processors need torchvision, its models do not.
-    if name in ("DeiTImageProcessor", "DeiTFeatureExtractor"):
+    if name in ("DeiTImageProcessor", "DeiTImageProcessorFast", "DeiTFeatureExtractor"):
         from deit_fast.transformers import image_processor
 
-        return getattr(image_processor, name)
+        return getattr(image_processor, name.removesuffix("Fast"))
+    if name == "DeiTImageProcessorPil":  # transformers' own, which needs no torchvision
+        from transformers import DeiTImageProcessorPil
+
+        return DeiTImageProcessorPil
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.models.deit import modeling_deit
@@ -178,7 +178,13 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
             )
         evaluating(teacher)
         parameter = next(teacher.parameters(), pixel_values)
-        if parameter.device != pixel_values.device and not hasattr(teacher, "hf_device_map"):
+        placed = hasattr(teacher, "hf_device_map") or isinstance(teacher, nn.DataParallel)  # by those who made it
+        if parameter.device != pixel_values.device and not placed:
+            if getattr(self, "_is_replica", False):
+                raise RuntimeError(
+                    "nn.DataParallel's copies of the model share one teacher, which is on one GPU: wrap the teacher in "
+                    "nn.DataParallel, give teacher_logits, or start one process for each GPU (torchrun)"
+                )
             teacher.to(pixel_values.device)
         # A compiled graph holds the student's gradients, too, and knows no inference mode.
         with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
@@ -223,6 +229,7 @@ class TeacherInputs:
 
 def _check_classes(config: Any, teacher: Module) -> None:
     """Raises where the two have other numbers of classes, or other names for them; a name LABEL_0 says nothing."""
+    teacher = teacher.module if isinstance(teacher, nn.DataParallel) else teacher
     known = getattr(teacher, "config", None)
     theirs, ours = getattr(known, "id2label", None), config.id2label
     count = len(theirs) if theirs else getattr(teacher, "num_classes", None)

@@ -151,6 +151,25 @@ def test_the_teacher_may_be_a_model_of_transformers() -> None:
     assert torch.isfinite(model(pixels(), labels=LABELS).loss)
 
 
+def test_the_teacher_may_be_under_data_parallel() -> None:
+    x, teacher = pixels(), stock("ViTForImageClassification", num_labels=10).eval()
+    losses = []
+    for given in (teacher, nn.DataParallel(teacher).eval()):
+        torch.manual_seed(0)
+        losses.append(student(given)(x, labels=LABELS).loss)
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match="the teacher has 10 classes and the model 7"):
+        student(nn.DataParallel(teacher), classes=7)
+
+
+def test_copies_on_several_gpus_do_not_move_their_teacher_about() -> None:
+    model = student(Teacher().to("meta"))
+    model._is_replica = True  # as nn.DataParallel marks them
+    with pytest.raises(RuntimeError, match=r"wrap the teacher in nn\.DataParallel, give teacher_logits"):
+        model(pixels(), labels=LABELS)
+    model(pixels(), labels=LABELS, teacher_logits=torch.randn(2, 10))
+
+
 def test_copies_keep_the_teacher() -> None:
     model, x = student(stock("ViTForImageClassification"), distillation="soft"), pixels()
     expected = model(x, labels=LABELS).loss

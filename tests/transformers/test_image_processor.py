@@ -40,6 +40,11 @@ def test_it_is_transformers_class_and_takes_its_arguments() -> None:
     assert DeiTImageProcessor().to_dict() == stock().to_dict()
 
 
+def test_the_other_names_of_the_documentation_are_known() -> None:
+    assert deit_fast.transformers.DeiTImageProcessorFast is DeiTImageProcessor
+    assert deit_fast.transformers.DeiTImageProcessorPil is transformers.DeiTImageProcessorPil
+
+
 @pytest.mark.filterwarnings("ignore:DeiTFeatureExtractor:FutureWarning")
 @pytest.mark.parametrize("ours", [DeiTImageProcessor, DeiTFeatureExtractor])
 def test_folders_go_both_ways(ours: type, tmp_path) -> None:
