@@ -49,6 +49,8 @@ _MAKERS: dict[str, Callable[[ModuleType], list[tuple[Any, str]]]] = {
     "timm.models.vision_transformer": _classes("VisionTransformer"),
     # timm hands it on by name: it must be ours before `timm.models` is imported whole.
     "timm.models._factory": lambda library: [(library, "create_model")],
+    # Its name in releases before 0.8, among them those that the original repository was written for.
+    "timm.models.factory": lambda library: [(library, "create_model")],
     **{
         f"transformers.models.{name.lower()}.modeling_{name.lower()}": _classes(
             *(f"{name}{suffix}" for suffix in suffixes)

@@ -1,17 +1,26 @@
 """timm: its ViT block with all parts, and the VisionTransformer's embedding, which becomes one operator."""
 
 import inspect
+
+import timm
+from timm.models import vision_transformer
+
+# Before anything is imported that newer releases alone have.
+if "is_causal" not in inspect.signature(vision_transformer.Block.forward).parameters:
+    raise ImportError(
+        f'deit_fast.swap needs timm 1.0.31 or newer, found {timm.__version__}: pip install "deit_fast[timm]"'
+    )
+
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import timm
 import torch
 from timm.layers import DropPath, LayerScale, activations
 from timm.layers import LayerNorm as StockLayerNorm
 from timm.layers import Mlp as StockMlp
 from timm.layers import PatchEmbed as StockPatchEmbed
-from timm.models import deit, vision_transformer
+from timm.models import deit
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor
 from torch.nn import Module
@@ -29,11 +38,6 @@ from deit_fast.nn.parts import Part
 from deit_fast.nn.readout import last_block_unfusable, last_norm_unfusable, rows_read
 from deit_fast.swap.calls import count
 from deit_fast.swap.rules import Method, register, stock_wanted
-
-if "is_causal" not in inspect.signature(vision_transformer.Block.forward).parameters:
-    raise ImportError(
-        f'deit_fast.swap needs timm 1.0.31 or newer, found {timm.__version__}: pip install "deit_fast[timm]"'
-    )
 
 
 def layer_norm_unfusable(norm: Part) -> str | None:

@@ -81,6 +81,26 @@ def test_a_model_of_a_library_too_old_stays_and_it_is_said(tmp_path):
     assert "VisionTransformerDistilled stays as it is: deit_fast.swap needs timm 1.0.31 or newer, found" in done.stderr
 
 
+OF_OLD = {
+    "__init__.py": "__version__ = '0.4.12'",
+    "models/__init__.py": "from .factory import create_model",
+    "models/factory.py": "from torch import nn\nfrom timm.models.vision_transformer import Block\n"
+    "def create_model(name):\n    return nn.Sequential(Block())",
+    "models/vision_transformer.py": "from torch import nn\nclass VisionTransformer(nn.Module): pass\n"
+    "class Block(nn.Module):\n    def forward(self, x): return x",
+}
+
+
+def test_the_timm_of_the_original_repository_is_called_too_old(tmp_path):
+    for name, text in OF_OLD.items():
+        (tmp_path / "timm" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "timm" / name).write_text(text)
+    (tmp_path / "script.py").write_text("from timm.models import create_model\ncreate_model('any')")
+    done = run(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
+    assert "stays as it is: deit_fast.swap needs timm 1.0.31 or newer, found 0.4.12" in done.stderr
+
+
 def test_an_error_of_the_script_is_its_own(tmp_path):
     (tmp_path / "fails.py").write_text("raise ValueError('of the script')")
     done = run(tmp_path / "fails.py")
