@@ -126,6 +126,15 @@ def test_the_teacher_is_in_evaluation_mode_without_gradients_and_it_is_said(dist
     assert not gradients
 
 
+def test_a_teacher_may_be_under_data_parallel():
+    teacher, outputs, labels = nn.Linear(3, CLASSES).eval(), heads(), torch.arange(BATCH)
+    losses = [
+        DistillationLoss(nn.CrossEntropyLoss(), given, "soft", 0.5, 2.0)(torch.ones(BATCH, 3), outputs, labels)
+        for given in (teacher, nn.DataParallel(teacher).eval())
+    ]
+    assert torch.equal(*losses)
+
+
 def test_without_distillation_nobody_asks_a_teacher():
     teacher = Teacher(torch.randn(BATCH, CLASSES))
     labels = torch.zeros(BATCH, dtype=torch.int64)
