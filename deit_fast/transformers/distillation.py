@@ -3,22 +3,20 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Module
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.models.deit import modeling_deit
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from deit_fast.ops.loss import check_weights, distillation_loss, evaluating, stock_distillation
+from deit_fast.ops.distilling import IGNORED, Distilling, check_distillation
 from deit_fast.transformers.models import BornSwapped, swapped_class
-
-_IGNORED = -100  # a label that Trainer and cross-entropy leave out
-_KINDS = ("hard", "soft", "none")
 
 
 @dataclass
@@ -36,7 +34,7 @@ class DeiTForImageClassificationWithTeacherOutput(ModelOutput):
 _Stock: Any = swapped_class(modeling_deit.DeiTForImageClassificationWithTeacher)
 
 
-class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
+class DeiTForImageClassificationWithTeacher(Distilling, BornSwapped, _Stock):
     """transformers' class, which also trains.
 
     In training, with `labels`, the loss is `deit_fast.DistillationLoss`'s:
@@ -69,15 +67,7 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
         teacher_inputs: Callable[[Tensor], Tensor] | None = None,
         teacher_classes: Sequence[int] | None = None,
     ) -> None:
-        if distillation not in _KINDS:
-            raise ValueError(f"distillation must be one of {_KINDS}, got {distillation!r}")
-        check_weights(alpha, tau)
-        if teacher_classes is not None and len(teacher_classes) != config.num_labels:
-            raise ValueError(f"teacher_classes must have {config.num_labels} entries, got {len(teacher_classes)}")
-        if teacher is not None:
-            if teacher_classes is None:
-                _check_classes(config, teacher)
-            evaluating(teacher)
+        check_distillation(config, teacher, distillation, alpha, tau, teacher_classes)
         super().__init__(config)
         self.teacher = teacher
         self.distillation = distillation
@@ -117,7 +107,7 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
         if labels is not None:
             loss = self._loss(outputs, labels, pixel_values, teacher_logits)
             if num_items_in_batch is not None:
-                loss = loss * ((labels != _IGNORED).sum() / num_items_in_batch)
+                loss = loss * ((labels != IGNORED).sum() / num_items_in_batch)
         elif self.training and (self.teacher is not None or teacher_logits is not None):
             warnings.warn(
                 "a teacher without labels gives no loss: Trainer's label_smoothing_factor and compute_loss_func take "
@@ -134,20 +124,8 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
             return self.loss_function(labels, cls_logits, self.config)
         labels = labels.to(cls_logits.device)
         teacher_logits = self._teacher_logits(pixel_values, teacher_logits).to(cls_logits.device)
-        if self._cross_entropy(labels):
-            return distillation_loss(
-                cls_logits,
-                dist_logits,
-                labels.view(-1),
-                teacher_logits,
-                self.distillation,
-                self.alpha,
-                self.tau,
-                ignore_index=_IGNORED,
-            )
-        base = self.loss_function(labels, cls_logits, self.config)
-        distillation = stock_distillation(dist_logits, teacher_logits, self.distillation, self.tau)
-        return (1 - self.alpha) * base + self.alpha * distillation
+        base = None if self._cross_entropy(labels) else partial(self.loss_function, labels, cls_logits, self.config)
+        return self._distilled_loss(cls_logits, dist_logits, labels, teacher_logits, base)
 
     def _cross_entropy(self, labels: Tensor) -> bool:
         """Whether transformers' loss would be that of classes; where the kind isn't said, it looks at the labels."""
@@ -157,41 +135,6 @@ class DeiTForImageClassificationWithTeacher(BornSwapped, _Stock):
         if kind is None:
             return self.num_labels > 1 and labels.dtype in (torch.long, torch.int)
         return kind == "single_label_classification"
-
-    def _teacher_logits(self, pixel_values: Any, given: Tensor | None) -> Tensor:
-        logits = self._ask_teacher(pixel_values) if given is None else given
-        if self.teacher_classes is not None:
-            return logits[:, self.teacher_classes.to(logits.device, non_blocking=True)]
-        if logits.shape[-1] != self.num_labels:
-            raise ValueError(
-                f"the teacher has {logits.shape[-1]} classes and the model {self.num_labels}: give teacher_classes, "
-                f"the teacher's number for each class of the model"
-            )
-        return logits
-
-    def _ask_teacher(self, pixel_values: Tensor) -> Tensor:
-        teacher = self.teacher
-        if teacher is None:
-            raise ValueError(
-                f"distillation={self.distillation!r} needs a teacher at construction or teacher_logits in the call; "
-                f"distillation='none' trains the class head alone"
-            )
-        evaluating(teacher)
-        parameter = next(teacher.parameters(), pixel_values)
-        placed = hasattr(teacher, "hf_device_map") or isinstance(teacher, nn.DataParallel)  # by those who made it
-        if parameter.device != pixel_values.device and not placed:
-            if getattr(self, "_is_replica", False):
-                raise RuntimeError(
-                    "nn.DataParallel's copies of the model share one teacher, which is on one GPU: wrap the teacher in "
-                    "nn.DataParallel, give teacher_logits, or start one process for each GPU (torchrun)"
-                )
-            teacher.to(pixel_values.device)
-        # A compiled graph holds the student's gradients, too, and knows no inference mode.
-        with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
-            images = pixel_values if self.teacher_inputs is None else self.teacher_inputs(pixel_values)
-            answer = teacher(images.to(parameter.dtype))
-        # A tensor of inference mode can't be saved for backward.
-        return getattr(answer, "logits", answer).clone()
 
 
 class TeacherInputs:
@@ -225,21 +168,3 @@ class TeacherInputs:
         if images.shape[-2:] == self.size:
             return images
         return F.interpolate(images, self.size, mode="bicubic", antialias=True)
-
-
-def _check_classes(config: Any, teacher: Module) -> None:
-    """Raises where the two have other numbers of classes, or other names for them; a name LABEL_0 says nothing."""
-    teacher = teacher.module if isinstance(teacher, nn.DataParallel) else teacher
-    known = getattr(teacher, "config", None)
-    theirs, ours = getattr(known, "id2label", None), config.id2label
-    count = len(theirs) if theirs else getattr(teacher, "num_classes", None)
-    remedy = "give teacher_classes, the teacher's number for each class of the model"
-    if count is not None and count != config.num_labels:
-        raise ValueError(f"the teacher has {count} classes and the model {config.num_labels}: {remedy}")
-    if not theirs or "LABEL_0" in (theirs.get(0), ours.get(0)):
-        return
-    for number, name in ours.items():
-        if theirs.get(number) != name:
-            raise ValueError(
-                f"class {number} is {theirs.get(number)!r} to the teacher and {name!r} to the model: {remedy}"
-            )
