@@ -16,29 +16,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from deit_fast._extras import require
 from deit_fast.models.config import DeiTConfig
 from deit_fast.models.deit import VisionTransformer, init_linear
 from deit_fast.models.description import read_description
 from deit_fast.models.input_channels import adapt_input_channels
-from deit_fast.models.key_maps import Entry, to_timm_names
+from deit_fast.models.key_maps import Entry, from_tensorflow, to_timm_names
 from deit_fast.models.pos_embed import resample_pos_embed
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # timm writes .pth.tar, Lightning .ckpt
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".h5")  # timm writes .pth.tar, Lightning .ckpt
 # Where training checkpoints keep the weights, in the order in which timm looks.
 _EMA_KEYS, _KEYS = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 _PATCHES = "patch_embed.proj.weight"
 WEIGHTS = "model.safetensors"
-_FOLDER_FILES = (
+FOLDER_FILES = (
     WEIGHTS,
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "tf_model.h5",
+    "tf_model.h5.index.json",
 )
 TRANSFORMERS_DEFAULTS: dict[str, Any] = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 
 class Checkpoint(NamedTuple):
-    """What a file or a transformers folder holds: tensors by the file's own names, and config.json."""
+    """What a file or a transformers folder holds: tensors by the file's own names, and config.json.
+
+    Those of TensorFlow's files have the names and layouts of transformers' PyTorch models.
+    """
 
     path: Path
     state_dict: dict[str, Tensor]
@@ -46,7 +52,9 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
-    """Read a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.ckpt` or `.bin` file, or a transformers folder, on the CPU.
+    """Read a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.ckpt`, `.bin` or `.h5` file, or a transformers folder.
+
+    Everything is read on the CPU. An `.h5` file is one that a TensorFlow class of transformers 4 wrote.
 
     A pickle is read as weights only: no code of it runs. A training checkpoint gives the first that it holds of
     `"state_dict_ema"`, `"model_ema"`, `"state_dict"` and `"model"`, as timm's loader does, and a warning says so
@@ -56,6 +64,7 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
         FileNotFoundError: nothing there, or a folder without one of its files.
         ValueError: another suffix, a truncated or foreign file, a pickle that asks for more than weights, or
             content that isn't a state dict.
+        ImportError: h5py, which reads `.h5` files, is not installed.
     """
     path = Path(path)
     if path.is_dir():
@@ -64,9 +73,9 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> Checkpoint
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    name = next((name for name in _FOLDER_FILES if (folder / name).exists()), None)
+    name = next((name for name in FOLDER_FILES if (folder / name).exists()), None)
     if name is None:
-        raise FileNotFoundError(f"{folder} holds no weights; looked for {', '.join(_FOLDER_FILES)}")
+        raise FileNotFoundError(f"{folder} holds no weights; looked for {', '.join(FOLDER_FILES)}")
     if not name.endswith(".index.json"):
         return _read_file(folder / name)
 
@@ -101,15 +110,34 @@ def _read_file(path: Path, use_ema: bool = True) -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         suffixes = ", ".join(SUFFIXES)
         raise ValueError(f"{path} is no checkpoint: expected a file in {suffixes}, or a transformers folder")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    readers = {".safetensors": _read_safetensors, ".h5": _read_h5}
+    content = readers.get(path.suffix, _read_pickle)(path)
     return _state_dict_in(content, path, use_ema)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file: truncated, or another kind of file") from error
+    # transformers 4's TensorFlow classes write this format, too.
+    return from_tensorflow(weights) if any("/" in name for name in weights) else weights
+
+
+def _read_h5(path: Path) -> dict[str, Tensor]:
+    h5py = require("h5py", extra="keras")
+    weights: dict[str, Tensor] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            weights[name] = torch.from_numpy(item[()])
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, TypeError) as error:  # TypeError: an array of something other than numbers
+        raise ValueError(f"{path} is no readable h5 file of weights: truncated, or another kind of file") from error
+    return from_tensorflow(weights)
 
 
 def _read_pickle(path: Path) -> object:

@@ -57,6 +57,15 @@ _TO_TRANSFORMERS: Rules = (
 )
 _DISTILLED_HEAD: Rules = ((r"head\.(\w+)", r"cls_classifier.\1"),)
 
+# Below the model's own name, of transformers 4's TensorFlow classes: Keras's names for parameters, and lists of layers.
+_TENSORFLOW: Rules = ((r"(.*)\.(?:kernel|gamma)", r"\1.weight"), (r"(.*)\.beta", r"\1.bias"))
+
+# A module of transformers, as its checkpoints name it and as its models have it since 5.x.
+_TO_MODULES: Rules = tuple(
+    (rf"(.*\b)encoder\.layer\.(\d+)\.{re.escape(theirs[0])}\.(\w+)", rf"\1layers.\2.{theirs[-1]}.\3")
+    for theirs in _IN_LAYER.values()
+)
+
 # What torch.compile and DistributedDataParallel put before a name, in the orders that timm knows.
 _WRAPPERS = r"^(?:_orig_mod\.)?(?:module\.)?(?:_orig_mod\.)?"
 
@@ -144,3 +153,35 @@ def _split_qkv(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         return
     for letter, part in zip("qkv", tensor.chunk(3), strict=True):
         yield f"{before}.attn.{letter}.{after}", part
+
+
+def from_tensorflow(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of one of transformers 4's TensorFlow classes, by the names and in the layouts of its PyTorch ones.
+
+    weights: by the names in an h5 file (`deit/tf_dei_t_model/deit/embeddings/cls_token:0`), or in a shard or a
+    safetensors file, which have no model's name before them. Kernels are [in, out], and of convolutions
+    [height, width, in, out].
+    """
+    return {_from_tensorflow(name): _torch_layout(name, tensor) for name, tensor in weights.items()}
+
+
+def _from_tensorflow(name: str) -> str:
+    parts = name.removesuffix(":0").split("/")
+    if len(parts) > 2 and parts[0] == parts[2]:  # in a file of one piece: the layer, the model, the layer again
+        parts = parts[2:]
+    return _rename(".".join(parts).replace(".layer_._", ".layer."), _TENSORFLOW)
+
+
+def _torch_layout(name: str, tensor: Tensor) -> Tensor:
+    if not name.removesuffix(":0").endswith("/kernel"):
+        return tensor
+    return tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.mT if tensor.ndim == 2 else tensor
+
+
+def to_transformers_modules(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of transformers' DeiT, of any release, by the names that its models have today.
+
+    The encoder's bear the prefix `deit.`, as in the models around it.
+    """
+    bare = not any(name.startswith("deit.") for name in state_dict)
+    return {_rename(f"deit.{name}" if bare else name, _TO_MODULES): tensor for name, tensor in state_dict.items()}

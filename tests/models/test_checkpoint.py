@@ -3,7 +3,9 @@ import json
 import os
 import re
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from deit_fast.models import DeiTConfig, VisionTransformer, create_model
 from deit_fast.models.checkpoint import follow_config, load_checkpoint, load_weights
 from deit_fast.models.description import to_metadata
+from deit_fast.models.inspection import inspect
 from deit_fast.models.key_maps import to_timm_names
 
 TINY, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
@@ -499,3 +502,25 @@ def test_a_checkpoint_is_not_loaded_onto_the_meta_device(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="can't be loaded on the meta device"):
         create_model(TINY, checkpoint=tmp_path / "x.safetensors", device="meta")
+
+
+# TensorFlow
+
+
+def test_a_tensorflow_folder_is_read_and_its_model_computes_the_same():
+    pytest.importorskip("h5py")
+    folder = Path(__file__).parents[1] / "keras/data/TFDeiTForImageClassificationWithTeacher"
+    reference = np.load(folder / "outputs.npz")
+    config, tensors, _ = inspect(load_checkpoint(folder))
+    model = VisionTransformer(config)
+    model.load_state_dict(tensors)
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor(reference["given_pixel_values"]))
+    torch.testing.assert_close(logits, torch.tensor(reference["logits"]), rtol=0, atol=1e-4)
+
+
+def test_an_h5_file_that_is_none_is_an_error(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "x.h5").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"x\.h5 is no readable h5 file of weights"):
+        load_checkpoint(tmp_path / "x.h5")
