@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs, in the order of its page, from what a reader would have at hand."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deit_fast
-from tests.test_docs import PAGES, blocks
+from tests.test_docs import PAGES, ROOT, blocks
 
 NAME = "deit_small_distilled_patch16_224"
 WITH_BLOCKS = [page for page in PAGES if blocks(page, "python")]
@@ -33,6 +34,7 @@ def class_folders() -> None:
         model.save_pretrained(folder)
         sides = {"height": size, "width": size}
         DeiTImageProcessor(size=sides, crop_size=sides).save_pretrained(folder)
+    shutil.copytree(ROOT / "tests/keras/data/TFDeiTForImageClassification", "checkpoint")  # tf_model.h5
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "model": model,
         "images": torch.randn(2, 3, 224, 224),
         "labels": torch.tensor([1, 2]),
+        "pixel_values": np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32),
         "teacher": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000)).eval(),
         "photographs": [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 5} for i in range(8)],
     }

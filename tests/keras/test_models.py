@@ -1,0 +1,273 @@
+"""The four classes beside transformers 4's own, and what Keras does with a model."""
+
+import numpy as np
+import pytest
+import torch
+
+keras = pytest.importorskip("keras")
+pytest.importorskip("transformers")
+
+import deit_fast.keras as tf_names  # noqa: E402
+from deit_fast import report, transformers  # noqa: E402
+from deit_fast.train import digits  # noqa: E402
+
+CLASSES = [
+    "TFDeiTModel",
+    "TFDeiTForMaskedImageModeling",
+    "TFDeiTForImageClassification",
+    "TFDeiTForImageClassificationWithTeacher",
+]
+each_class = pytest.mark.parametrize("name", CLASSES)
+
+
+def arrays(outputs):
+    return {
+        name: (torch.stack(value) if isinstance(value, tuple) else value).detach().numpy()
+        for name, value in outputs.items()
+    }
+
+
+def first(outputs):
+    return outputs.to_tuple()[0].detach()
+
+
+# Calls
+
+
+@each_class
+def test_outputs_are_those_of_transformers_4(name, reference):
+    folder, given, expected = reference(name)
+    model = getattr(tf_names, name).from_pretrained(folder)
+    outputs = model(**given, output_hidden_states=True, output_attentions=True)
+    assert list(outputs) == list(expected["fields"])
+    for field, value in arrays(outputs).items():
+        assert value.shape == expected[field].shape, field
+        np.testing.assert_allclose(value, expected[field], rtol=0, atol=1e-4, err_msg=field)
+    as_tuple = model(**given, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert [str(tuple(each.shape)) for each in as_tuple] == list(expected["tuple_shapes"])
+
+
+@each_class
+def test_images_may_have_their_channels_last_and_arguments_may_be_a_dictionary(name, reference):
+    folder, given, _ = reference(name)
+    model = getattr(tf_names, name).from_pretrained(folder)
+    channels_last = {**given, "pixel_values": given["pixel_values"].transpose(0, 2, 3, 1)}
+    expected = model(**given)
+    torch.testing.assert_close(first(model(channels_last)), first(expected), rtol=1e-5, atol=1e-5)
+    assert len(model(given, output_hidden_states=True).hidden_states) == 3
+
+
+def test_images_of_other_channels_are_refused(config):
+    model = tf_names.TFDeiTModel(config())
+    with pytest.raises(ValueError, match=r"must be \[batch, 3, height, width\] or .*got \(2, 4, 16, 16\)"):
+        model(torch.zeros(2, 4, 16, 16))
+
+
+def test_attentions_leave_no_trace(config):
+    model = tf_names.TFDeiTForImageClassification(config())
+    chosen = model.config._attn_implementation
+    model(torch.zeros(1, 3, 16, 16), output_attentions=True)
+    assert model.config._attn_implementation == chosen != "eager"
+
+
+def test_positions_are_interpolated_for_other_sizes(config):
+    model = tf_names.TFDeiTModel(config())
+    assert model(torch.zeros(1, 3, 24, 24), interpolate_pos_encoding=True).last_hidden_state.shape == (1, 38, 24)
+
+
+def test_calls_run_on_the_operators(config, batch, triton_backend):
+    model = tf_names.TFDeiTForImageClassification(config(hidden_size=32, num_attention_heads=1))
+    model(batch[0][:1])
+    calls = report(model.torch_model)
+    assert calls.stock == {} and calls.calls["deit.layers.1"].fused == 1
+
+
+def test_dropout_is_active_in_training_alone(config, batch):
+    model = tf_names.TFDeiTModel(config(hidden_dropout_prob=0.5))
+    calm, again = first(model(batch[0])), first(model(batch[0], training=False))
+    assert torch.equal(calm, again) and not torch.equal(first(model(batch[0], training=True)), calm)
+
+
+def test_a_model_is_a_layer_of_another(config, batch):
+    images = keras.Input((3, 16, 16))
+    logits = keras.layers.Dense(2)(tf_names.TFDeiTModel(config())(images).pooler_output)
+    assert keras.Model(images, logits).predict(batch[0], verbose=0).shape == (20, 2)
+
+
+# Keras: layers, saving, policies
+
+
+@each_class
+def test_a_keras_file_brings_the_model_back(name, config, batch, tmp_path):
+    model = getattr(tf_names, name)(config(layer_norm_eps=1e-5))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded) is type(model) and loaded.config.layer_norm_eps == 1e-5
+    assert torch.equal(first(loaded(batch[0])), first(model(batch[0])))
+
+
+def test_a_keras_file_keeps_arguments_and_optimizer(config, batch, tmp_path):
+    model = tf_names.TFDeiTModel(config(), add_pooling_layer=False, use_mask_token=True)
+    model.compile("adam", "mse")
+    model.fit(batch[0], np.zeros((20, 18, 24)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.torch_model.pooler is None and loaded.torch_model.embeddings.mask_token is not None
+    assert loaded.optimizer.iterations == model.optimizer.iterations > 0
+
+
+@each_class
+def test_pytorch_classes_load_what_is_saved(name, config, batch, tmp_path):
+    model = getattr(tf_names, name)(config())
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    loaded = getattr(transformers, name.removeprefix("TF")).from_pretrained(tmp_path).eval()
+    expected = {key: value for key, value in loaded.state_dict().items()}
+    assert all(torch.equal(value, expected[key]) for key, value in model.torch_model.state_dict().items())
+    again = getattr(tf_names, name).from_pretrained(tmp_path)
+    assert torch.equal(first(again(batch[0])), first(model(batch[0])))
+
+
+def test_a_frozen_encoder_keeps_its_weights(config, batch):
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.deit.trainable = False
+    assert [variable.path for variable in model.trainable_variables] == ["classifier/weight", "classifier/bias"]
+    before = [variable.numpy().copy() for variable in model.variables]
+    model.compile(keras.optimizers.SGD(0.1))
+    model.fit(*batch, verbose=0)
+    pairs = zip(model.variables, before, strict=True)
+    assert {variable.path for variable, old in pairs if (variable.numpy() != old).any()} == {
+        "classifier/weight",
+        "classifier/bias",
+    }
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_keeps_float32_weights_and_trains(policy, config, batch, tmp_path):
+    model = tf_names.TFDeiTForImageClassification(config(), dtype=policy)
+    model.compile(keras.optimizers.Adam(3e-3))
+    losses = model.fit(*batch, batch_size=10, epochs=8, verbose=0).history["loss"]
+    logits = model(batch[0]).logits
+    assert losses[-1] < losses[0] and {variable.dtype for variable in model.variables} == {"float32"}
+    assert logits.dtype == getattr(torch, policy.removeprefix("mixed_"))
+    model.save(tmp_path / "model.keras")
+    assert torch.equal(keras.saving.load_model(tmp_path / "model.keras")(batch[0]).logits, logits)
+
+
+# Training
+
+
+class Losses(keras.callbacks.Callback):
+    """Each step's."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_steps = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.reset_metrics()
+
+    def on_train_batch_end(self, batch, logs):
+        self.of_steps.append(logs["loss"])
+
+
+def pytorch_losses(model, images, labels, rate=0.05):
+    optimizer, losses = torch.optim.SGD(model.parameters(), rate), []
+    for start in [*range(0, 20, 5)] * 5:
+        part = slice(start, start + 5)
+        loss = model.train()(torch.tensor(images[part]), labels=torch.tensor(labels[part])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_loss_falls_as_the_pytorch_class_does(config, batch, tmp_path):
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.save_pretrained(tmp_path)
+    beside = transformers.DeiTForImageClassification.from_pretrained(tmp_path)
+    losses = Losses()
+    model.compile(keras.optimizers.SGD(0.05))
+    model.fit(*batch, batch_size=5, epochs=5, shuffle=False, verbose=0, callbacks=[losses])
+    assert len(losses.of_steps) == 20
+    np.testing.assert_allclose(losses.of_steps, pytorch_losses(beside, *batch), atol=1e-3)
+
+
+def test_a_loss_and_metrics_of_keras_are_of_the_logits(config, batch):
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    history = model.fit(*batch, validation_data=batch, verbose=0).history
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+    found = model.evaluate(*batch, verbose=0, return_dict=True)
+    assert found == pytest.approx({key: history[f"val_{key}"][0] for key in found}, abs=1e-5)
+    predicted = model.predict(batch[0], verbose=0).logits
+    assert isinstance(predicted, np.ndarray)
+    assert found["accuracy"] == pytest.approx((predicted.argmax(1) == batch[1]).mean())
+
+
+@pytest.mark.parametrize("own_loss", [True, False])
+def test_data_comes_as_arrays_dictionaries_or_a_loader(own_loss, config, batch):
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.compile("sgd", None if own_loss else keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    images, labels = batch
+    tensors = torch.utils.data.TensorDataset(torch.tensor(images), torch.tensor(labels))
+    ways = [
+        {"x": images, "y": labels},
+        {"x": {"pixel_values": images, "labels": labels}},
+        {"x": torch.utils.data.DataLoader(tensors, batch_size=10)},
+        {"x": images.transpose(0, 2, 3, 1), "y": {"labels": labels}},
+    ]
+    losses = [model.evaluate(**way, verbose=0) for way in ways]
+    np.testing.assert_allclose(losses, losses[0], atol=1e-5)
+    for way in ways:
+        model.fit(**way, verbose=0, shuffle=False)
+
+
+def test_data_comes_from_tensorflow(config, batch):
+    tensorflow = pytest.importorskip("tensorflow")
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.compile("sgd")
+    dataset = tensorflow.data.Dataset.from_tensor_slices(batch).batch(10)
+    model.fit(dataset, verbose=0)
+    assert model.evaluate(dataset, verbose=0) == pytest.approx(model.evaluate(*batch, verbose=0), abs=1e-5)
+
+
+def test_digits_are_learned_from_batches_without_end(config):
+    pytest.importorskip("sklearn")
+    train, test = digits.load()
+    model = tf_names.TFDeiTForImageClassification(config(num_labels=digits.CLASSES))
+    model.compile(keras.optimizers.Adam(5e-3), metrics=["accuracy"])
+    before = model.evaluate(test.images.numpy(), test.labels.numpy(), verbose=0)
+    model.fit(digits.batches(train, 64, seed=0), steps_per_epoch=100, verbose=0)
+    loss, accuracy = model.evaluate(test.images.numpy(), test.labels.numpy(), verbose=0)
+    assert loss < 0.85 * before[0] and accuracy > 2 * before[1]
+
+
+def test_samples_have_their_weights_in_the_models_own_loss(config, batch):
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.compile("sgd")
+    first_half = np.r_[np.full(10, 2.0), np.zeros(10)]
+    expected = model.evaluate(batch[0][:10], batch[1][:10], verbose=0)
+    assert model.evaluate(*batch, sample_weight=first_half, verbose=0) == pytest.approx(expected, abs=1e-5)
+    model.reset_metrics()
+    assert model.train_on_batch(*batch, sample_weight=first_half) == pytest.approx(expected, abs=1e-5)
+
+
+def test_masked_images_are_learned_without_labels(config, batch):
+    model = tf_names.TFDeiTForMaskedImageModeling(config())
+    model.compile(keras.optimizers.Adam(3e-3))
+    masked = {"pixel_values": batch[0], "bool_masked_pos": np.random.default_rng(0).random((20, 16)) < 0.5}
+    losses = model.fit(masked, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert model.predict(masked, verbose=0).reconstruction.shape == (20, 3, 16, 16)
+
+
+def test_a_model_without_a_loss_says_what_it_needs(config, batch):
+    model = tf_names.TFDeiTModel(config())
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="TFDeiTModel has no loss of its own for labels"):
+        model.fit(batch[0], np.zeros((20, 18, 24)), verbose=0)
+    with pytest.raises(ValueError, match="no labels"):
+        model.fit(batch[0], verbose=0)
