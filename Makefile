@@ -45,14 +45,15 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
 # Stock PyTorch rounds, and puts NaN, otherwise on one processor than on the next: here with none of its vector kernels.
-# What is exported, wrapped, patched, loaded or built by a script, or found by stock's own formula, is the same on each.
+# What is exported, wrapped, patched, loaded or built by a script, run and resumed, or found by stock's own formula, is the
+# same on each.
 OF_SWAP = timm transformers original readout drop_path compact_drop_path
+OF_TRAIN = distillation gradients masked
 test-portable: $(STAMP)
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --ignore=tests/ops/test_export.py \
-		--ignore=tests/ops/test_second_derivatives.py --ignore=tests/train/test_composition.py \
-		--ignore=tests/train/test_convergence.py \
-		tests/kernels/*/test_backward.py tests/kernels/readout tests/ops tests/nn tests/train \
-		$(OF_SWAP:%=tests/swap/test_%.py) tests/swap/transformers
+		--ignore=tests/ops/test_second_derivatives.py \
+		tests/kernels/*/test_backward.py tests/kernels/readout tests/ops tests/nn \
+		$(OF_SWAP:%=tests/swap/test_%.py) tests/swap/transformers $(OF_TRAIN:%=tests/train/test_%.py)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

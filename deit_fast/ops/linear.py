@@ -108,8 +108,9 @@ class _LinearBackward(BackwardOperator):
         """
         need_x, need_weight, need_bias, need_layer_scale = needs
         dtype = product_dtype(weight)
-        if layer_scale is not None and dtype is torch.float16:
-            dtype = torch.float32  # of its range layer_scale W may fall short, and G leave it
+        narrow = layer_scale is not None and weight.dtype is torch.float16
+        if narrow:
+            dtype = torch.float32  # of float16's range layer_scale W may fall short, and G leave it
         capacity, x = x.shape[0], drop_path.filled(x, kept)
         grad = drop_path.gather(grad, kept, capacity)
         if drop_path_scale is not None:
@@ -117,10 +118,10 @@ class _LinearBackward(BackwardOperator):
         grad = rows_of(as_dtype(grad, dtype))
         gradients = []
         if need_x:
-            scaled = as_dtype(weight, dtype)
+            scaled = weight.float() if narrow else weight
             if layer_scale is not None:
-                scaled = as_dtype(scaled * layer_scale.unsqueeze(1), dtype)
-            dx = as_dtype(grad @ scaled, x.dtype).view(x.shape)
+                scaled = scaled * layer_scale.unsqueeze(1)
+            dx = as_dtype(grad @ as_dtype(scaled, dtype), x.dtype).view(x.shape)
             if input_activation != "none":
                 dx = torch.ops.aten.gelu_backward(dx, x, approximate=approximation(input_activation))
             gradients.append(drop_path.with_room(dx, capacity))
