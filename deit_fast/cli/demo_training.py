@@ -44,7 +44,7 @@ def run(console: "Console", device: torch.device, out: Path) -> bool:
                 )
                 for name in ("stock", "swapped")
             }
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         console.print(f"[bold red]{error}[/]")
         return False
 

@@ -15,6 +15,7 @@ from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from deit_fast.models.checkpoint import load_checkpoint
@@ -74,7 +75,7 @@ def model_of(recipe: Recipe, num_classes: int, weights: dict[str, Tensor] | None
         model.set_distilled_training(True)
     if recipe.uniform_drop_path:
         if not hasattr(model, "blocks"):
-            raise ValueError(f"{recipe.model} has no blocks to give a uniform drop path to")
+            raise ValueError(f"{name} has no blocks to give a uniform drop path to")
         for block in model.blocks:
             block.drop_path1, block.drop_path2 = DropPath(recipe.drop_path), DropPath(recipe.drop_path)
     return model
@@ -107,7 +108,7 @@ def _names_of_heads(model: Any) -> tuple[str, ...]:
 
 
 def trained_of(recipe: Recipe, model: Any) -> Any:
-    """The module in training: `model`, or what fills in masked images with it. A linear probe's backbone is frozen."""
+    """`model`, or the module that fills in masked images with it. A linear probe's backbone is frozen."""
     if recipe.mask_ratio is not None:
         return MaskedImages(model, recipe.mask_ratio, recipe.mask_patch_size)
     if recipe.linear_probe:
@@ -173,6 +174,25 @@ def optimizer_of(recipe: Recipe, model: nn.Module, batch_size: int) -> torch.opt
         return create_optimizer_v2(model, recipe.opt, lr=lr, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"timm can't make the optimizer {recipe.opt}: {error}") from error
+
+
+def schedule_of(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Any:
+    """timm's, to be stepped each epoch; None for a constant learning rate.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    try:
+        return create_scheduler_v2(
+            optimizer,
+            recipe.sched,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+        )[0]
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"timm can't make the schedule {recipe.sched}: {error}") from error
 
 
 def pretrained(name: str, num_classes: int | None) -> Any:

@@ -1,5 +1,6 @@
 """A run's checkpoints: folders that appear whole or not at all, each one that timm loads by `local-dir:`."""
 
+import errno
 import re
 import shutil
 import warnings
@@ -26,7 +27,8 @@ class Saved:
         """Read it whole.
 
         Raises:
-            ValueError: it can't be read, or asks for more trust than tensors need.
+            ValueError: it is broken, or asks for more trust than tensors need.
+            OSError: it can't be read now.
         """
         self.folder = folder
         try:
@@ -34,6 +36,8 @@ class Saved:
             self.ema = load_file(folder / EMA / WEIGHTS) if (folder / EMA).exists() else None
             self.state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         except Exception as error:  # nearly anything for a broken file
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise
             raise ValueError(f"{folder} is no checkpoint that can be resumed: {error}") from error
 
 
@@ -52,12 +56,21 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def latest(self) -> Saved | None:
-        """The newest that can be read; one that can't is set aside, and a warning says so."""
+        """The newest that is whole; a broken one is set aside, and a warning says so.
+
+        Raises:
+            ValueError: all are broken.
+        """
+        for partial in self.folder.glob(f"step-*{PARTIAL}"):  # of a killed run
+            shutil.rmtree(partial, ignore_errors=True)
         for step in reversed(self.steps()):
             try:
                 return Saved(self.path(step))
             except ValueError as error:
+                if step == self.steps()[0]:
+                    raise ValueError(f"{error}; none is left before it. Another output folder begins anew") from error
                 aside = self.path(step).with_suffix(UNREADABLE)
+                shutil.rmtree(aside, ignore_errors=True)
                 self.path(step).rename(aside)
                 warnings.warn(f"{error}; it is now {aside}", stacklevel=2)
         return None

@@ -1,12 +1,14 @@
 """How good a model is on images that it did not learn from."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from deit_fast.train.reading import Batches
 
 
 class Evaluation(NamedTuple):
@@ -17,13 +19,13 @@ class Evaluation(NamedTuple):
 
 
 def right(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [B, C] whether the likeliest class is the label, [B]; no, of losses [B], which tell no class."""
+    """Of logits [B, C] whether the likeliest class is the label, [B]; False for losses [B], which have no class."""
     return outputs.argmax(-1) == labels if outputs.ndim > 1 else torch.zeros_like(outputs, dtype=torch.bool)
 
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Batches,
     accelerator: Accelerator,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -33,9 +35,14 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for images, labels in loader:
+    batches = iter(loader)
+    for _ in range(loader.rounds):  # of all processes: they ask together
         if stopping():
             return None
+        batch = next(batches, None)
+        if batch is None:
+            continue
+        images, labels = batch
         labels = labels.to(accelerator.device)
         with torch.inference_mode(), accelerator.autocast():
             outputs = model(images.to(accelerator.device)).float()

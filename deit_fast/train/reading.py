@@ -29,8 +29,14 @@ def read(dataset: Any, index: int) -> Item:
             return decode("the file", file), target, {}
     # The last two where a data set of Hugging Face has no image.
     except (OSError, ValueError, TypeError, AssertionError) as error:
-        name = (reader is not None and reader.filename(index)) or f"sample {index}"
-        return None, None, {name: str(error)}
+        return None, None, {_name(reader, index): str(error)}
+
+
+def _name(reader: Any, index: int) -> str:
+    """The file's, where there is one; Hugging Face's names are not of one folder, and may be missing."""
+    if reader is None or hasattr(reader, "dataset"):
+        return f"sample {index}"
+    return reader.filename(index) or f"sample {index}"
 
 
 def collate(items: list[Item]) -> tuple[Any, Any, dict[str, str]]:
@@ -44,12 +50,15 @@ def collate(items: list[Item]) -> tuple[Any, Any, dict[str, str]]:
 class Batches:
     """The images and classes of a loader's batches, and which of its data set's `samples` were found corrupt.
 
+    rounds: the most batches that any process has of them.
+
     Raises:
         OSError: where it is looked through, more than a share `max_corrupt` of the samples are corrupt, or all.
     """
 
-    def __init__(self, loader: DataLoader, samples: int, max_corrupt: float):
+    def __init__(self, loader: DataLoader, samples: int, max_corrupt: float, rounds: int = 0):
         self.loader, self.samples, self.allowed = loader, samples, allowed(max_corrupt, samples)
+        self.rounds = rounds
         # Of all processes, and what this one has found since the last `gather`.
         self.corrupt: dict[str, str] = {}
         self.new: dict[str, str] = {}

@@ -96,6 +96,7 @@ class Recipe:
         return f"local-dir:{path}" if config.exists() and "architecture" in json.loads(config.read_text()) else None
 
 
+_MIXUP_MODES = ("batch", "pair", "elem")
 NAMES = [field.name for field in fields(Recipe)]
 _TYPES = get_type_hints(Recipe)
 
@@ -117,7 +118,8 @@ def load(recipe: str = "deit", **given: Any) -> Recipe:
         raise ValueError(f"there is no recipe {recipe!r}: {', '.join(recipes())}, or the path of a .yaml file")
     values = _read(FOLDER / "deit.yaml") | _read(path) | given
     made = Recipe(**{name: _typed(name, value) for name, value in values.items()})
-    _check(made, given)
+    for wrong in _contradictions(made, given):
+        raise ValueError(wrong)
     return made
 
 
@@ -155,14 +157,13 @@ def _typed(name: str, value: Any) -> Any:
         raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}") from error
 
 
-def _check(recipe: Recipe, given: Mapping[str, Any]) -> None:
-    for wrong in _contradictions(recipe, given):
-        raise ValueError(wrong)
-
-
 def _contradictions(recipe: Recipe, given: Mapping[str, Any]) -> Iterator[str]:
     if recipe.distillation_type not in DISTILLATION_TYPES:
         yield f"distillation_type must be one of {', '.join(DISTILLATION_TYPES)}, got {recipe.distillation_type!r}"
+    if recipe.mixup_mode not in _MIXUP_MODES:
+        yield f"mixup_mode must be one of {', '.join(_MIXUP_MODES)}, got {recipe.mixup_mode!r}"
+    if recipe.sched == "plateau":
+        yield "sched plateau needs a measure that falls, and the learning rate follows the epoch: take another"
     for name in ("epochs", "batch_size", "lr", "eval_crop_ratio"):
         if not getattr(recipe, name) > 0:
             yield f"{name} must be positive, got {getattr(recipe, name)}"

@@ -5,6 +5,7 @@ Everything drawn follows from the seed, the epoch and the step, so no generator'
 
 import json
 import math
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from timm.scheduler import create_scheduler_v2
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from deit_fast.train.recipe import Recipe
 from deit_fast.train.samples import (
     Order,
     eval_transform,
+    fingerprint,
     open_data,
     seed_draws,
     train_loader,
@@ -36,6 +38,7 @@ from deit_fast.train.samples import (
 )
 from deit_fast.train.teaching import read_classes, teacher_of
 
+_DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 # Gets the step, the number of steps, and what the log has of it.
 OnLog = Callable[[int, int, dict[str, Any]], None]
 
@@ -78,9 +81,13 @@ class Run:
         refuse(recipe, job)
         self.recipe, self.job = recipe, job
         self.checkpoints = Checkpoints(Path(job.output_dir), job.keep)
-        saved = self._saved()
-        accelerator = Accelerator(cpu=job.cpu, mixed_precision=job.mixed_precision)
+        # Its own accumulation, of which `accelerate launch` may have another idea, is not used.
+        accelerator = Accelerator(cpu=job.cpu, mixed_precision=job.mixed_precision, gradient_accumulation_steps=1)
+        if accelerator.distributed_type not in (DistributedType.NO, *_DATA_PARALLEL):
+            raise ValueError(f"deit-fast train runs under DistributedDataParallel, not {accelerator.distributed_type}")
         self.accelerator = accelerator
+        with accelerator.main_process_first():  # which sets aside what can't be read
+            saved = self._saved()
         weights = build.weights_of(recipe) if saved is None else None
         data = open_data(job.data_path, job.data_set, job.nb_classes)
 
@@ -107,24 +114,24 @@ class Run:
         mine = range(rank, len(data.val), ranks)
         self.val_loader = val_loader(data.val, shown, recipe.batch_size, mine, job.num_workers, job.max_corrupt)
 
-        compiled = torch.compile(self.trained) if job.compile else self.trained
+        self.compiled = torch.compile(self.trained) if job.compile else self.trained
         optimizer = build.optimizer_of(recipe, self.trained, self.batch_size)
-        self.schedule = create_scheduler_v2(
-            optimizer,
-            recipe.sched,
-            num_epochs=recipe.epochs,
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr,
-        )[0]
-        self.wrapped, self.optimizer = accelerator.prepare(compiled, optimizer)
+        self.schedule = build.schedule_of(recipe, optimizer)
+        self.wrapped, self.optimizer = accelerator.prepare(self.compiled, optimizer)
 
         # What a checkpoint of this very run has, too.
-        teaching = ("teacher", "teacher_classes", "teacher_compile")
-        same = {name: getattr(job, name) for name in (*teaching, "mixed_precision", "grad_accum_steps", "compile")}
-        self.identity = {**asdict(recipe), **same, "samples": samples, "processes": ranks}
+        same = ("swap", "mixed_precision", "grad_accum_steps", "compile", "teacher_compile")
+        self.identity = {
+            **asdict(recipe),
+            **{name: getattr(job, name) for name in same},
+            "images": fingerprint(data, job.data_set, job.data_path),
+            "teacher": self.teacher.digest() if self.teacher is not None else None,
+            "processes": ranks,
+        }
         self.step, self.evaluated = 0, True
+        # Score and step: of all so far, and of those in checkpoints.
         self.best: tuple[float, int] | None = None
+        self.best_saved: tuple[float, int] | None = None
         if saved is not None:
             self._load(saved)
 
@@ -176,14 +183,15 @@ class Run:
             if self.job.save_every and self.step % self.job.save_every == 0 and not last:
                 self._save()
         averaged = [self.ema.module] if self.ema is not None else []
-        for model in (self.wrapped, *averaged):
+        # Not `wrapped`, whose calls are of all processes at once: one may have a batch more.
+        for model in (self.compiled, *averaged):
             seed_draws("evaluation", self.recipe.seed)  # masks, the same after each epoch
             evaluation = evaluate(model, self.val_loader, self.accelerator, self._stopping)
             if evaluation is None:
                 return True
             self._log_corrupt(self.val_loader, "val")
             self.val_loader.check()
-            ema = model is not self.wrapped
+            ema = model is not self.compiled
             self._log({"epoch": epoch, "ema": ema, "val_loss": evaluation.loss, "val_accuracy": evaluation.accuracy})
             score = -evaluation.loss if self.recipe.masks else evaluation.accuracy
         self.evaluated = True
@@ -236,7 +244,11 @@ class Run:
             raise ValueError(f"{self.job.output_dir} has checkpoints: --resume auto goes on from them")
         if resume is None or resume == "auto":
             return self.checkpoints.latest()
-        return Saved(Path(resume))
+        saved = Saved(Path(resume))
+        if there and there[-1] > saved.state["step"]:
+            newest = self.checkpoints.path(there[-1])
+            raise ValueError(f"{newest} is newer than {resume}: give another --output-dir, or remove what is newer")
+        return saved
 
     def _load(self, saved: Saved) -> None:
         state = saved.state
@@ -248,7 +260,9 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
+        self.step, self.evaluated, best = state["step"], state["evaluated"], state["best"]
+        if best is not None and best[1] in self.checkpoints.steps():  # not those of a checkpoint from elsewhere
+            self.best = self.best_saved = best
         self.loader.corrupt = state["corrupt"]
 
     def _save(self, must: bool = False) -> None:
@@ -267,16 +281,22 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
-        try:
-            if self.accelerator.is_main_process:
-                ema = self.ema.module if self.ema is not None else None
-                best = self.best[1] if self.best else None
+        failed: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            ema = self.ema.module if self.ema is not None else None
+            best = self.best[1] if self.best else None
+            try:
                 self.checkpoints.save(self.step, self.model, ema, self.data_config, state, best)
-        except OSError as error:
-            if must:
-                raise OSError(f"{error}; {self._kept()}") from error
-            warnings.warn(f"{error}; training goes on, and {self._kept()}", stacklevel=2)
-        self.accelerator.wait_for_everyone()
+            except OSError as error:
+                failed = [str(error)]
+        broadcast_object_list(failed)
+        if failed[0] is None:
+            self.best_saved = self.best
+            return
+        self.best = self.best_saved
+        if must:
+            raise OSError(f"{failed[0]}; {self._kept()}")
+        warnings.warn(f"{failed[0]}; training goes on, and {self._kept()}", stacklevel=2)
 
     def _filling(self) -> dict[str, Tensor]:
         """What masked image modelling trains beside the model."""
@@ -296,11 +316,13 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         record = {"step": self.step, **record}
-        if self.recipe.masks:  # no classes are told
+        if self.recipe.masks:  # there are no classes
             record = {name: value for name, value in record.items() if not name.endswith("accuracy")}
         try:
-            with (self.checkpoints.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with (self.checkpoints.folder / "log.jsonl").open("ab+") as file:
+                file.seek(-min(1, file.tell()), os.SEEK_END)
+                cut = file.read() not in (b"", b"\n")  # by a kill, or a full disk
+                file.write(("\n" * cut + json.dumps(record) + "\n").encode())
         except OSError as error:
             warnings.warn(f"the log could not be written: {error}", stacklevel=2)
         if self.on_log is not None:
@@ -322,9 +344,12 @@ def refuse(recipe: Recipe, job: Job) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is given, and would change nothing without --teacher")
     if job.teacher_classes is not None:
         read_classes(job.teacher_classes)
-    pairs = 2 if recipe.mixes else 1
-    if job.grad_accum_steps < 1 or recipe.batch_size % (pairs * job.grad_accum_steps):
-        raise ValueError(f"a batch of {recipe.batch_size} can't be cut into {job.grad_accum_steps} equal parts")
+    parts = job.grad_accum_steps
+    # Even ones, as mixup needs them.
+    if parts < 1 or recipe.batch_size % (2 * parts if parts > 1 or recipe.mixes else 1):
+        raise ValueError(f"a batch of {recipe.batch_size} can't be cut into {parts} parts of an even number of images")
+    if parts > 1 and recipe.mixes and recipe.mixup_mode != "batch":
+        raise ValueError(f"mixup_mode {recipe.mixup_mode} draws for each image: not with parts of a batch")
     if job.mixed_precision == "fp16" and (job.cpu or not torch.accelerator.is_available()):
         raise ValueError("mixed precision in fp16 needs a GPU; bf16 does not")
     if job.memory != "balanced" and not job.swap:
@@ -337,7 +362,7 @@ def refuse(recipe: Recipe, job: Job) -> None:
         raise ValueError(f"max_corrupt must be from 0 to 1, got {job.max_corrupt}")
     with torch.device("meta"):
         model = build.model_of(recipe, num_classes=2)
-    build.optimizer_of(recipe, build.trained_of(recipe, model), 1)
+    build.schedule_of(recipe, build.optimizer_of(recipe, build.trained_of(recipe, model), 1))
     try:
         train_transform(recipe, build.data_config_of(recipe, model))
     except (AssertionError, KeyError, AttributeError) as error:

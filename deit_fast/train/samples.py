@@ -4,6 +4,7 @@ So a run that begins anywhere in an epoch, with any number of workers, sees what
 """
 
 import hashlib
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -81,6 +82,14 @@ def open_data(path: str, name: str = "", num_classes: int | None = None) -> Data
     if _numbered(val) > found:
         raise ValueError(f"{path} has {found} classes, and one numbered {_numbered(val) - 1} to be evaluated on")
     return Data(train, val, found)
+
+
+def fingerprint(data: Data, name: str, path: str) -> str:
+    """Of the training samples: the files' names; of a data set by `name`, its own, or where it is and its length."""
+    reader = getattr(data.train, "reader", None)
+    if name:
+        return f"{name}, {getattr(getattr(reader, 'dataset', None), '_fingerprint', path)}, {len(data.train)}"
+    return hashlib.blake2b("\n".join(data.train.filenames()).encode(), digest_size=16).hexdigest()
 
 
 def open_val(path: str, name: str = "") -> tuple[Any, int | None]:
@@ -289,11 +298,17 @@ def val_loader(
 ) -> Batches:
     """The samples numbered `mine`, in order, but for corrupt ones."""
     loader = _loader(Shown(dataset, transform), workers, batch_size=batch_size, sampler=mine)
-    return Batches(loader, len(dataset), max_corrupt)
+    rounds = math.ceil(math.ceil(len(dataset) / mine.step) / batch_size)
+    return Batches(loader, len(dataset), max_corrupt, rounds)
 
 
 def _loader(dataset: Dataset, workers: int, **options: Any) -> Loader:
-    pinned = torch.cuda.is_available()
     return Loader(
-        dataset, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0, collate_fn=collate, **options
+        dataset,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+        generator=torch.Generator(),  # torch's own would be drawn from once a process
+        **options,
     )

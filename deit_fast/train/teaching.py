@@ -20,7 +20,7 @@ from deit_fast.train import build
 from deit_fast.train.folding import folded, logits_of
 from deit_fast.train.logits import Key, Logits
 from deit_fast.train.recipe import GROUPS, NAMES, Recipe
-from deit_fast.train.samples import Data
+from deit_fast.train.samples import Data, fingerprint
 
 if TYPE_CHECKING:
     from deit_fast.train.run import Job
@@ -66,7 +66,9 @@ class Teacher(nn.Module):
 
     def digest(self) -> str:
         """Of all that the logits follow from but the images; to be asked before the first of them."""
-        digest = hashlib.blake2b(repr(self.size).encode(), digest_size=16)
+        # What repr doesn't tell of an attention.
+        heads = [getattr(module, "num_heads", None) for module in self.model.modules()]
+        digest = hashlib.blake2b(repr((self.size, self.model, heads)).encode(), digest_size=16)
         for name, tensor in self.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -154,7 +156,7 @@ def teacher_of(
     if job.teacher_logits is not None:
         identity = {
             "teacher": teacher.digest(),
-            "images": _images(data, job),
+            "images": fingerprint(data, job.data_set, job.data_path),
             "batch_size": recipe.batch_size * accelerator.num_processes,
             "parts": job.grad_accum_steps * accelerator.num_processes,
             "mixed_precision": job.mixed_precision,
@@ -166,13 +168,6 @@ def teacher_of(
         with accelerator.main_process_first():
             teacher.cache = Logits(Path(job.teacher_logits), identity, data.num_classes, hard)
     return teacher
-
-
-def _images(data: Data, job: "Job") -> str:
-    """The files' names, where the data is files; else the data set's name, and how many they are."""
-    if job.data_set:
-        return f"{job.data_set}, {len(data.train)}"
-    return hashlib.blake2b("\n".join(data.train.filenames()).encode(), digest_size=16).hexdigest()
 
 
 def read_classes(path: str) -> list[int]:

@@ -18,7 +18,7 @@ import torch
 
 from deit_fast.train import build, checkpoints, digits, recipe
 from deit_fast.train import run as runs
-from deit_fast.train.evaluation import evaluate
+from deit_fast.train.evaluation import Evaluation, evaluate
 from deit_fast.train.run import Job, Run
 from tests.train.test_samples import folders
 from tests.train.test_shards import write
@@ -56,13 +56,17 @@ def job(images: Path, out: Path, **given) -> Job:
     return Job(str(images), str(out), **(values | given))
 
 
-def assert_same_end(out: Path, other: Path) -> None:
+def assert_same_end(out: Path, other: Path, with_best: bool = True) -> None:
     """Both runs end with the same bits: weights, their average, the optimizer, the best."""
     for name in (checkpoints.WEIGHTS, f"{checkpoints.EMA}/{checkpoints.WEIGHTS}"):
         assert (newest(out) / name).read_bytes() == (newest(other) / name).read_bytes(), name
     ends = [checkpoints.Saved(newest(folder)).state for folder in (out, other)]
     torch.testing.assert_close(*(end.pop("optimizer")["state"] for end in ends), rtol=0, atol=0)
+    best = [end.pop("best") for end in ends]
     assert ends[0] == ends[1]
+    if not with_best:
+        return
+    assert best[0] == best[1]
     assert (out / "best").readlink() == (other / "best").readlink()
 
 
@@ -187,7 +191,10 @@ def without_drop_path(**given) -> recipe.Recipe:
 
 
 def test_two_processes_lose_what_one_loses(images, tmp_path):
-    """With the environment that torchrun makes, in float32, of the same batches in all."""
+    """With the environment that torchrun makes, in float32; one has a batch more to be evaluated on."""
+    images = Path(shutil.copytree(images, tmp_path / "images"))
+    for file in sorted((images / "val").rglob("*.png"))[33:]:
+        file.unlink()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -326,7 +333,36 @@ def test_a_full_disk_stops_nothing_and_loses_nothing(images, uninterrupted, tmp_
     monkeypatch.setattr(torch, "save", full_for_a_while)
     with pytest.warns(UserWarning, match="No space left on device; training goes on, and .*step-00000002 is kept"):
         assert Run(small(), job(images, tmp_path)).train()
-    assert_same_end(tmp_path, uninterrupted)
+    assert_same_end(tmp_path, uninterrupted, with_best=False)  # the first best was not saved
+
+
+def test_the_best_is_one_that_was_saved(images, tmp_path, monkeypatch):
+    accuracies, saves, save = iter([0.1, 0.9, 0.2]), [], torch.save
+
+    def full_once(state, path):
+        saves.append(None)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_once)
+    monkeypatch.setattr(runs, "evaluate", lambda *_: Evaluation(1.0, next(accuracies)))
+    run = Run(small(model_ema=False), job(images, tmp_path, save_every=None, keep=1))
+    with pytest.warns(UserWarning, match="No space left on device; training goes on, and .*step-00000005 is kept"):
+        assert run.train()
+    assert run.best == (0.2, 15) and (tmp_path / "best").readlink() == Path("step-00000015")
+    with pytest.raises(ValueError, match=r"step-00000015 is newer than .*: give another --output-dir"):
+        older = shutil.copytree(newest(tmp_path), tmp_path / "older")
+        state = torch.load(older / checkpoints.STATE)
+        save({**state, "step": 10}, older / checkpoints.STATE)
+        Run(small(model_ema=False), job(images, tmp_path, resume=str(older)))
+
+
+def test_a_line_of_the_log_that_was_cut_short_stays_apart(images, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "lo')
+    assert Run(small(epochs=2), job(images, tmp_path)).train()
+    cut, *lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert cut == '{"step": 1, "lo' and all(json.loads(line)["step"] for line in lines)
 
 
 def test_a_disk_that_stays_full_is_an_error_that_names_what_is_kept(images, tmp_path, monkeypatch):
