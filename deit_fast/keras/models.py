@@ -51,9 +51,11 @@ class TFDeiTPreTrainedModel(keras.Model):
         swap(model)
         self.torch_model = model
         encoder = model.deit if self.heads else model
-        self.deit: Any = TFDeiTMainLayer(encoder, config, name="deit", dtype=self.dtype_policy)
-        for head in self.heads:
-            setattr(self, head, TorchLayer(getattr(model, head), name=head, dtype=self.dtype_policy))
+        # Keras's trainer knows a variable by its path: without the model's name two models' would be one.
+        with keras.name_scope(self.name):
+            self.deit: Any = TFDeiTMainLayer(encoder, config, name="deit", dtype=self.dtype_policy)
+            for head in self.heads:
+                setattr(self, head, TorchLayer(getattr(model, head), name=head, dtype=self.dtype_policy))
         self.built = True
 
     def __setattr__(self, name: str, value: Any) -> None:
