@@ -103,8 +103,10 @@ def computing(
     layer: keras.layers.Layer, module: Module, training: bool, output_attentions: bool = False
 ) -> Iterator[None]:
     """`module` is in training mode or not; it computes in the layer's dtype; eager attention gives its weights."""
-    if module.training is not bool(training):
-        module.train(bool(training))
+    training = bool(training)
+    # Each module: a layer of the model may have been called by itself since.
+    if any(each.training is not training for each in module.modules()):
+        module.train(training)
     with _autocast(layer, module), _eager(module.config) if output_attentions else nullcontext():
         yield
 

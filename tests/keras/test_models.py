@@ -97,6 +97,48 @@ def test_a_model_is_a_layer_of_another(config, batch):
     assert keras.Model(images, logits).predict(batch[0], verbose=0).shape == (20, 2)
 
 
+class Twins(keras.Model):
+    """The sum of two models' first outputs."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.one, self.other = models
+
+    def call(self, images, training=False):
+        return sum(model(images, training=training).pooler_output for model in (self.one, self.other))
+
+
+def in_a_functional_model(models):
+    images = keras.Input((3, 16, 16))
+    return keras.Model(images, keras.layers.Add()([model(images).pooler_output for model in models]))
+
+
+@pytest.mark.parametrize("together", [Twins, in_a_functional_model])
+def test_two_models_in_another_are_both_trained(together, config, batch):
+    models = [tf_names.TFDeiTModel(config()) for _ in range(2)]
+    models[1].set_weights(models[0].get_weights())
+    before = models[0].get_weights()
+    model = together(models)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(batch[0], np.ones((20, 24)), batch_size=10, verbose=0)
+    one, other = (model.get_weights() for model in models)
+    for mine, its in zip(one, other, strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-6)
+    assert any((old != new).any() for old, new in zip(before, one, strict=True))
+
+
+def test_the_mode_is_that_of_each_call_whichever_layer_was_called_before(config, batch):
+    model = tf_names.TFDeiTForImageClassification(config(hidden_dropout_prob=0.5))
+    for training in (False, True):
+        model(batch[0], training=training)
+        model.deit(batch[0], training=not training)
+        one, other = (first(model(batch[0], training=training)) for _ in range(2))
+        assert torch.equal(one, other) is not training
+        model(batch[0], training=not training)
+        one, other = (first(model.deit(batch[0], training=training)) for _ in range(2))
+        assert torch.equal(one, other) is not training
+
+
 # Keras: layers, saving, policies
 
 
@@ -119,6 +161,20 @@ def test_a_keras_file_keeps_arguments_and_optimizer(config, batch, tmp_path):
     assert loaded.optimizer.iterations == model.optimizer.iterations > 0
 
 
+def test_weights_and_optimizer_go_to_a_model_of_another_name(config, batch, tmp_path):
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.compile("adam")
+    model.fit(*batch, verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = type(model).from_config({**model.get_config(), "name": "other"})
+    other.compile("adam")
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert other.variables[0].path.startswith("other/deit/")
+    pairs = zip(model.variables + model.optimizer.variables, other.variables + other.optimizer.variables, strict=True)
+    assert all((one.numpy() == another.numpy()).all() for one, another in pairs)
+
+
 @each_class
 def test_pytorch_classes_load_what_is_saved(name, config, batch, tmp_path):
     model = getattr(tf_names, name)(config())
@@ -134,15 +190,13 @@ def test_pytorch_classes_load_what_is_saved(name, config, batch, tmp_path):
 def test_a_frozen_encoder_keeps_its_weights(config, batch):
     model = tf_names.TFDeiTForImageClassification(config())
     model.deit.trainable = False
-    assert [variable.path for variable in model.trainable_variables] == ["classifier/weight", "classifier/bias"]
+    trained = [f"{model.name}/classifier/weight", f"{model.name}/classifier/bias"]
+    assert [variable.path for variable in model.trainable_variables] == trained
     before = [variable.numpy().copy() for variable in model.variables]
     model.compile(keras.optimizers.SGD(0.1))
     model.fit(*batch, verbose=0)
     pairs = zip(model.variables, before, strict=True)
-    assert {variable.path for variable, old in pairs if (variable.numpy() != old).any()} == {
-        "classifier/weight",
-        "classifier/bias",
-    }
+    assert {variable.path for variable, old in pairs if (variable.numpy() != old).any()} == set(trained)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
