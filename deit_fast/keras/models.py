@@ -119,10 +119,23 @@ class TFDeiTPreTrainedModel(keras.Model):
         config = dict(config)
         return cls(DeiTConfig.from_dict(config.pop("config")), **config)
 
+    def train_step(self, data: Any) -> Any:
+        return super().train_step(_with_labels_apart(data))
+
+    def test_step(self, data: Any) -> Any:
+        return super().test_step(_with_labels_apart(data))
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras's own call before the first step."""
+        if data_batch is not None:
+            return super()._symbolic_build(data_batch=_with_labels_apart(data_batch))
+        batches = ((begin, end, [_with_labels_apart(next(iter(data)))]) for begin, end, data in iterator)
+        return super()._symbolic_build(iterator=batches)
+
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
-        y = _labels(x, y)
+        y = _labels(y)
         if self.loss is not None:
             return super().compute_loss(x, y, first_output(y_pred), sample_weight, training)
         if not isinstance(y_pred, Mapping):
@@ -147,7 +160,7 @@ class TFDeiTPreTrainedModel(keras.Model):
         raise ValueError(f"{type(self).__name__} has no loss of its own for labels: give one to compile()")
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        return super().compute_metrics(x, _labels(x, y), first_output(y_pred), sample_weight)
+        return super().compute_metrics(x, _labels(y), first_output(y_pred), sample_weight)
 
     def predict_step(self, data: Any) -> Any:
         outputs = super().predict_step(data)
@@ -172,9 +185,16 @@ def first_output(outputs: Any) -> Any:
     return next(value for name, value in outputs.items() if name != "loss")
 
 
-def _labels(x: Any, y: Any) -> Any:
-    if y is None and isinstance(x, Mapping):
-        return x.get("labels")
+def _with_labels_apart(data: Any) -> tuple[Any, Any, Any]:
+    """A batch whose `x` has no labels: a call would compute its own loss with them, in the call's dtype."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if isinstance(x, Mapping):
+        y = x.get("labels") if y is None else y
+        x = {name: value for name, value in x.items() if name != "labels"}
+    return x, y, sample_weight
+
+
+def _labels(y: Any) -> Any:
     return y["labels"] if isinstance(y, Mapping) and len(y) == 1 and "labels" in y else y
 
 

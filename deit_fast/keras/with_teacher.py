@@ -94,6 +94,11 @@ class TFDeiTForImageClassificationWithTeacher(Distilling, TFDeiTClassifier):
         answer = TFDeiTForImageClassificationWithTeacherOutput(loss=loss, **outputs)
         return returned(answer, self.config, return_dict)
 
+    def _call_teacher(self, images: Tensor) -> Any:
+        if not isinstance(self.teacher, keras.Model):
+            return super()._call_teacher(images)
+        return self.teacher(images, training=False)  # inside a call of this model it would train, too
+
     def _loss_of(self, x: Mapping[str, Any], y: Tensor, outputs: Any, training: bool) -> Tensor:
         if not training:
             return classification_losses(outputs.logits, y, self.config)

@@ -88,7 +88,8 @@ class Distilling:
                 f"distillation='none' trains the class head alone"
             )
         evaluating(teacher)
-        parameter = next(teacher.parameters(), pixel_values)
+        # A Keras model's may begin with a dropout's seed.
+        parameter = next((each for each in teacher.parameters() if each.is_floating_point()), pixel_values)
         placed = hasattr(teacher, "hf_device_map") or isinstance(teacher, nn.DataParallel)  # by those who made it
         if parameter.device != pixel_values.device and not placed:
             if getattr(self, "_is_replica", False):
@@ -100,9 +101,13 @@ class Distilling:
         # A compiled graph holds the student's gradients, too, and knows no inference mode.
         with torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode():
             images = pixel_values if self.teacher_inputs is None else self.teacher_inputs(pixel_values)
-            answer = teacher(images.to(parameter.dtype))
+            answer = self._call_teacher(images.to(parameter.dtype))
         # A tensor of inference mode can't be saved for backward.
         return getattr(answer, "logits", answer).clone()
+
+    def _call_teacher(self, images: Tensor) -> Any:
+        teacher: Any = self.teacher
+        return teacher(images)
 
 
 def _check_classes(config: Any, teacher: Module) -> None:

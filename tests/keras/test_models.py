@@ -281,6 +281,32 @@ def test_data_comes_as_arrays_dictionaries_or_a_loader(own_loss, config, batch):
         model.fit(**way, verbose=0, shuffle=False)
 
 
+@pytest.mark.parametrize("name", ["TFDeiTForImageClassification", "TFDeiTForMaskedImageModeling"])
+def test_a_loss_of_keras_takes_labels_of_any_kind_from_the_dictionary(name, config, batch):
+    model = getattr(tf_names, name)(config())
+    one_hot = np.eye(5, dtype=np.int64)[batch[1]]
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    given, y = {"pixel_values": batch[0]}, one_hot
+    if name == "TFDeiTForMaskedImageModeling":
+        given["bool_masked_pos"] = np.ones((20, 16), bool)
+        y, loss = batch[0], keras.losses.MeanSquaredError()
+    model.compile("sgd", loss)
+    expected = loss(y, torch.tensor(next(iter(model.predict(given, verbose=0).values())))).item()
+    assert model.evaluate({**given, "labels": y}, verbose=0) == pytest.approx(expected, abs=1e-5)
+    history = model.fit({**given, "labels": y}, batch_size=20, verbose=0).history
+    assert history["loss"] == pytest.approx([expected], abs=1e-5)
+
+
+def test_labels_in_the_dictionary_keep_their_dtype(config, batch):
+    model = tf_names.TFDeiTForImageClassification(config(num_labels=1), dtype="mixed_bfloat16")
+    model.compile("sgd")
+    values = 1000 + np.arange(20, dtype=np.float32) / 8
+    found = model.evaluate({"pixel_values": batch[0], "labels": values}, verbose=0)
+    assert found == pytest.approx(model.evaluate(batch[0], values, verbose=0), rel=1e-6)
+    logits = model(batch[0]).logits.detach().float().numpy()[:, 0]
+    assert found == pytest.approx(((logits - values) ** 2).mean(), rel=1e-6)
+
+
 def test_data_comes_from_tensorflow(config, batch):
     tensorflow = pytest.importorskip("tensorflow")
     model = tf_names.TFDeiTForImageClassification(config())

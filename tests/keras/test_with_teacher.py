@@ -71,6 +71,36 @@ def test_a_keras_model_teaches(config, batch):
     assert by_model.fit(*batch, verbose=0, shuffle=False).history["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+class WithoutMode(keras.Model):
+    """A teacher whose own call doesn't know of training; its dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.flatten, self.dropout, self.dense = (
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(5),
+        )
+
+    def call(self, images):
+        return self.dense(self.dropout(self.flatten(images)))
+
+
+@pytest.mark.parametrize(
+    "make", [WithoutMode, lambda: keras.Sequential([WithoutMode()])], ids=["without training", "sequential"]
+)
+def test_a_keras_teacher_is_in_evaluation_mode_inside_a_call(make, config, batch):
+    teacher = make()
+    teacher(batch[0][:1])
+    model = TFDeiTForImageClassificationWithTeacher(config(), teacher, distillation="soft")
+    model.compile(keras.optimizers.SGD(0.0))
+    answer = teacher(batch[0], training=False)
+    expected = model(batch[0], labels=batch[1], teacher_logits=answer, training=True).loss.item()
+    assert model(batch[0], labels=batch[1], training=True).loss.item() == pytest.approx(expected, abs=1e-6)
+    given = {"pixel_values": batch[0], "labels": batch[1]}
+    assert model.fit(given, batch_size=20, verbose=0).history["loss"] == pytest.approx([expected], abs=1e-5)
+
+
 def test_classes_of_the_teacher_are_given_by_their_numbers(config, batch):
     with pytest.raises(ValueError, match="teacher_classes must have 5 entries"):
         TFDeiTForImageClassificationWithTeacher(config(), linear_teacher(7), teacher_classes=[1, 2])
