@@ -1,6 +1,5 @@
 """From a folder or the hub into a model: all of it, or one error that says what is wrong with all of it."""
 
-import json
 import os
 import warnings
 from collections.abc import Collection, Mapping
@@ -9,11 +8,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers.models.deit.configuration_deit import DeiTConfig
 
-from deit_fast.models.checkpoint import FOLDER_FILES, Checkpoint, load_checkpoint, misfits
+from deit_fast.models.checkpoint import FOLDER_FILES, Checkpoint, load_checkpoint, misfits, shards_of
 from deit_fast.models.key_maps import Entry, to_transformers_modules
 
 # What one class has and another hasn't: a checkpoint is read without them.
@@ -62,16 +61,25 @@ def read_weights(name: str | os.PathLike, hub: dict[str, Any]) -> Checkpoint:
 def _download(name: str, hub: dict[str, Any]) -> Path:
     """The folder with config.json and the first of FOLDER_FILES that the hub has for the model."""
     hf_hub_download(name, "config.json", **hub)
+    unreached = None
     for file_name in FOLDER_FILES:
         try:
             found = Path(hf_hub_download(name, file_name, **hub))
+        except LocalEntryNotFoundError as error:  # another may be in the cache
+            unreached = error
+            continue
         except EntryNotFoundError:
             continue
         if file_name.endswith(".index.json"):
-            for shard in sorted(set(json.loads(found.read_text())["weight_map"].values())):
+            for shard in shards_of(found):
                 hf_hub_download(name, shard, **hub)
         return found.parent
-    raise FileNotFoundError(f"{name} on the hub has no weights; looked for {', '.join(FOLDER_FILES)}")
+    looked_for = f"looked for {', '.join(FOLDER_FILES)}"
+    if unreached is not None:
+        raise FileNotFoundError(f"{name}: the hub was not reached, and the cache has no weights; {looked_for}") from (
+            unreached
+        )
+    raise FileNotFoundError(f"{name} on the hub has no weights; {looked_for}")
 
 
 def load_weights(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, new_heads: bool) -> None:

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import torch
@@ -79,10 +79,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     if not name.endswith(".index.json"):
         return _read_file(folder / name)
 
-    weight_map = _read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{folder / name} has no weight_map: it is no index of a sharded checkpoint")
-    shards = sorted(set(weight_map.values()))
+    shards = shards_of(folder / name)
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks shards that {name} lists: {', '.join(missing)}")
@@ -90,6 +87,23 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     for shard in shards:
         state_dict.update(_read_file(folder / shard))
     return state_dict
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files beside `index`, a sharded checkpoint's, that hold its tensors.
+
+    Raises:
+        ValueError: it is no such index, or a name leads elsewhere.
+    """
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map: it is no index of a sharded checkpoint")
+    shards = sorted(set(weight_map.values()))
+    # A Windows path ends a name at either slash and at a drive's colon.
+    elsewhere = [shard for shard in shards if shard in ("", "..") or PureWindowsPath(shard).name != shard]
+    if elsewhere:
+        raise ValueError(f"{index} lists shards that are no plain file names: {', '.join(map(repr, elsewhere))}")
+    return shards
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -130,12 +144,16 @@ def _read_h5(path: Path) -> dict[str, Tensor]:
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
+            # transformers never compressed them: what is smaller than its numbers is made up.
+            if item.external or item.is_virtual or item.id.get_storage_size() < item.nbytes:
+                raise ValueError(f"{name} isn't all in the file")
             weights[name] = torch.from_numpy(item[()])
 
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
-    except (OSError, TypeError) as error:  # TypeError: an array of something other than numbers
+    # h5py has no error of its own. TypeError: an array of something other than numbers.
+    except (OSError, TypeError, KeyError, RuntimeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path} is no readable h5 file of weights: truncated, or another kind of file") from error
     return from_tensorflow(weights)
 

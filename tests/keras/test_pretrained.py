@@ -12,7 +12,7 @@ keras = pytest.importorskip("keras")
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("transformers")
 
-from huggingface_hub.errors import EntryNotFoundError  # noqa: E402
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: E402
 
 from deit_fast.keras import (  # noqa: E402
     TFDeiTForImageClassification,
@@ -23,6 +23,30 @@ from deit_fast.keras import (  # noqa: E402
 )
 
 NAME = "TFDeiTForImageClassification"
+
+
+@pytest.fixture
+def on_the_hub(monkeypatch):
+    """Stands for the hub: it has the files of a folder, of each model."""
+
+    def serve(folder, missing=EntryNotFoundError):
+        asked = []
+
+        def download(name, file_name, **options):
+            asked.append((name, file_name, options))
+            if not (folder / file_name).exists():
+                raise missing(file_name)
+            return str(folder / file_name)
+
+        monkeypatch.setattr(pretrained, "hf_hub_download", download)
+        monkeypatch.setattr(
+            pretrained.DeiTConfig,
+            "get_config_dict",
+            classmethod(lambda cls, *_, **__: (json.loads((folder / "config.json").read_text()), {})),
+        )
+        return asked
+
+    return serve
 
 
 @pytest.fixture
@@ -53,24 +77,40 @@ def test_pytorch_checkpoints_load(folder, reference):
     assert logits_error(TFDeiTForImageClassification.from_pretrained(folder, from_pt=True), reference) < 1e-4
 
 
-def test_a_name_on_the_hub_is_downloaded(reference, monkeypatch, folder):
-    asked = []
-
-    def download(name, file_name, **options):
-        asked.append(file_name)
-        assert (name, options) == ("someone/deit", {"revision": "main"})
-        if not (folder / file_name).exists():
-            raise EntryNotFoundError("404")
-        return str(folder / file_name)
-
-    monkeypatch.setattr(pretrained, "hf_hub_download", download)
-    monkeypatch.setattr(
-        pretrained.DeiTConfig,
-        "get_config_dict",
-        classmethod(lambda cls, *_, **__: (json.loads((folder / "config.json").read_text()), {})),
-    )
+def test_a_name_on_the_hub_is_downloaded(reference, on_the_hub, folder):
+    asked = on_the_hub(folder)
     model = TFDeiTForImageClassification.from_pretrained("someone/deit", revision="main")
-    assert logits_error(model, reference) < 1e-4 and asked[0] == "config.json" and asked[-1] == "tf_model.h5"
+    assert logits_error(model, reference) < 1e-4
+    assert {(name, *options.items()) for name, _, options in asked} == {("someone/deit", ("revision", "main"))}
+    assert asked[0][1] == "config.json" and asked[-1][1] == "tf_model.h5"
+
+
+def test_a_cache_serves_without_the_hub_and_an_error_says_that_it_was_not_reached(reference, on_the_hub, folder):
+    on_the_hub(folder, missing=LocalEntryNotFoundError)
+    assert logits_error(TFDeiTForImageClassification.from_pretrained("someone/deit"), reference) < 1e-4
+    (folder / "tf_model.h5").unlink()
+    with pytest.raises(FileNotFoundError, match=r"someone/deit: the hub was not reached, and the cache has no weights"):
+        TFDeiTForImageClassification.from_pretrained("someone/deit")
+    on_the_hub(folder)
+    with pytest.raises(FileNotFoundError, match=r"someone/deit on the hub has no weights"):
+        TFDeiTForImageClassification.from_pretrained("someone/deit")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[", "is no JSON"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": "../outside.h5"}}', r"no plain file names: '\.\./outside\.h5'"),
+    ],
+)
+def test_a_wrong_index_on_the_hub_is_an_error_before_any_shard(index, message, on_the_hub, folder):
+    (folder / "tf_model.h5").unlink()
+    (folder / "tf_model.h5.index.json").write_text(index)
+    asked = on_the_hub(folder)
+    with pytest.raises(ValueError, match=message):
+        TFDeiTForImageClassification.from_pretrained("someone/deit")
+    assert asked[-1][1] == "tf_model.h5.index.json"
 
 
 # Configuration and heads

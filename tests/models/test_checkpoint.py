@@ -524,3 +524,55 @@ def test_an_h5_file_that_is_none_is_an_error(tmp_path):
     (tmp_path / "x.h5").write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"x\.h5 is no readable h5 file of weights"):
         load_checkpoint(tmp_path / "x.h5")
+
+
+def of_external_storage(file, folder):
+    (folder / "secret").write_bytes(bytes(16))
+    file.create_dataset("a", (4,), "f4", external=[(str(folder / "secret"), 0, 16)])
+
+
+def virtual(file, folder):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(folder / "other.h5", "w") as other:
+        other["a"] = np.ones(4, np.float32)
+    layout = h5py.VirtualLayout((4,), "f4")
+    layout[:] = h5py.VirtualSource(folder / "other.h5", "a", (4,))
+    file.create_virtual_dataset("a", layout)
+
+
+def never_written(file, folder):
+    file.create_dataset("a", (2**50,), "f4", chunks=(2**20,))
+
+
+def compressed_far(file, folder):
+    file.create_dataset("a", data=np.zeros(10**6, np.float32), compression="gzip")
+
+
+def of_text(file, folder):
+    file["a"] = "text"
+
+
+def of_a_foreign_byte_order(file, folder):
+    file["a"] = np.ones(4, ">f4")
+
+
+@pytest.mark.parametrize(
+    "content", [of_external_storage, virtual, never_written, compressed_far, of_text, of_a_foreign_byte_order]
+)
+def test_an_h5_file_of_other_than_its_own_plain_numbers_is_an_error(content, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["b"] = np.ones(4, np.float32)
+        content(file, tmp_path)
+    with pytest.raises(ValueError, match=r"x\.h5 is no readable h5 file of weights"):
+        load_checkpoint(tmp_path / "x.h5")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("shard", ["../outside.bin", "/outside.bin", "..", "", "a\\b.bin", "C:b.bin", "sub/a.bin"])
+def test_a_shard_outside_the_folder_is_refused(suffix, shard, tmp_path):
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="lists shards that are no plain file names"):
+        load_checkpoint(tmp_path)
