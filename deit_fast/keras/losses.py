@@ -1,4 +1,4 @@
-"""The models' own losses, by transformers 4's formulas."""
+"""The models' own losses: of labels as transformers' PyTorch classes have them, of masks as its TensorFlow class."""
 
 import math
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from deit_fast.ops.distilling import IGNORED
 
 CLASSES = "single_label_classification"
 
@@ -20,20 +22,30 @@ def problem_of(labels: Tensor, config: Any) -> str:
 
 
 def classification_losses(logits: Tensor, labels: Tensor, config: Any) -> Tensor:
-    """[B]: an entry an image. Cross-entropy, binary cross-entropy or squared error, in float32 at least."""
+    """[B]: an entry an image. Cross-entropy, binary cross-entropy or squared error, in float32 at least.
+
+    Cross-entropy is 0 where the label is -100.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.to(logits.device)
     problem = problem_of(labels, config)
     if problem == CLASSES:
-        return F.cross_entropy(logits, labels.reshape(-1).long(), reduction="none")
+        return F.cross_entropy(logits, labels.reshape(-1).long(), reduction="none", ignore_index=IGNORED)
     labels = labels.to(logits.dtype).view_as(logits)
     if problem == "regression":
         return F.mse_loss(logits, labels, reduction="none").mean(1)
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
 
 
+def average(losses: Tensor, labels: Tensor | None, config: Any) -> Tensor:
+    """[]: over the images whose labels count, as PyTorch's cross-entropy; where none does, 0."""
+    if labels is None or losses.ndim == 0 or problem_of(labels, config) != CLASSES:
+        return losses.mean()
+    return losses.sum() / (labels != IGNORED).sum().clamp(min=1).to(losses.device)
+
+
 def masked_image_loss(images: Tensor, reconstruction: Tensor, bool_masked_pos: Tensor) -> Tensor:
-    """[1]: the absolute error, averaged over the batch, summed over each image's mask, by the masked pixels.
+    """[1]: the absolute error, averaged over the batch, under the masks, divided by the number of masked pixels.
 
     images, reconstruction: [B, C, H, W]; bool_masked_pos: [B, patches]. The average comes before the masks, as in
     transformers' TensorFlow class and not in its PyTorch one; for one image they are the same.

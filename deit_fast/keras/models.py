@@ -12,7 +12,7 @@ from transformers.models.deit import modeling_deit
 from transformers.models.deit.configuration_deit import DeiTConfig
 
 from deit_fast.keras.layers import TFDeiTMainLayer, TorchLayer, channels_first, computing, recorded, returned
-from deit_fast.keras.losses import classification_losses, masked_image_loss
+from deit_fast.keras.losses import average, classification_losses, masked_image_loss
 from deit_fast.keras.outputs import TFBaseModelOutputWithPooling, TFImageClassifierOutput, TFMaskedImageModelingOutput
 from deit_fast.keras.pretrained import load_weights, read_config, read_weights, split_arguments
 from deit_fast.swap import swap
@@ -59,10 +59,20 @@ class TFDeiTPreTrainedModel(keras.Model):
         self.built = True
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._parts() and hasattr(self, name):
+            raise AttributeError(
+                f"{name} can't be replaced: the model computes with the module that it has. For a head of other "
+                f"classes: from_pretrained(…, num_labels=…, ignore_mismatched_sizes=True)"
+            )
         if name in self._apart:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @classmethod
+    def _parts(cls) -> tuple[str, ...]:
+        """The attributes that are layers."""
+        return ("deit", *cls.heads)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Mapping):
@@ -112,12 +122,18 @@ class TFDeiTPreTrainedModel(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         config = json.loads(self.config.to_json_string(use_diff=False))
-        return {**super().get_config(), "config": config, **self._arguments}
+        frozen = [part for part in self._parts() if not getattr(self, part).trainable]
+        return {**super().get_config(), "config": config, "frozen": frozen, **self._arguments}
 
     @classmethod
     def from_config(cls: type[Model], config: dict[str, Any], custom_objects: Any = None) -> Model:
         config = dict(config)
-        return cls(DeiTConfig.from_dict(config.pop("config")), **config)
+        frozen = config.pop("frozen", ())
+        model = cls(DeiTConfig.from_dict(config.pop("config")), **config)
+        for part in cls._parts():
+            if part in frozen:
+                getattr(model, part).trainable = False
+        return model
 
     def train_step(self, data: Any) -> Any:
         return super().train_step(_with_labels_apart(data))
@@ -141,7 +157,7 @@ class TFDeiTPreTrainedModel(keras.Model):
         if not isinstance(y_pred, Mapping):
             raise ValueError("the model's own loss needs outputs with names: return_dict=True in the configuration")
         if y_pred.get("loss") is not None:
-            loss = y_pred["loss"]
+            loss, y = y_pred["loss"], None
         elif y is not None:
             given = dict(x) if isinstance(x, Mapping) else {"pixel_values": x}
             given, y = keras.tree.map_structure(keras.ops.convert_to_tensor, (given, y))
@@ -153,7 +169,7 @@ class TFDeiTPreTrainedModel(keras.Model):
             if loss.shape != weights.shape:
                 raise ValueError("sample_weight needs a loss for each sample: give one to compile()")
             loss = loss * weights
-        return loss.mean() + sum(self.losses)
+        return average(loss, y, self.config) + sum(self.losses)
 
     def _loss_of(self, x: Mapping[str, Any], y: Tensor, outputs: Any, training: bool) -> Tensor:
         """Where the call has not computed it: its labels came apart from its arguments."""

@@ -11,7 +11,7 @@ from transformers.models.deit import modeling_deit
 from transformers.models.deit.configuration_deit import DeiTConfig
 
 from deit_fast.keras.layers import channels_first, returned
-from deit_fast.keras.losses import CLASSES, classification_losses, problem_of
+from deit_fast.keras.losses import CLASSES, average, classification_losses, problem_of
 from deit_fast.keras.models import TFDeiTClassifier, registered
 from deit_fast.keras.outputs import TFDeiTForImageClassificationWithTeacherOutput
 from deit_fast.ops.distilling import Distilling, check_distillation
@@ -90,7 +90,7 @@ class TFDeiTForImageClassificationWithTeacher(Distilling, TFDeiTClassifier):
         loss = None
         if labels is not None:
             x = {"pixel_values": pixel_values, "teacher_logits": teacher_logits}
-            loss = self._loss_of(x, labels, outputs, training).mean()
+            loss = average(self._loss_of(x, labels, outputs, training), labels, self.config)
         answer = TFDeiTForImageClassificationWithTeacherOutput(loss=loss, **outputs)
         return returned(answer, self.config, return_dict)
 

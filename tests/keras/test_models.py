@@ -199,6 +199,28 @@ def test_a_frozen_encoder_keeps_its_weights(config, batch):
     assert {variable.path for variable, old in pairs if (variable.numpy() != old).any()} == set(trained)
 
 
+@each_class
+def test_frozen_layers_stay_frozen_in_a_keras_file(name, config, tmp_path):
+    model = getattr(tf_names, name)(config())
+    part = model.heads[-1] if model.heads else "deit"
+    getattr(model, part).trainable = False
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert [each.trainable for each in loaded.variables] == [each.trainable for each in model.variables]
+    assert not getattr(loaded, part).trainable and bool(loaded.heads) is loaded.deit.trainable
+
+
+@pytest.mark.parametrize("part", ["deit", "classifier"])
+def test_a_layer_is_not_replaced_in_silence(part, config):
+    model = tf_names.TFDeiTForImageClassification(config())
+    kept = getattr(model, part)
+    with pytest.raises(AttributeError, match=f"{part} can't be replaced.*ignore_mismatched_sizes=True"):
+        setattr(model, part, keras.layers.Dense(7))
+    assert getattr(model, part) is kept
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_keeps_float32_weights_and_trains(policy, config, batch, tmp_path):
     model = tf_names.TFDeiTForImageClassification(config(), dtype=policy)
@@ -346,6 +368,18 @@ def test_samples_have_their_weights_in_the_models_own_loss(config, batch):
     assert model.evaluate(*batch, sample_weight=first_half, verbose=0) == pytest.approx(expected, abs=1e-5)
     model.reset_metrics()
     assert model.train_on_batch(*batch, sample_weight=first_half) == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels_of_minus_100_do_not_count(config, batch, tmp_path):
+    images, labels = batch[0], np.where(np.arange(20) % 3 == 0, -100, batch[1])
+    model = tf_names.TFDeiTForImageClassification(config())
+    model.save_pretrained(tmp_path)
+    beside = transformers.DeiTForImageClassification.from_pretrained(tmp_path).eval()
+    expected = beside(torch.tensor(images), labels=torch.tensor(labels)).loss.item()
+    model.compile(keras.optimizers.SGD(0.0))
+    assert model.evaluate(images, labels, batch_size=20, verbose=0) == pytest.approx(expected, abs=1e-5)
+    assert model.fit(images, labels, batch_size=20, verbose=0).history["loss"] == pytest.approx([expected], abs=1e-5)
+    assert model.evaluate(images, np.full(20, -100), verbose=0) == 0
 
 
 def test_masked_images_are_learned_without_labels(config, batch):

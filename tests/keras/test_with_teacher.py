@@ -113,6 +113,23 @@ def test_classes_of_the_teacher_are_given_by_their_numbers(config, batch):
     model.fit(*batch, verbose=0)
 
 
+@pytest.mark.parametrize("distillation", ["hard", "none"])
+def test_labels_of_minus_100_do_not_count(distillation, config, batch, tmp_path):
+    options = {"teacher": linear_teacher(), "distillation": distillation}
+    images, labels = batch[0], np.where(np.arange(20) % 3 == 0, -100, batch[1])
+    model = TFDeiTForImageClassificationWithTeacher(config(), **options)
+    model.save_pretrained(tmp_path)
+    beside = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path, **options)
+    model.compile(keras.optimizers.SGD(0.0))
+    for training, found in (
+        (True, model.train_on_batch(images, labels)),
+        (False, model.evaluate(images, labels, batch_size=20, verbose=0)),
+    ):
+        expected = beside.train(training)(torch.tensor(images), labels=torch.tensor(labels)).loss.item()
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert model(images, labels=labels, training=training).loss.item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_missing_teacher_is_asked_for(config, batch):
     model = TFDeiTForImageClassificationWithTeacher(config())
     model.compile("sgd")
