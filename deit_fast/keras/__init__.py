@@ -1,6 +1,7 @@
 """transformers 4's TensorFlow classes of DeiT, as Keras 3 models on PyTorch whose modules are swapped.
 
-Importing it chooses Keras's torch backend where nobody has chosen one.
+Importing it sets KERAS_BACKEND=torch where keras is not imported yet and the environment has no KERAS_BACKEND; it
+overrides ~/.keras/keras.json.
 """
 
 from deit_fast._extras import require

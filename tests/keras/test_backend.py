@@ -31,10 +31,18 @@ def test_keras_on_another_backend_is_refused(monkeypatch):
         backend.require_keras()
 
 
-def test_an_older_keras_is_refused(monkeypatch):
-    monkeypatch.setattr(backend, "version", lambda name: "2.15.0")
-    with pytest.raises(ImportError, match=r'needs keras 3 or newer, found 2.15.0: pip install "deit_fast\[keras\]"'):
+@pytest.mark.parametrize("found", ["2.15.0", "3.0.0", "3.9.2", "3.11.3"])
+def test_an_older_keras_is_refused(found, monkeypatch):
+    monkeypatch.setattr(backend, "version", lambda name: found)
+    needed = rf'needs keras 3\.12 or newer, found {found}: pip install "deit_fast\[keras\]"'
+    with pytest.raises(ImportError, match=needed):
         backend.require_keras()
+
+
+@pytest.mark.parametrize("found", ["3.12.0", "3.15.1", "3.16rc1", "4.0"])
+def test_a_newer_keras_is_taken(found, monkeypatch):
+    monkeypatch.setattr(backend, "version", lambda name: found)
+    backend.require_keras()
 
 
 def test_an_error_names_the_extra_where_keras_is_missing(monkeypatch):
