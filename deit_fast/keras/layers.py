@@ -67,10 +67,10 @@ class TFDeiTMainLayer(TorchLayer):
 
 
 def channels_first(pixel_values: Tensor, channels: int) -> Tensor:
-    """[B, C, H, W] of that or of [B, H, W, C], as the sizes say; where both could be, it is the first.
+    """Returns [B, C, H, W] for either layout; ambiguous sizes count as channels first.
 
     Raises:
-        ValueError: neither.
+        ValueError: the sizes fit neither layout.
     """
     shape = tuple(pixel_values.shape)
     if len(shape) == 4 and shape[1] == channels:
@@ -87,7 +87,7 @@ def recorded(
 ) -> dict[str, bool]:
     """What a call records: by its arguments, else by the configuration."""
     if head_mask is not None:
-        raise NotImplementedError("head_mask: transformers' TensorFlow DeiT has none either")
+        raise NotImplementedError("the DeiT modules of transformers 5 take no head_mask: leave head_mask out")
     return {
         "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
         "output_hidden_states": config.output_hidden_states if output_hidden_states is None else output_hidden_states,

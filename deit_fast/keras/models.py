@@ -152,6 +152,8 @@ class TFDeiTPreTrainedModel(keras.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
         y = _labels(y)
+        if isinstance(self.loss, Mapping):
+            raise ValueError("compile(loss=…) takes one loss, which is of the first output, and no dictionary")
         if self.loss is not None:
             return super().compute_loss(x, y, first_output(y_pred), sample_weight, training)
         if not isinstance(y_pred, Mapping):
@@ -211,7 +213,11 @@ def _with_labels_apart(data: Any) -> tuple[Any, Any, Any]:
 
 
 def _labels(y: Any) -> Any:
-    return y["labels"] if isinstance(y, Mapping) and len(y) == 1 and "labels" in y else y
+    if not isinstance(y, Mapping):
+        return y
+    if set(y) != {"labels"}:
+        raise ValueError(f"y is the labels, or a dictionary of labels alone; this one has {', '.join(map(str, y))}")
+    return y["labels"]
 
 
 def registered(cls: type) -> type:

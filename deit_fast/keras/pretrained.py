@@ -112,7 +112,9 @@ def load_weights(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, new_h
         hint = "" if new_heads else "\nFor a head of other classes: ignore_mismatched_sizes=True starts it anew"
         raise ValueError(f"{checkpoint.path} doesn't fit the model:\n  {lines}{hint}")
     if new:
-        warnings.warn(f"{checkpoint.path} has no {', '.join(new)} for this model: started at random", stacklevel=3)
+        warnings.warn(
+            f"{checkpoint.path} has no fitting {', '.join(new)} for this model: started at random", stacklevel=3
+        )
     with torch.no_grad():
         for name, entry in entries.items():
             parameters[name].copy_(entry.tensor)

@@ -66,6 +66,12 @@ def test_images_of_other_channels_are_refused(config):
         model(torch.zeros(2, 4, 16, 16))
 
 
+def test_a_head_mask_is_refused(config):
+    model = tf_names.TFDeiTModel(config())
+    with pytest.raises(NotImplementedError, match="leave head_mask out"):
+        model(torch.zeros(1, 3, 16, 16), head_mask=torch.ones(2, 4))
+
+
 def test_attentions_leave_no_trace(config):
     model = tf_names.TFDeiTForImageClassification(config())
     chosen = model.config._attn_implementation
@@ -317,6 +323,18 @@ def test_a_loss_of_keras_takes_labels_of_any_kind_from_the_dictionary(name, conf
     assert model.evaluate({**given, "labels": y}, verbose=0) == pytest.approx(expected, abs=1e-5)
     history = model.fit({**given, "labels": y}, batch_size=20, verbose=0).history
     assert history["loss"] == pytest.approx([expected], abs=1e-5)
+
+
+def test_dictionaries_of_losses_or_of_other_targets_are_refused(config, batch):
+    model = tf_names.TFDeiTForImageClassification(config())
+    images, labels = batch
+    model.compile("sgd", metrics=["accuracy"])
+    with pytest.raises(ValueError, match="y is the labels, or a dictionary of labels alone; this one has y"):
+        model.fit(images, {"y": labels}, verbose=0)
+    model.compile("sgd", {"logits": keras.losses.SparseCategoricalCrossentropy(from_logits=True)})
+    for y in (labels, {"labels": labels}):
+        with pytest.raises(ValueError, match="takes one loss, which is of the first output, and no dictionary"):
+            model.fit(images, y, verbose=0)
 
 
 def test_labels_in_the_dictionary_keep_their_dtype(config, batch):

@@ -125,13 +125,13 @@ def test_keywords_are_the_configurations_and_keras(folder):
 
 def test_heads_of_another_class_are_left_out_and_its_own_start_at_random(reference):
     folder = reference("TFDeiTForImageClassificationWithTeacher")[0]
-    with pytest.warns(UserWarning, match="has no classifier for this model: started at random"):
+    with pytest.warns(UserWarning, match="has no fitting classifier for this model: started at random"):
         model = TFDeiTForImageClassification.from_pretrained(folder)
-    with pytest.warns(UserWarning, match=r"has no deit.embeddings.mask_token, decoder for this model"):
+    with pytest.warns(UserWarning, match=r"has no fitting deit.embeddings.mask_token, decoder for this model"):
         TFDeiTForMaskedImageModeling.from_pretrained(folder)
     both = TFDeiTForImageClassificationWithTeacher.from_pretrained(folder)
     assert torch.equal(model.torch_model.deit.layernorm.weight, both.torch_model.deit.layernorm.weight)
-    with pytest.warns(UserWarning, match="has no cls_classifier, distillation_classifier"):
+    with pytest.warns(UserWarning, match="has no fitting cls_classifier, distillation_classifier"):
         TFDeiTForImageClassificationWithTeacher.from_pretrained(reference("TFDeiTModel")[0])
     assert TFDeiTModel.from_pretrained(folder, add_pooling_layer=False).torch_model.pooler is None
 
@@ -140,7 +140,7 @@ def test_a_head_of_other_classes_starts_at_random_where_that_is_asked_for(folder
     with pytest.raises(ValueError, match="ignore_mismatched_sizes=True starts it anew") as error:
         TFDeiTForImageClassification.from_pretrained(folder, num_labels=3)
     assert "misshapen: classifier.weight, expected (3, 24), found (5, 24)" in str(error.value)
-    with pytest.warns(UserWarning, match="has no classifier"):
+    with pytest.warns(UserWarning, match="has no fitting classifier"):
         model = TFDeiTForImageClassification.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
     assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)
 
