@@ -94,6 +94,11 @@ class TFDeiTForImageClassificationWithTeacher(Distilling, TFDeiTClassifier):
         answer = TFDeiTForImageClassificationWithTeacherOutput(loss=loss, **outputs)
         return returned(answer, self.config, return_dict)
 
+    def _ask_teacher(self, pixel_values: Tensor) -> Tensor:
+        if isinstance(self.teacher, keras.Model):
+            self.teacher.eval()  # as in the constructor, for one that was set since
+        return super()._ask_teacher(pixel_values)
+
     def _call_teacher(self, images: Tensor) -> Any:
         if not isinstance(self.teacher, keras.Model):
             return super()._call_teacher(images)

@@ -101,6 +101,19 @@ def test_a_keras_teacher_is_in_evaluation_mode_inside_a_call(make, config, batch
     assert model.fit(given, batch_size=20, verbose=0).history["loss"] == pytest.approx([expected], abs=1e-5)
 
 
+@pytest.mark.filterwarnings("error:the teacher was in training mode")
+def test_a_loaded_model_is_given_its_teacher_again(config, batch, tmp_path):
+    teacher = TFDeiTForImageClassification(config())
+    model = TFDeiTForImageClassificationWithTeacher(config(), teacher)
+    model.compile(keras.optimizers.SGD(0.0))
+    expected = model.fit(*batch, batch_size=20, verbose=0).history["loss"]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.teacher = TFDeiTForImageClassification(config())
+    loaded.teacher.set_weights(teacher.get_weights())
+    assert loaded.fit(*batch, batch_size=20, verbose=0).history["loss"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_classes_of_the_teacher_are_given_by_their_numbers(config, batch):
     with pytest.raises(ValueError, match="teacher_classes must have 5 entries"):
         TFDeiTForImageClassificationWithTeacher(config(), linear_teacher(7), teacher_classes=[1, 2])
