@@ -111,7 +111,8 @@ def _train(run: Run, on_step: OnStep) -> Trained:
     images = torch.zeros(BATCH_SIZE, 3, IMG_SIZE, IMG_SIZE, device=run.accelerator.device)
     kept = saved_bytes(run.model, lambda: run.model(images))
     start = time.perf_counter()
-    run.train(on_log)
+    if not run.train(on_log):
+        raise SystemExit(143)  # of SIGTERM
     seconds = time.perf_counter() - start
     losses = [record["loss"] for record in records if "loss" in record]
     return Trained(losses, records[-1]["val_accuracy"], seconds, kept)
