@@ -97,7 +97,8 @@ class Run:
             build.swap_known(self.model, job.memory)
         self.trained = build.trained_of(recipe, self.model).to(accelerator.device)
         self.data_config = data_config = build.data_config_of(recipe, self.model)
-        self.teacher = teacher_of(recipe, job, data, data_config, accelerator)
+        images = fingerprint(data, job.data_set, job.data_path)
+        self.teacher = teacher_of(recipe, job, data.num_classes, images, data_config, accelerator)
         self.criterion = build.loss_of(recipe, self.teacher)
         self.mixup = build.mixup_of(recipe, data.num_classes)
         self.ema = ModelEmaV3(self.model, recipe.model_ema_decay) if recipe.model_ema else None
@@ -124,8 +125,8 @@ class Run:
         self.identity = {
             **asdict(recipe),
             **{name: getattr(job, name) for name in same},
-            "images": fingerprint(data, job.data_set, job.data_path),
-            "teacher": self.teacher.digest() if self.teacher is not None else None,
+            "images": images,
+            "teacher": self.teacher.digest if self.teacher is not None else None,
             "processes": ranks,
         }
         self.step, self.evaluated = 0, True

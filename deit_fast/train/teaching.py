@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from deit_fast.train import build
 from deit_fast.train.folding import folded, logits_of
 from deit_fast.train.logits import Key, Logits
 from deit_fast.train.recipe import GROUPS, NAMES, Recipe
-from deit_fast.train.samples import Data, fingerprint
 
 if TYPE_CHECKING:
     from deit_fast.train.run import Job
@@ -64,6 +64,7 @@ class Teacher(nn.Module):
         self._prepared = False
         self._stream: Any = None
 
+    @cached_property
     def digest(self) -> str:
         """Of all that the logits follow from but the images; to be asked before the first of them."""
         # What repr doesn't tell of an attention.
@@ -131,9 +132,9 @@ class Teacher(nn.Module):
 
 
 def teacher_of(
-    recipe: Recipe, job: "Job", data: Data, student_config: dict[str, Any], accelerator: Accelerator
+    recipe: Recipe, job: "Job", num_classes: int, images: str, student_config: dict[str, Any], accelerator: Accelerator
 ) -> Teacher | None:
-    """A run's teacher, with its cache, or None.
+    """A run's teacher, with its cache, or None. num_classes: of the images; images: their `samples.fingerprint`.
 
     Raises:
         ValueError, FileNotFoundError: as `load` does; other classes than the images have; a cache of something else.
@@ -142,21 +143,21 @@ def teacher_of(
         return None
     model = load(job.teacher)
     classes = None if job.teacher_classes is None else read_classes(job.teacher_classes)
-    if classes is None and model.num_classes != data.num_classes:
+    if classes is None and model.num_classes != num_classes:
         raise ValueError(
-            f"{job.teacher} knows {model.num_classes} classes, the images have {data.num_classes}: "
+            f"{job.teacher} knows {model.num_classes} classes, the images have {num_classes}: "
             f"--teacher-classes can say which of them these are"
         )
-    if classes is not None and (len(classes) != data.num_classes or max(classes) >= model.num_classes):
+    if classes is not None and (len(classes) != num_classes or max(classes) >= model.num_classes):
         raise ValueError(
-            f"{job.teacher_classes} must name {data.num_classes} classes, as the images have, from 0 to "
+            f"{job.teacher_classes} must name {num_classes} classes, as the images have, from 0 to "
             f"{model.num_classes - 1}; it has {len(classes)}, up to {max(classes)}"
         )
     teacher = Teacher(model, student_config, classes, job.teacher_compile)
     if job.teacher_logits is not None:
         identity = {
-            "teacher": teacher.digest(),
-            "images": fingerprint(data, job.data_set, job.data_path),
+            "teacher": teacher.digest,
+            "images": images,
             "batch_size": recipe.batch_size * accelerator.num_processes,
             "parts": job.grad_accum_steps * accelerator.num_processes,
             "mixed_precision": job.mixed_precision,
@@ -166,7 +167,7 @@ def teacher_of(
         }
         hard = recipe.distillation_type == "hard"
         with accelerator.main_process_first():
-            teacher.cache = Logits(Path(job.teacher_logits), identity, data.num_classes, hard)
+            teacher.cache = Logits(Path(job.teacher_logits), identity, num_classes, hard)
     return teacher
 
 
