@@ -61,6 +61,8 @@ CASES = {
     "small": PairedCase(_SMALL, 16),
     "3-small": PairedCase(_THREE_SMALL, 16),
     "3-large": PairedCase(_THREE_LARGE, 8),
+    "small-inference-bf16": PairedCase(_SMALL, 16, training=False, autocast=True),
+    "small-bf16": PairedCase(_SMALL, 16, autocast=True),
     "3-small-bf16": PairedCase(_THREE_SMALL, 16, autocast=True),
     "3-large-bf16": PairedCase(_THREE_LARGE, 8, autocast=True),
 }
