@@ -20,6 +20,7 @@ from reference.layer_scale import layer_scale
 from reference.linear import layer_norm_linear, layer_norm_qkv, linear, linear_residual
 from reference.mlp import mlp
 from reference.patch_embed import patch_embed
+from reference.pixels import normalise_pixels
 from reference.pos_embed import interpolate_pos_embed
 from reference.readout import readout, readout_attention, readout_block
 
@@ -45,6 +46,7 @@ __all__ = [
     "linear",
     "linear_residual",
     "mlp",
+    "normalise_pixels",
     "patch_embed",
     "readout",
     "readout_attention",

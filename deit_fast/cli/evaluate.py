@@ -35,17 +35,19 @@ def run(args: argparse.Namespace) -> int:
 
         from deit_fast.train import build
         from deit_fast.train.evaluation import evaluate
+        from deit_fast.train.pixels import Normalise
         from deit_fast.train.reading import named
         from deit_fast.train.samples import eval_transform, open_val, val_loader
 
         accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
         val, num_classes = open_val(args.data_path, args.data_set)
         model = build.pretrained(args.model, num_classes).to(accelerator.device)
-        transform = eval_transform(resolve_model_data_config(model, args={"crop_pct": args.eval_crop_ratio}))
+        data_config = resolve_model_data_config(model, args={"crop_pct": args.eval_crop_ratio})
+        normalise = Normalise(data_config, accelerator.device, build.images_dtype_of(model, args.mixed_precision))
         mine = range(accelerator.process_index, len(val), accelerator.num_processes)
-        loader = val_loader(val, transform, args.batch_size, mine, args.num_workers, max_corrupt=1.0)
+        loader = val_loader(val, eval_transform(data_config), args.batch_size, mine, args.num_workers, max_corrupt=1.0)
     try:
-        found = evaluate(model, loader, accelerator)
+        found = evaluate(model, loader, normalise, accelerator)
     except OSError as error:  # there is none that can be read
         raise UserError(str(error)) from error
     corrupt = loader.gather()

@@ -11,6 +11,7 @@ from deit_fast.ops.loss import distillation_loss
 from deit_fast.ops.mlp import mlp, mlp_fits
 from deit_fast.ops.mlp_half import MlpHalf, mlp_half
 from deit_fast.ops.patch_embed import patch_embed
+from deit_fast.ops.pixels import normalise_pixels
 from deit_fast.ops.readout import readout_attention
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "mlp",
     "mlp_fits",
     "mlp_half",
+    "normalise_pixels",
     "patch_embed",
     "readout_attention",
 ]

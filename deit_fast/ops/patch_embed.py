@@ -13,6 +13,7 @@ from deit_fast.ops.arguments import PerSample, Shared
 from deit_fast.ops.examples import Example, Inputs, Size
 from deit_fast.ops.flops import product_flops
 from deit_fast.ops.operator import BackwardOperator, Operator, distribute, empty_gradients
+from deit_fast.ops.pixels import normalised
 from deit_fast.ops.product_dtype import as_dtype, product_dtype
 
 GRADIENTS = ("images", "weight", "bias", "pos_embed", "cls_token", "dist_token", "mask_token")
@@ -23,8 +24,7 @@ def stock_pixels(images: Tensor, mean: Tensor | None, std: Tensor | None, weight
     if images.dtype is not torch.uint8 or mean is None or std is None:
         return images
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    mean, std = (t.to(dtype).view(-1, 1, 1) for t in (mean, std))
-    return (images.to(dtype) / 255 - mean) / std
+    return normalised(images, mean.to(dtype), std.to(dtype))
 
 
 def token_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:

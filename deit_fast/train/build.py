@@ -10,10 +10,10 @@ from typing import Any
 import timm
 import torch
 from timm.data import Mixup, resolve_model_data_config
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchEmbed
 from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from deit_fast.train.recipe import Recipe
 
 # What masked image modelling has beside the encoder, by transformers' names.
 _FILLING = r"(embeddings\.mask_token|decoder\..*)"
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weights_of(recipe: Recipe) -> dict[str, Tensor] | None:
@@ -129,6 +130,15 @@ def data_config_of(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     size = {} if recipe.input_size is None else {"img_size": recipe.input_size}
     how = {"interpolation": recipe.train_interpolation, "crop_pct": recipe.eval_crop_ratio}
     return resolve_model_data_config(model, args={**size, **how})
+
+
+def images_dtype_of(model: nn.Module, mixed_precision: str) -> torch.dtype:
+    """What images `model` may get with no number changed: what autocast casts them to first, or float32.
+
+    mixed_precision: Accelerate's "no", "bf16" or "fp16".
+    """
+    casts_first = isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
+    return _AUTOCAST_DTYPES.get(mixed_precision, torch.float32) if casts_first else torch.float32
 
 
 def mixup_of(recipe: Recipe, num_classes: int) -> Mixup | None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from deit_fast.train.pixels import Pixels
 from deit_fast.train.reading import Batches
 
 
@@ -26,12 +27,13 @@ def right(outputs: Tensor, labels: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module,
     loader: Batches,
+    normalise: Callable[[Pixels], Tensor],
     accelerator: Accelerator,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Mean loss and accuracy over `loader` of all processes, or None where it has been told to stop.
 
-    model: images -> logits [B, C], or the loss of each, [B].
+    model: images -> logits [B, C], or the loss of each, [B]. normalise: what makes its images of the loader's.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -42,10 +44,10 @@ def evaluate(
         batch = next(batches, None)
         if batch is None:
             continue
-        images, labels = batch
-        labels = labels.to(accelerator.device)
+        pixels, labels = batch
+        images, labels = normalise(pixels), labels.to(accelerator.device)
         with torch.inference_mode(), accelerator.autocast():
-            outputs = model(images.to(accelerator.device)).float()
+            outputs = model(images).float()
             loss = F.cross_entropy(outputs, labels, reduction="sum") if outputs.ndim > 1 else outputs.sum()
         count = right(outputs, labels).sum()
         sums += torch.stack([loss.double(), count.double(), count.new_tensor(len(labels)).double()])

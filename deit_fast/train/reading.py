@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from deit_fast.data.images import decode, to_rgb
+from deit_fast.train.pixels import Pixels, batched
 
-# Image or pixels, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each.
+# Image or `Pixels`, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each.
 Item = tuple[Any, Any, dict[str, str]]
 SHOWN = 3
 
@@ -40,11 +41,12 @@ def _name(reader: Any, index: int) -> str:
 
 
 def collate(items: list[Item]) -> tuple[Any, Any, dict[str, str]]:
-    """A batch of what could be read: images, classes, and the corrupt ones' names."""
+    """A batch of what could be read: `Pixels`, classes, and the corrupt ones' names."""
     corrupt = {name: why for _, _, found in items for name, why in found.items()}
     sound = [(image, target) for image, target, _ in items if image is not None]
-    images, targets = default_collate(sound) if sound else (None, None)
-    return images, targets, corrupt
+    if not sound:
+        return None, None, corrupt
+    return batched([image for image, _ in sound]), default_collate([target for _, target in sound]), corrupt
 
 
 class Batches:
@@ -63,7 +65,7 @@ class Batches:
         self.corrupt: dict[str, str] = {}
         self.new: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Pixels, Tensor]]:
         for images, targets, corrupt in self.loader:
             self.new |= {name: why for name, why in corrupt.items() if name not in self.corrupt}
             self.check()

@@ -24,6 +24,8 @@ from deit_fast.train import build
 from deit_fast.train.checkpoints import Checkpoints, Saved, check_same
 from deit_fast.train.evaluation import evaluate, right
 from deit_fast.train.meter import Meter
+from deit_fast.train.mixing import UNMIXED, draw
+from deit_fast.train.pixels import Normalise, Pixels
 from deit_fast.train.reading import Batches
 from deit_fast.train.recipe import Recipe
 from deit_fast.train.samples import (
@@ -101,6 +103,10 @@ class Run:
         self.teacher = teacher_of(recipe, job, data.num_classes, images, data_config, accelerator)
         self.criterion = build.loss_of(recipe, self.teacher)
         self.mixup = build.mixup_of(recipe, data.num_classes)
+        # The teacher scales the images to its own mean, and masked ones are compared with: in float32.
+        narrow = self.teacher is None and not recipe.masks
+        dtype = build.images_dtype_of(self.model, job.mixed_precision) if narrow else torch.float32
+        self.normalise = Normalise(data_config, accelerator.device, dtype)
         self.ema = ModelEmaV3(self.model, recipe.model_ema_decay) if recipe.model_ema else None
 
         ranks, rank = accelerator.num_processes, accelerator.process_index
@@ -187,7 +193,7 @@ class Run:
         # Not `wrapped`, whose calls are of all processes at once: one may have a batch more.
         for model in (self.compiled, *averaged):
             seed_draws("evaluation", self.recipe.seed)  # masks, the same after each epoch
-            evaluation = evaluate(model, self.val_loader, self.accelerator, self._stopping)
+            evaluation = evaluate(model, self.val_loader, self.normalise, self.accelerator, self._stopping)
             if evaluation is None:
                 return True
             self._log_corrupt(self.val_loader, "val")
@@ -200,16 +206,17 @@ class Run:
             self.best = score, self.step
         return False
 
-    def _update(self, epoch: int, step: int, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    def _update(self, epoch: int, step: int, parts: Iterable[tuple[Pixels, Tensor]]) -> Tensor:
         """One step of the optimizer; its loss, and the share of images whose likeliest class is right."""
         accelerator, seed, of = self.accelerator, self.recipe.seed, len(self.parts)
         seen = torch.zeros(2, device=accelerator.device)
-        for part, (images, targets) in zip(self.parts, parts, strict=True):
-            images = images.to(accelerator.device, non_blocking=True)
+        for part, (pixels, targets) in zip(self.parts, parts, strict=True):
             targets = targets.to(accelerator.device, non_blocking=True)
+            mix = UNMIXED
             if self.mixup is not None:
                 seed_draws("mixup", seed, epoch, step)  # the same for every part of the batch
-                images, targets = self.mixup(images, targets)
+                targets, mix = draw(self.mixup, pixels.images.shape, targets)
+            images = self.normalise(pixels, mix)
             seed_draws("step", seed, epoch, step, part)
             with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():

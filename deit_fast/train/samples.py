@@ -21,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit_fast.train import shards
 from deit_fast.train.loader import Loader
+from deit_fast.train.pixels import ToPixels
 from deit_fast.train.reading import Batches, Item, allowed, collate, read
 from deit_fast.train.recipe import Recipe
 
@@ -146,7 +147,7 @@ def _check_folders(reader: Any, split: str) -> None:
 
 
 def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> transforms.Compose:
-    """timm's, as the recipe has it. data_config: of `timm.data.resolve_model_data_config`."""
+    """timm's, as the recipe has it, to `Pixels`. data_config: of `timm.data.resolve_model_data_config`."""
     size = data_config["input_size"]
     parts: Any = create_transform(
         size,
@@ -167,9 +168,9 @@ def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> transforms.C
         for augment in getattr(step, "ops", ()):
             if augment.aug_fn is auto_augment.posterize:
                 augment.aug_fn = _posterize
-    if recipe.src:
-        parts = (_simple_random_crop(recipe, size[-1]), *parts[1:])
-    return transforms.Compose(parts)
+    crop = _simple_random_crop(recipe, size[-1]) if recipe.src else parts[0]
+    _, _, *erasing = parts[2].transforms  # after ToTensor and Normalize
+    return transforms.Compose([crop, parts[1], ToPixels(*erasing)])
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
@@ -185,9 +186,10 @@ def _simple_random_crop(recipe: Recipe, size: int) -> transforms.Compose:
 
 
 def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
-    """timm's: the shorter side to size / crop_pct, and the centre of it."""
+    """timm's, to `Pixels`: the shorter side to size / crop_pct, and the centre of it."""
     names = ("interpolation", "mean", "std", "crop_pct")
-    return create_transform(data_config["input_size"], **{name: data_config[name] for name in names})
+    timms: Any = create_transform(data_config["input_size"], **{name: data_config[name] for name in names})
+    return transforms.Compose([*timms.transforms[:-2], ToPixels()])
 
 
 class Order(Sampler[list[Key]]):

@@ -96,8 +96,10 @@ def test_outputs_and_gradients_lie_as_described(name, leaf, autocast, chosen):
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
         # Gradients that autograd has expanded, and that lie as the arguments do.
         outputs = [output for output in outputs if output.requires_grad]
-        sum(output.mean() for output in outputs).backward(retain_graph=True)
-        torch.autograd.backward(outputs, [leaf(*output.shape).detach().to(output.dtype) for output in outputs])
+        if outputs:
+            sum(output.mean() for output in outputs).backward(retain_graph=True)
+            torch.autograd.backward(outputs, [leaf(*output.shape).detach().to(output.dtype) for output in outputs])
     seen = compared.seen
-    assert len(seen) >= 2 or name.startswith("distillation_loss"), "an operator and its backward"
+    alone = name.startswith(("distillation_loss", "normalise_pixels"))
+    assert len(seen) >= 2 - alone, "an operator and its backward"
     assert {operator: differing for operator, differing in seen.items() if differing} == {}

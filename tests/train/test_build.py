@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 
 from deit_fast.check.saved_bytes import saved_bytes
 from deit_fast.models.conversion import convert
+from deit_fast.ops import backend
 from deit_fast.swap.core import report
 from deit_fast.train import build, recipe
 from deit_fast.train.distillation import DistillationLoss
@@ -32,6 +33,24 @@ def test_the_learning_rate_is_for_a_batch_of_512(model, given, lr):
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
     assert {group["lr"] for group in optimizer.param_groups} == {lr}
     assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.05]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("chosen", [None, "triton"])
+def test_images_in_autocasts_dtype_have_the_bits_of_wide_ones(model, swapped, chosen):
+    assert build.images_dtype_of(model, "no") is torch.float32
+    assert build.images_dtype_of(timm.create_model("test_resnet"), "bf16") is torch.float32  # it has no patches
+    if swapped:
+        build.swap_known(model)
+    dtype, images, found = build.images_dtype_of(model, "bf16"), torch.randn(2, 3, 16, 16), []
+    assert dtype is torch.bfloat16
+    for given in (images, images.to(dtype)):
+        model.zero_grad()
+        with backend.forced(chosen), torch.autocast("cpu", torch.bfloat16):
+            logits = model(given)
+        logits.float().square().sum().backward()
+        found.append([logits, *(parameter.grad for parameter in model.parameters())])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(

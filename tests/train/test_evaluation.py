@@ -19,7 +19,7 @@ def batches(size: int) -> Batches:
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_a_smaller_batch_counts_for_its_images(size):
-    found = evaluate(nn.Identity(), batches(size), accelerate.Accelerator(cpu=True))
+    found = evaluate(nn.Identity(), batches(size), nn.Identity(), accelerate.Accelerator(cpu=True))
     assert found.loss == pytest.approx(nn.functional.cross_entropy(IMAGES, LABELS).item(), rel=1e-6)
     assert found.accuracy == (IMAGES.argmax(-1) == LABELS).double().mean()
 
@@ -27,10 +27,12 @@ def test_a_smaller_batch_counts_for_its_images(size):
 def test_a_process_with_fewer_batches_asks_as_often_whether_to_stop():
     asked, few = [], batches(3)
     few.rounds = 4
-    assert evaluate(nn.Identity(), few, accelerate.Accelerator(cpu=True), lambda: asked.append(None)).accuracy >= 0
-    assert len(asked) == 4
+    accelerator = accelerate.Accelerator(cpu=True)
+    found = evaluate(nn.Identity(), few, nn.Identity(), accelerator, lambda: asked.append(None))
+    assert found.accuracy >= 0 and len(asked) == 4
 
 
 def test_one_that_is_told_to_stop_has_no_result():
     told = iter([False, True])
-    assert evaluate(nn.Identity(), batches(2), accelerate.Accelerator(cpu=True), lambda: next(told)) is None
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert evaluate(nn.Identity(), batches(2), nn.Identity(), accelerator, lambda: next(told)) is None

@@ -12,13 +12,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from timm.data import Mixup, create_transform
+from torch.utils.data import default_collate
 
 from deit_fast.train import build, checkpoints, digits, recipe
 from deit_fast.train import run as runs
 from deit_fast.train.evaluation import Evaluation, evaluate
+from deit_fast.train.pixels import Pixels
 from deit_fast.train.run import Job, Run
 from tests.train.test_samples import folders
 from tests.train.test_shards import write
@@ -109,7 +113,7 @@ def test_a_student_learns_from_a_teacher(images, teacher, tmp_path):
     assert all(record["images_per_second"] > 0 and 0 < record["waiting_for_data"] < 1 for record in steps)
     assert [record["epoch"] for record in log if "val_accuracy" in record] == list(range(8))
     best = build.pretrained(str(tmp_path / "best"), num_classes=10)
-    assert evaluate(best, run.val_loader, run.accelerator).accuracy == run.best[0]
+    assert evaluate(best, run.val_loader, run.normalise, run.accelerator).accuracy == run.best[0]
 
 
 def test_each_recipe_takes_its_steps(images, tmp_path):
@@ -164,6 +168,63 @@ def test_what_was_pretrained_without_labels_is_finetuned(images, teacher, tmp_pa
     pretrained = ends[0].weights["blocks.0.attn.qkv.weight"]
     assert torch.equal(run.model.blocks[0].attn.qkv.weight, pretrained) and run.model.pos_embed.shape[1] == 2 + 16
     assert run.train() and not torch.equal(run.model.blocks[0].attn.qkv.weight, pretrained)
+
+
+def of_floats(run: Run, monkeypatch) -> Run:
+    """The run with images that timm and torchvision normalise, erase and mix in float32."""
+    made, config = run.recipe, run.data_config
+    mean_and_std = {name: config[name] for name in ("mean", "std")}
+    augmented = create_transform(
+        config["input_size"], is_training=True, scale=made.scale, hflip=made.hflip,
+        color_jitter=made.color_jitter or 0.0, auto_augment=made.aa, interpolation=made.train_interpolation,
+        re_prob=made.reprob, re_mode=made.remode, re_count=made.recount, **mean_and_std,
+    )  # fmt: skip
+    shown = create_transform(
+        config["input_size"], interpolation=config["interpolation"], crop_pct=config["crop_pct"], **mean_and_std
+    )
+
+    def collate(items):
+        images, targets = default_collate([(image, target) for image, target, _ in items])
+        return Pixels(images), targets, {}
+
+    for loader, transform in ((run.loader.loader, augmented), (run.val_loader.loader, shown)):
+        loader.dataset.transform, loader.collate_fn = transform, collate
+
+    def draw(mixup, shape, labels):
+        before = np.random.get_state()
+        _, targets = mixup(torch.zeros(shape), labels)
+        np.random.set_state(before)
+        return targets, mixup
+
+    def normalise(pixels, mix=None):
+        return mix(pixels.images, torch.zeros(len(pixels.images)))[0] if isinstance(mix, Mixup) else pixels.images
+
+    monkeypatch.setattr(runs, "draw", draw)
+    run.normalise = normalise
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "of_job"),
+    [
+        ({}, {}),
+        ({"reprob": 1.0, "recount": 3, "mixup_mode": "elem"}, {"num_workers": 1}),
+        ({"reprob": 0.0, "mixup": 0, "cutmix": 0}, {}),
+    ],
+    ids=["DeiT's", "for each image", "unmixed"],
+)
+def test_images_that_travel_as_bytes_end_in_the_bits_of_those_normalised_at_once(
+    images, tmp_path, monkeypatch, given, of_job
+):
+    of_bytes, floats = (
+        Run(small(epochs=1, warmup_epochs=0, **given), job(images, tmp_path / name, **of_job))
+        for name in ("bytes", "floats")
+    )
+    assert of_bytes.train() and of_floats(floats, monkeypatch).train()
+    assert_same_end(tmp_path / "bytes", tmp_path / "floats")
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("bytes", "floats")]
+    losses = [[{k: v for k, v in json.loads(line).items() if "loss" in k} for line in log] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) > 2
 
 
 def test_a_linear_probe_resumes_bit_for_bit(images, uninterrupted, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from deit_fast.train import recipe, samples
+from deit_fast.train.pixels import Normalise, batched
 from deit_fast.train.samples import Order
 
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
@@ -74,24 +75,31 @@ def test_batches_that_can_not_be_made_are_refused(size, parts, message):
 def test_a_sample_is_the_same_whatever_was_drawn_before(tmp_path, name):
     data = samples.open_data(str(folders(tmp_path)))
     made = samples.Augmented(data.train, samples.train_transform(recipe.load(name), CONFIG), seed=0)
-    image, label, _ = made[0, 3, 1]
+    pixels, label, _ = made[0, 3, 1]
     made[0, 4, 1]
     random.random()
     again = made[0, 3, 1][0]
-    assert torch.equal(image, again) and image.shape == (3, 16, 16) and label == 0
-    assert not torch.equal(image, made[1, 3, 1][0])
+    assert all(map(torch.equal, [t for t in pixels if t is not None], [t for t in again if t is not None]))
+    assert pixels.images.shape == (3, 16, 16) and pixels.images.dtype is torch.uint8 and label == 0
+    assert not torch.equal(pixels.images, made[1, 3, 1][0].images)
 
 
-def test_the_transform_is_timms(tmp_path):
-    deit = recipe.load(reprob=0.0, color_jitter=None)
+@pytest.mark.parametrize("reprob", [0.0, 1.0])
+def test_the_transform_is_timms(reprob):
+    deit = recipe.load(reprob=reprob, color_jitter=None)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8))
     timms = create_transform(
-        (3, 16, 16), is_training=True, auto_augment=deit.aa, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
-    )
+        (3, 16, 16), is_training=True, auto_augment=deit.aa, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3,
+        re_prob=reprob, re_mode="pixel",
+    )  # fmt: skip
     samples.seed_draws(1)
     expected = timms(image)
     samples.seed_draws(1)
-    assert torch.equal(samples.train_transform(deit, CONFIG)(image), expected)
+    pixels = batched([samples.train_transform(deit, CONFIG)(image)])
+    assert torch.equal(Normalise(CONFIG, torch.device("cpu"))(pixels)[0], expected)
+    evaluated = create_transform((3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    pixels = batched([samples.eval_transform(CONFIG)(image)])
+    assert torch.equal(Normalise(CONFIG, torch.device("cpu"))(pixels)[0], evaluated(image))
 
 
 def test_a_strong_randaugment_may_keep_no_bit():
