@@ -67,6 +67,7 @@ NARROW = {
     "key_gradient_kernel": "heads of 80 (DeiT III-H) end in a tile 16 wide",
     "layer_norm_backward_kernel": "a program's few rows weigh little beside γ",
     "layer_norm_kernel": "a program's few rows weigh little beside γ and β",
+    "normalise_pixels_kernel": "rectangles that random erasing fills lie anywhere",
     "patch_embed_kernel": _PATCHES,
     "patch_weight_gradient_kernel": _PATCHES,
     "query_gradient_kernel": "heads of 80 (DeiT III-H) end in a tile 16 wide",

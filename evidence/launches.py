@@ -94,8 +94,10 @@ def _runs(
     if "inference" in suites:
         for precision in precisions:
             yield "vendor's GEMM", precision, partial(_around_the_vendors_gemm, *PRECISIONS[precision])
+            yield "pixels", precision, partial(_pixels, PRECISIONS[precision][0], batch)
     if "training" in suites:
         for precision in precisions:
+            yield "pixels", precision, partial(_mixed_pixels, PRECISIONS[precision][0], batch)
             yield "distillation", precision, partial(_train_loss, PRECISIONS[precision][0], batch)
 
 
@@ -151,6 +153,23 @@ def _around_the_vendors_gemm(dtype: torch.dtype, autocast: bool) -> None:
                 outputs.append(ops.linear_residual(hidden, weight, vector, x, *scales, kept))
                 outputs.append(ops.fc2_residual(*of_fc1, weight, vector, x, *scales, "gelu", kept))
         summed(tuple(outputs)).backward()
+
+
+def _pixels(dtype: torch.dtype, batch: int, **mixed: Tensor | None) -> None:
+    from deit_fast import ops
+
+    images, statistics = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8), (torch.zeros(3), torch.ones(3))
+    ops.normalise_pixels(images, *statistics, dtype, **mixed)
+
+
+def _mixed_pixels(dtype: torch.dtype, batch: int) -> None:
+    """mixup and CutMix of a whole batch, both of each image, with and without random erasing."""
+    shares, boxes = torch.zeros(batch, 2), torch.zeros(batch, 4, dtype=torch.int32)
+    erasing = {"erased": torch.zeros(batch, 1, 5, dtype=torch.int32), "noise": torch.zeros(2**20)}
+    for erased in ({}, erasing):
+        for mixed in ({"shares": shares}, {"boxes": boxes}, {"shares": shares, "boxes": boxes}):
+            _pixels(dtype, batch, **erased, **mixed)
+    _pixels(dtype, batch, **erasing)
 
 
 def _train_loss(dtype: torch.dtype, batch: int) -> None:

@@ -98,10 +98,10 @@ class _Side:
 def _operators() -> Iterator[tuple[str, _Side, _Side]]:
     """By name, the stock operators that one stands for, and it, called as modules call it."""
     for op in OPS:
-        # Stock has nothing in its place.
-        if op == "keep_samples":
-            continue
         empty, one = (_case(op, batch) for batch in (0, 1))
+        # Of data alone: stock models have nothing in its place.
+        if not one.differentiable:
+            continue
         stock = partial(OPERATORS[op].stock, *_as_declared(op, empty))
         yield (
             op,

@@ -75,14 +75,15 @@ class _NormalisePixels(Operator):
         pixels = normalised(images, mean, std)
         if erased is not None and noise is not None:
             pixels = _erase(pixels, erased, noise)
-        mixed = pixels
-        if shares is not None:
-            # timm's order of operations, for its bits.
-            own, other = shares.to(pixels.dtype).view(-1, 2, 1, 1, 1).unbind(1)
-            mixed = pixels * own + pixels.flip(0) * other
-        if boxes is not None:
-            mixed = torch.where(_within(boxes, pixels)[0], pixels.flip(0), mixed)
-        return mixed.to(_result_dtype(mean, dtype)).contiguous()
+        if shares is not None or boxes is not None:
+            partners = pixels.flip(0)
+            if shares is not None:
+                # timm's order of operations, for its bits.
+                own, other = shares.to(pixels.dtype).view(-1, 2, 1, 1, 1).unbind(1)
+                pixels.mul_(own).add_(partners * other)
+            if boxes is not None:
+                pixels = torch.where(_within(boxes, pixels)[0], partners, pixels)
+        return pixels.to(_result_dtype(mean, dtype)).contiguous()
 
     def check(self, a: Any) -> None:
         _check(*a)

@@ -18,6 +18,7 @@ FORWARD = {
     "epilogue_kernel",
     "layer_norm_kernel",
     "linear_kernel",
+    "normalise_pixels_kernel",
     "patch_embed_kernel",
     "readout_kernel",
 }

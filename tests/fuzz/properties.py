@@ -410,6 +410,33 @@ def patch_embed(draw) -> DrawnCase:
     return DrawnCase(arguments, differentiable(arguments, *((0,) if pixels else ()), 7, 8, 9))
 
 
+@operator("normalise_pixels")
+@st.composite
+def normalise_pixels(draw) -> DrawnCase:
+    batch, channels, height, width = (draw(BATCHES), *(draw(st.integers(1, most)) for most in (4, 70, 70)))
+
+    def rectangle() -> tuple[int, int, int, int]:
+        top, left = draw(st.integers(0, height)), draw(st.integers(0, width))
+        return top, left, draw(st.integers(0, height - top)), draw(st.integers(0, width - left))
+
+    def rectangles(count: int, *rest: int) -> Tensor:
+        found = [[(*rectangle(), *rest) for _ in range(count)] for _ in range(batch)]
+        return torch.tensor(found, dtype=torch.int32).view(batch, count, 4 + len(rest))
+
+    erased = draw(st.booleans())
+    noise = recipes((channels * height * width,), torch.float32, extremes=NOT_FINITE)
+    arguments = (
+        draw(recipes((batch, channels, height, width), torch.uint8)),
+        *(TensorRecipe((channels,), torch.float32), TensorRecipe((channels,), torch.float32, 1)),
+        draw(DTYPE),
+        rectangles(1, 0) if erased else None,
+        draw(noise) if erased else None,
+        maybe(draw, recipes((batch, 2), torch.float32)),
+        rectangles(1)[:, 0] if draw(st.booleans()) else None,
+    )
+    return DrawnCase(arguments, ())
+
+
 # Samples that drop path keeps -------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deit_fast import kernels
 from deit_fast.kernels import attention, drop_path, layer_norm, linear, loss, mlp, patch_embed, readout
+from deit_fast.kernels import pixels as pixels_kernels
 from deit_fast.kernels.launching.settings import Tile
 from deit_fast.kernels.layer_norm.backward import layer_norm_input_gradient, layer_norm_parameter_gradients
 from deit_fast.kernels.layer_norm.settings import COLUMN_SUMS
@@ -377,6 +378,24 @@ def test_gradients_of_patches(last_dimension, monkeypatch):
         expected_of_images, expected_of_weight = run(grad, last, weight)
     assert_same(of_weight.flatten()[-64:], expected_of_weight.flatten()[-64:])
     assert_same(of_images[-1].flatten()[-64:], expected_of_images[-1].flatten()[-64:])
+
+
+def test_normalised_pixels():
+    """Of the last image and its partner, which is the first."""
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    images[0] = 0
+    erased = torch.tensor([[[0] * 5], [[3, 4, 5, 6, 2]]], dtype=torch.int32)
+    boxes, shares = torch.tensor([[0] * 4, [9, 0, 7, 5]], dtype=torch.int32), tail((2, 2), torch.float32)
+    mean, noise = tail((3,), torch.float32), tail((100,), torch.float32)
+
+    def pixels(images: Tensor, erased: Tensor, shares: Tensor, boxes: Tensor) -> Tensor:
+        return pixels_kernels.normalise_pixels(images, mean, mean.exp(), DTYPE, erased, noise, shares, boxes)
+
+    samples, given = samples_of(images[0].numel()), (images, erased, shares, boxes)
+    with huge.last_programs(3) as names:
+        found = pixels(*(filled(samples, each[1:]) for each in given))
+    assert names == ["normalise_pixels_kernel"]
+    assert_same(found[-1], pixels(*given)[-1])
 
 
 def test_gradients_of_tokens(monkeypatch):

@@ -39,6 +39,7 @@ LAUNCHED_BY = {
     "weight_gradient_kernel": cases.linear_residual,
     "distillation_loss_kernel": cases.soft_distillation,
     "mlp_kernel": cases.mlp,
+    "normalise_pixels_kernel": cases.normalise_pixels,
     "patch_embed_kernel": cases.patch_embed,
     "image_gradient_kernel": cases.patch_embed,
     "patch_weight_gradient_kernel": cases.patch_embed,
