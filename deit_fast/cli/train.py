@@ -74,6 +74,7 @@ def _add_parser(commands: Any, command: str) -> None:
     files.add_argument("--save-every", type=int, metavar="STEPS", help="beside each epoch's end")
     files.add_argument("--keep", type=int, default=2, metavar="N", help="the last N checkpoints, and the best")
     files.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    files.add_argument("--log-with", nargs="+", default=(), metavar="NAME", help="tensorboard, wandb, mlflow, ...")
     recipes.add_options(parser)
     plain = parser.format_help
     parser.format_help = lambda: plain() + _recipe_help(recipe)

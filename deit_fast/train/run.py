@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -69,6 +70,7 @@ class Job:
     save_every: int | None = None
     keep: int = 2
     log_every: int = 50
+    log_with: Sequence[str] = ()
 
 
 class Run:
@@ -84,7 +86,13 @@ class Run:
         self.recipe, self.job = recipe, job
         self.checkpoints = Checkpoints(Path(job.output_dir), job.keep)
         # Its own accumulation, of which `accelerate launch` may have another idea, is not used.
-        accelerator = Accelerator(cpu=job.cpu, mixed_precision=job.mixed_precision, gradient_accumulation_steps=1)
+        accelerator = Accelerator(
+            cpu=job.cpu,
+            mixed_precision=job.mixed_precision,
+            gradient_accumulation_steps=1,
+            log_with=list(job.log_with) or None,
+            project_dir=job.output_dir,
+        )
         if accelerator.distributed_type not in (DistributedType.NO, *_DATA_PARALLEL):
             raise ValueError(f"deit-fast train runs under DistributedDataParallel, not {accelerator.distributed_type}")
         self.accelerator = accelerator
@@ -153,12 +161,21 @@ class Run:
                 corrupt than `max_corrupt` allows.
         """
         self.on_log = on_log
+        config = asdict(self.recipe) | asdict(self.job)
+        plain = (bool, int, float, str)  # what every tracker takes
+        config = {name: value if isinstance(value, plain) else str(value) for name, value in config.items()}
+        self.accelerator.init_trackers("deit-fast", config)
         with _sigterm() as self.asked:
-            while self.step < self.steps or not self.evaluated:
-                if self._epoch():
-                    self._save(must=True)
-                    return False
-                self._save(must=self.step == self.steps)
+            finished = self._epochs()
+        self.accelerator.end_training()
+        return finished
+
+    def _epochs(self) -> bool:
+        while self.step < self.steps or not self.evaluated:
+            if self._epoch():
+                self._save(must=True)
+                return False
+            self._save(must=self.step == self.steps)
         return True
 
     def _epoch(self) -> bool:
@@ -333,6 +350,10 @@ class Run:
                 file.write(("\n" * cut + json.dumps(record) + "\n").encode())
         except OSError as error:
             warnings.warn(f"the log could not be written: {error}", stacklevel=2)
+        of = "ema_" if record.get("ema") else ""
+        numbers = {of + name: value for name, value in record.items() if isinstance(value, float)}
+        if numbers:
+            self.accelerator.log(numbers, step=self.step)
         if self.on_log is not None:
             self.on_log(self.step, self.steps, record)
 
@@ -366,6 +387,11 @@ def refuse(recipe: Recipe, job: Job) -> None:
         value = getattr(job, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in job.log_with:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"--log-with takes {', '.join(LOGGER_TYPE_TO_CLASS)}, not {name}")
+        if name not in map(str, get_available_trackers()):
+            raise ValueError(f"--log-with {name} needs its library: pip install {name}")
     if not 0 <= job.max_corrupt <= 1:
         raise ValueError(f"max_corrupt must be from 0 to 1, got {job.max_corrupt}")
     with torch.device("meta"):

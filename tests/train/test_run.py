@@ -18,6 +18,7 @@ import timm
 import torch
 from timm.data import Mixup, create_transform
 from torch.utils.data import default_collate
+from accelerate import tracking
 
 from deit_fast.train import build, checkpoints, digits, recipe
 from deit_fast.train import run as runs
@@ -428,6 +429,51 @@ def test_a_line_of_the_log_that_was_cut_short_stays_apart(images, tmp_path):
     assert cut == '{"step": 1, "lo' and all(json.loads(line)["step"] for line in lines)
 
 
+class _Noted(tracking.GeneralTracker):
+    """In TensorBoard's place, which need not be installed."""
+
+    name, requires_logging_directory, tracker = "tensorboard", True, None
+    config: dict
+    seen: list
+
+    def __init__(self, project, folder):
+        super().__init__()
+        self.folder = folder
+
+    def store_init_configuration(self, values):
+        type(self).config = {**values, "folder": self.folder}
+
+    def log(self, values, step):
+        type(self).seen += [{"step": step, **values}]
+
+    def finish(self):
+        type(self).seen += ["finished"]
+
+
+def test_a_tracker_gets_the_numbers_of_the_log_on_one_axis_of_steps(images, tmp_path, monkeypatch):
+    for module in (tracking, runs):
+        monkeypatch.setattr(module, "get_available_trackers", lambda: [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", _Noted)
+    _Noted.seen = []
+
+    def stop(step, steps, record):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not Run(small(), job(images, tmp_path, log_with=["tensorboard"])).train(stop)
+    assert Run(small(), job(images, tmp_path, log_with=["tensorboard"], resume="auto")).train()
+    assert _Noted.config["lr"] == 1e-2 and _Noted.config["scale"] == "(0.08, 1.0)"
+    assert _Noted.config["folder"] == _Noted.config["output_dir"] == str(tmp_path)
+    logged = []
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        del record["epoch"]
+        ema = "ema_" if record.pop("ema", False) else ""
+        logged.append({name if name == "step" else ema + name: value for name, value in record.items()})
+    assert _Noted.seen.count("finished") == 2 and _Noted.seen[-1] == "finished"
+    assert [record for record in _Noted.seen if record != "finished"] == logged and "ema_val_accuracy" in logged[-1]
+
+
 def test_a_disk_that_stays_full_is_an_error_that_names_what_is_kept(images, tmp_path, monkeypatch):
     save = torch.save
 
@@ -478,6 +524,8 @@ def untouched(*_, **__):
         ({"aa": "rnd-m9"}, {}, "can't make the augmentation"),
         ({}, {"grad_accum_steps": 5}, "can't be cut into 5"),
         ({}, {"keep": 0}, "keep must be at least 1"),
+        ({}, {"log_with": ["paper"]}, "--log-with takes .*tensorboard, .*, not paper"),
+        ({}, {"log_with": ["tensorboard"]}, "--log-with tensorboard needs its library: pip install tensorboard"),
         ({}, {"save_every": 0}, "save_every must be at least 1"),
         ({}, {"max_corrupt": 1.5}, "max_corrupt must be from 0 to 1"),
         ({}, {"resume": "nowhere"}, "nowhere is no checkpoint"),
@@ -488,6 +536,7 @@ def test_what_can_be_known_to_be_wrong_is_refused_before_data_is_touched(
     images, tmp_path, monkeypatch, given, of_job, message
 ):
     monkeypatch.setattr(runs, "open_data", untouched)
+    monkeypatch.setattr(runs, "get_available_trackers", list)
     kwargs = {} if given.get("model") == "test_vit" else {"model_kwargs": SMALL}
     with pytest.raises(ValueError, match=message):
         Run(small(**(kwargs | given)), job(images, tmp_path, **of_job))
