@@ -3,6 +3,7 @@
 Everything drawn follows from the seed, the epoch and the step, so no generator's state is saved.
 """
 
+import copy
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from deit_fast.train.samples import (
     train_transform,
     val_loader,
 )
+from deit_fast.train.sharding import OPTIMIZERS, in_parts, whole
 from deit_fast.train.teaching import read_classes, teacher_of
 
 _DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -93,8 +95,7 @@ class Run:
             log_with=list(job.log_with) or None,
             project_dir=job.output_dir,
         )
-        if accelerator.distributed_type not in (DistributedType.NO, *_DATA_PARALLEL):
-            raise ValueError(f"deit-fast train runs under DistributedDataParallel, not {accelerator.distributed_type}")
+        _refuse_parallel(recipe, job, accelerator)
         self.accelerator = accelerator
         with accelerator.main_process_first():  # which sets aside what can't be read
             saved = self._saved()
@@ -129,11 +130,6 @@ class Run:
         mine = range(rank, len(data.val), ranks)
         self.val_loader = val_loader(data.val, shown, recipe.batch_size, mine, job.num_workers, job.max_corrupt)
 
-        self.compiled = torch.compile(self.trained) if job.compile else self.trained
-        optimizer = build.optimizer_of(recipe, self.trained, self.batch_size)
-        self.schedule = build.schedule_of(recipe, optimizer)
-        self.wrapped, self.optimizer = accelerator.prepare(self.compiled, optimizer)
-
         # What a checkpoint of this very run has, too.
         same = ("swap", "mixed_precision", "grad_accum_steps", "compile", "teacher_compile")
         self.identity = {
@@ -142,6 +138,7 @@ class Run:
             "images": images,
             "teacher": self.teacher.digest if self.teacher is not None else None,
             "processes": ranks,
+            "sharded": accelerator.is_fsdp2,
         }
         self.step, self.evaluated = 0, True
         # Score and step: of all so far, and of those in checkpoints.
@@ -149,6 +146,22 @@ class Run:
         self.best_saved: tuple[float, int] | None = None
         if saved is not None:
             self._load(saved)
+
+        self.as_saved, self.no_images = self.model, None
+        if accelerator.is_fsdp2:
+            # Gets the weights when they are saved.
+            self.as_saved = copy.deepcopy(self.model).to("meta")
+            # For the process that has no batch left: a call is of all processes.
+            self.no_images = Pixels(torch.zeros(0, *data_config["input_size"], dtype=torch.uint8))
+            # Accelerate's way fails where a model has parameters of its own, and each process has the weights anyway.
+            accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        self.compiled = torch.compile(self.trained) if job.compile else self.trained
+        optimizer = build.optimizer_of(recipe, self.trained, self.batch_size)
+        self.schedule = build.schedule_of(recipe, optimizer)
+        self.wrapped, self.optimizer = accelerator.prepare(self.compiled, optimizer)
+        if saved is not None:
+            state = saved.state["optimizer"]
+            self.optimizer.load_state_dict(in_parts(state, self.optimizer) if accelerator.is_fsdp2 else state)
 
     # -- the loop
 
@@ -210,7 +223,9 @@ class Run:
         # Not `wrapped`, whose calls are of all processes at once: one may have a batch more.
         for model in (self.compiled, *averaged):
             seed_draws("evaluation", self.recipe.seed)  # masks, the same after each epoch
-            evaluation = evaluate(model, self.val_loader, self.normalise, self.accelerator, self._stopping)
+            evaluation = evaluate(
+                model, self.val_loader, self.normalise, self.accelerator, self._stopping, self.no_images
+            )
             if evaluation is None:
                 return True
             self._log_corrupt(self.val_loader, "val")
@@ -282,7 +297,6 @@ class Run:
         self.trained.load_state_dict(state["filling"], strict=False)
         if self.ema is not None:
             self.ema.module.load_state_dict(saved.ema)
-        self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated, best = state["step"], state["evaluated"], state["best"]
@@ -291,8 +305,13 @@ class Run:
         self.loader.corrupt = state["corrupt"]
 
     def _save(self, must: bool = False) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.trained.parameters()):
+        if not all(bool(whole(parameter.isfinite().all())) for parameter in self.trained.parameters()):
             raise FloatingPointError(f"the weights are not finite after step {self.step}; {self._kept()}")
+        main = self.accelerator.is_main_process
+        if self.accelerator.is_fsdp2:
+            weights = whole(self.model.state_dict(), keep=main)
+            if main:
+                self.as_saved.load_state_dict(weights, assign=True)
         self._log_corrupt(self.loader, "train")
         if self.teacher is not None and self.teacher.cache is not None:
             self.teacher.cache.flush()
@@ -301,17 +320,17 @@ class Run:
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
-            "filling": self._filling(),
+            "filling": whole(self._filling(), keep=main),
             "corrupt": self.loader.corrupt,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict(), keep=main),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
         failed: list[str | None] = [None]
-        if self.accelerator.is_main_process:
+        if main:
             ema = self.ema.module if self.ema is not None else None
             best = self.best[1] if self.best else None
             try:
-                self.checkpoints.save(self.step, self.model, ema, self.data_config, state, best)
+                self.checkpoints.save(self.step, self.as_saved, ema, self.data_config, state, best)
             except OSError as error:
                 failed = [str(error)]
         broadcast_object_list(failed)
@@ -402,6 +421,19 @@ def refuse(recipe: Recipe, job: Job) -> None:
     except (AssertionError, KeyError, AttributeError) as error:
         raise ValueError(f"timm can't make the augmentation aa={recipe.aa}, remode={recipe.remode}: {error}") from error
     Path(job.output_dir).mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_parallel(recipe: Recipe, job: Job, accelerator: Accelerator) -> None:
+    if accelerator.is_fsdp2:
+        if recipe.model_ema:
+            raise ValueError("model_ema: a model that FSDP2 shards has no moving average here")
+        if job.compile:
+            raise ValueError("--compile: a model that FSDP2 shards is not compiled here")
+        if recipe.opt not in OPTIMIZERS:
+            raise ValueError(f"a model that FSDP2 shards is trained with {', '.join(OPTIMIZERS)}, not {recipe.opt}")
+    elif accelerator.distributed_type not in (DistributedType.NO, *_DATA_PARALLEL):
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"deit-fast train runs under DistributedDataParallel and FSDP2 (fsdp_version 2), not {kind}")
 
 
 @contextmanager
