@@ -1,6 +1,7 @@
 """A run's checkpoints: folders that appear whole or not at all, each one that timm loads by `local-dir:`."""
 
 import errno
+import json
 import re
 import shutil
 import warnings
@@ -15,7 +16,7 @@ from torch import nn
 from deit_fast.models.checkpoint import WEIGHTS
 from deit_fast.models.files import PARTIAL, whole
 
-STATE, EMA = "state.pt", "ema"
+STATE, AMENDED, EMA = "state.pt", "amended.json", "ema"
 UNREADABLE = ".unreadable"
 _NAME = re.compile(r"step-(\d+)")
 
@@ -35,6 +36,8 @@ class Saved:
             self.weights = load_file(folder / WEIGHTS)
             self.ema = load_file(folder / EMA / WEIGHTS) if (folder / EMA).exists() else None
             self.state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            if (folder / AMENDED).exists():
+                self.state |= json.loads((folder / AMENDED).read_text())
         except Exception as error:  # nearly anything for a broken file
             if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise
@@ -92,20 +95,34 @@ class Checkpoints:
         Raises:
             OSError: it can't be written, say to a full disk; those before are as they were.
         """
-        if step not in self.steps():
-            with whole(self.path(step)) as folder:
-                folder.mkdir()
-                save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
-                if ema is not None:
-                    save_for_hf(ema, str(folder / EMA), safe_serialization=True, data_config=data_config)
-                torch.save(state, folder / STATE)
-        if best is not None:
-            self._link_best(best)
+        with whole(self.path(step)) as folder:
+            folder.mkdir()
+            save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
+            if ema is not None:
+                save_for_hf(ema, str(folder / EMA), safe_serialization=True, data_config=data_config)
+            torch.save(state, folder / STATE)
+        self._link_best(best)
+        self._remove_old(best)
+
+    def amend(self, step: int, state: dict[str, Any], best: int | None) -> None:
+        """Replace values of a checkpoint's state, by ones that JSON has; the rest as `save`.
+
+        Raises:
+            OSError: it can't be written; the state is as it was.
+        """
+        self._link_best(best)  # first: a kill in between leaves the state of before
+        with whole(self.path(step) / AMENDED) as file:
+            file.write_text(json.dumps(state))
+        self._remove_old(best)
+
+    def _remove_old(self, best: int | None) -> None:
         for old in self.steps()[: -self.keep]:
             if old != best:
                 shutil.rmtree(self.path(old))
 
-    def _link_best(self, step: int) -> None:
+    def _link_best(self, step: int | None) -> None:
+        if step is None:
+            return
         link = self.folder / f"best{PARTIAL}"
         link.unlink(missing_ok=True)
         link.symlink_to(self.path(step).name)

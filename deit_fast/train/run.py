@@ -141,6 +141,7 @@ class Run:
             "sharded": accelerator.is_fsdp2,
         }
         self.step, self.evaluated = 0, True
+        self.saved: int | None = None  # the last step of which there is a checkpoint
         # Score and step: of all so far, and of those in checkpoints.
         self.best: tuple[float, int] | None = None
         self.best_saved: tuple[float, int] | None = None
@@ -216,9 +217,10 @@ class Run:
                 self.loader.check()
             if self._stopping():
                 return True
-            # The last one's comes after the evaluation.
             if self.job.save_every and self.step % self.job.save_every == 0 and not last:
                 self._save()
+        if self.saved != self.step:
+            self._save()  # whatever becomes of the evaluation
         averaged = [self.ema.module] if self.ema is not None else []
         # Not `wrapped`, whose calls are of all processes at once: one may have a batch more.
         for model in (self.compiled, *averaged):
@@ -299,23 +301,46 @@ class Run:
             self.ema.module.load_state_dict(saved.ema)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.evaluated, best = state["step"], state["evaluated"], state["best"]
-        if best is not None and best[1] in self.checkpoints.steps():  # not those of a checkpoint from elsewhere
-            self.best = self.best_saved = best
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        there = self.checkpoints.steps()
+        if self.step in there:
+            self.saved = self.step
+        if state["best"] is not None and state["best"][1] in there:  # not those of a checkpoint from elsewhere
+            score, step = state["best"]
+            self.best = self.best_saved = score, step
         self.loader.corrupt = state["corrupt"]
 
     def _save(self, must: bool = False) -> None:
+        """A checkpoint of this step; where there is one already, what has changed since."""
         if not all(bool(whole(parameter.isfinite().all())) for parameter in self.trained.parameters()):
             raise FloatingPointError(f"the weights are not finite after step {self.step}; {self._kept()}")
+        self._log_corrupt(self.loader, "train")
+        if self.teacher is not None and self.teacher.cache is not None:
+            self.teacher.cache.flush()
+        best = self.best[1] if self.best else None
+        if self.saved == self.step:
+            changed = {"evaluated": self.evaluated, "best": self.best}
+            failed = self._failure(lambda: self.checkpoints.amend(self.step, changed, best))
+        else:
+            state, ema = self._state(), self.ema.module if self.ema is not None else None
+            to_save = self.step, self.as_saved, ema, self.data_config, state, best
+            failed = self._failure(lambda: self.checkpoints.save(*to_save))
+        if failed is None:
+            self.saved, self.best_saved = self.step, self.best
+            return
+        self.best = self.best_saved
+        if must:
+            raise OSError(f"{failed}; {self._kept()}")
+        warnings.warn(f"{failed}; training goes on, and {self._kept()}", stacklevel=2)
+
+    def _state(self) -> dict[str, Any]:
+        """Of the run, for a checkpoint. Of a sharded model `as_saved` gets the weights, too."""
         main = self.accelerator.is_main_process
         if self.accelerator.is_fsdp2:
             weights = whole(self.model.state_dict(), keep=main)
             if main:
                 self.as_saved.load_state_dict(weights, assign=True)
-        self._log_corrupt(self.loader, "train")
-        if self.teacher is not None and self.teacher.cache is not None:
-            self.teacher.cache.flush()
-        state = {
+        return {
             "identity": self.identity,
             "step": self.step,
             "evaluated": self.evaluated,
@@ -325,22 +350,17 @@ class Run:
             "optimizer": whole(self.optimizer.state_dict(), keep=main),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
+
+    def _failure(self, write: Callable[[], None]) -> str | None:
+        """Let the main process write; what all are told of its failure."""
         failed: list[str | None] = [None]
-        if main:
-            ema = self.ema.module if self.ema is not None else None
-            best = self.best[1] if self.best else None
+        if self.accelerator.is_main_process:
             try:
-                self.checkpoints.save(self.step, self.as_saved, ema, self.data_config, state, best)
+                write()
             except OSError as error:
                 failed = [str(error)]
         broadcast_object_list(failed)
-        if failed[0] is None:
-            self.best_saved = self.best
-            return
-        self.best = self.best_saved
-        if must:
-            raise OSError(f"{failed[0]}; {self._kept()}")
-        warnings.warn(f"{failed[0]}; training goes on, and {self._kept()}", stacklevel=2)
+        return failed[0]
 
     def _filling(self) -> dict[str, Tensor]:
         """What masked image modelling trains beside the model."""

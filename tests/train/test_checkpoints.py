@@ -46,6 +46,19 @@ def test_what_is_saved_comes_back_and_timm_loads_it(kept, model):
         assert again.pretrained_cfg["input_size"] == (3, 32, 32) and again.num_classes == 3
 
 
+def test_what_is_amended_is_in_the_state_and_the_weights_are_not_written_again(kept, model, monkeypatch):
+    kept.save(3, model, None, CONFIG, {"step": 3, "best": None}, best=None)
+    before = (kept.path(3) / WEIGHTS).stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match=r"could not be written: .*space"):
+            kept.amend(3, {"best": [0.5, 3]}, best=3)
+    assert kept.latest().state == {"step": 3, "best": None}
+    kept.amend(3, {"best": [0.5, 3]}, best=3)
+    assert kept.latest().state == {"step": 3, "best": [0.5, 3]} and (kept.folder / "best").resolve() == kept.path(3)
+    assert (kept.path(3) / WEIGHTS).stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("full", ["save_for_hf", "fsync", "torch.save"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 def test_a_full_disk_leaves_what_was_there(kept, model, monkeypatch, full, error):

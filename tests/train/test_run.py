@@ -322,6 +322,21 @@ def test_corrupt_images_are_named_once_and_resumed_past(images, tmp_path):
         Run(small(), job(root, tmp_path / "none", max_corrupt=0)).train()
 
 
+def test_an_evaluation_that_fails_loses_no_epoch(images, uninterrupted, tmp_path):
+    root = Path(shutil.copytree(images, tmp_path / "images"))
+    for file in (root / "val").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(OSError, match="images can't be read"):
+        Run(small(), job(root, tmp_path / "out", save_every=None)).train()
+    assert checkpoints.Checkpoints(tmp_path / "out").steps() == [5]
+    shutil.copytree(images / "val", root / "val", dirs_exist_ok=True)
+    run = Run(small(), job(root, tmp_path / "out", resume="auto"))
+    assert run.step == 5 and run.best is None and run.train()
+    assert_same_end(tmp_path / "out", uninterrupted)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in log if record.get("ema")] == list(range(EPOCHS))
+
+
 @pytest.mark.parametrize("at", [1, 4, 5, 6])
 def test_sigterm_saves_and_the_run_goes_on_from_there(images, uninterrupted, tmp_path, at):
     """At a step, and at the evaluation after the last of an epoch, of five steps."""
@@ -403,13 +418,13 @@ def test_a_full_disk_stops_nothing_and_loses_nothing(images, uninterrupted, tmp_
 def test_the_best_is_one_that_was_saved(images, tmp_path, monkeypatch):
     accuracies, saves, save = iter([0.1, 0.9, 0.2]), [], torch.save
 
-    def full_once(state, path):
+    def full_for_an_epoch(state, path):
         saves.append(None)
-        if len(saves) == 2:
+        if len(saves) in (2, 3):  # before the second evaluation and after it
             raise OSError(28, "No space left on device")
         save(state, path)
 
-    monkeypatch.setattr(torch, "save", full_once)
+    monkeypatch.setattr(torch, "save", full_for_an_epoch)
     monkeypatch.setattr(runs, "evaluate", lambda *_: Evaluation(1.0, next(accuracies)))
     run = Run(small(model_ema=False), job(images, tmp_path, save_every=None, keep=1))
     with pytest.warns(UserWarning, match="No space left on device; training goes on, and .*step-00000005 is kept"):

@@ -56,7 +56,7 @@ def _train_one_of_two(images: Path, out: Path, rank: int, port: int) -> None:
         run = running("stopped", resume="auto")
         assert run.step == 3 and run.train()
     if rank:
-        run.model.head.bias.to_local().detach()[0] = float("nan")
+        run.model.blocks[0].mlp.fc1.bias.to_local().detach()[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step-00000010 is kept"):
         run._save()
     run.accelerator.end_training()
