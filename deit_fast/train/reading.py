@@ -1,5 +1,6 @@
 """Samples read and decoded, and what becomes of corrupt ones: each is counted and named."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch.utils.data import DataLoader, default_collate
 from deit_fast.data.images import decode, to_rgb
 from deit_fast.train.pixels import Pixels, batched
 
-# Image or `Pixels`, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each.
-Item = tuple[Any, Any, dict[str, str]]
+# Image or `Pixels`, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each: an
+# OSError where it is the file system.
+Item = tuple[Any, Any, dict[str, Any]]
 SHOWN = 3
+# Seconds before each new try where the file system fails.
+PAUSES = (0.5, 2.0, 8.0)
 
 
 def read(dataset: Any, index: int) -> Item:
@@ -20,17 +24,34 @@ def read(dataset: Any, index: int) -> Item:
 
     The dataset's own decoding is left out: timm's puts another sample in a corrupt one's place, and says so nowhere.
     """
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return _sample(dataset, index)
+        # The last two where a data set of Hugging Face has no image.
+        except (OSError, ValueError, TypeError, AssertionError) as error:
+            fault = _fault(error)
+            pause = next(pauses, None)
+            if fault is None or pause is None:
+                return None, None, {_name(getattr(dataset, "reader", None), index): fault or str(error)}
+        time.sleep(pause)
+
+
+def _sample(dataset: Any, index: int) -> Item:
     reader = getattr(dataset, "reader", None)
-    try:
-        if reader is None:  # torchvision's
-            image, target = dataset[index]
-            return to_rgb(image), target, {}
-        file, target = reader[index]
-        with file:
-            return decode("the file", file), target, {}
-    # The last two where a data set of Hugging Face has no image.
-    except (OSError, ValueError, TypeError, AssertionError) as error:
-        return None, None, {_name(reader, index): str(error)}
+    if reader is None:  # torchvision's
+        image, target = dataset[index]
+        return to_rgb(image), target, {}
+    file, target = reader[index]
+    with file:
+        return decode("the file", file), target, {}
+
+
+def _fault(error: Exception) -> OSError | None:
+    """The file system's, say of a network, where it is to blame; Pillow's own errors have no number."""
+    cause = error.__cause__ or error
+    of_file = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
+    return cause if isinstance(cause, OSError) and cause.errno and not isinstance(cause, of_file) else None
 
 
 def _name(reader: Any, index: int) -> str:
@@ -55,7 +76,8 @@ class Batches:
     rounds: the most batches that any process has of them.
 
     Raises:
-        OSError: where it is looked through, more than a share `max_corrupt` of the samples are corrupt, or all.
+        OSError: where it is looked through, more than a share `max_corrupt` of the samples are corrupt, or all; or the
+            file system fails again and again.
     """
 
     def __init__(self, loader: DataLoader, samples: int, max_corrupt: float, rounds: int = 0):
@@ -67,6 +89,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Pixels, Tensor]]:
         for images, targets, corrupt in self.loader:
+            for name, why in corrupt.items():
+                if isinstance(why, OSError):
+                    raise OSError(f"{name} could not be read in {len(PAUSES) + 1} tries: {why}") from why
             self.new |= {name: why for name, why in corrupt.items() if name not in self.corrupt}
             self.check()
             if images is not None:

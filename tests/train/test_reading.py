@@ -1,6 +1,8 @@
 """Corrupt samples are counted, named and left out; readable ones are decoded once, as `predict` decodes them."""
 
+import errno
 import gc
+import io
 
 import numpy as np
 import pytest
@@ -87,6 +89,57 @@ def test_an_evaluation_of_nothing_that_can_be_read_is_an_error(root):
     val = samples.open_data(str(root)).val
     with pytest.raises(OSError, match="15 of 15 images can't be read"):
         list(samples.val_loader(val, samples.eval_transform(CONFIG), 4, range(15), 0, max_corrupt=1.0))
+
+
+class _Failing(io.BytesIO):
+    """A file that the file system can't read on."""
+
+    def read(self, *_):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def failing(monkeypatch, reader, times: int, opens: bool) -> None:
+    """Let the file system fail `times` times at sample 2: when it is opened, or when it is read."""
+    left, item = [None] * times, type(reader).__getitem__
+
+    def fails(self, index):
+        if index != 2 or not left:
+            return item(self, index)
+        left.pop()
+        if opens:
+            return _Failing(), 0
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(type(reader), "__getitem__", fails)
+    monkeypatch.setattr(reading, "PAUSES", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_an_image_that_the_file_system_gives_in_the_end_is_not_corrupt(root, monkeypatch, opens):
+    made, expected = augmented(root), augmented(root)[0, 0, 2]
+    failing(monkeypatch, made.dataset.reader, 2, opens)
+    image, target, corrupt = made[0, 0, 2]
+    assert torch.equal(image, expected[0]) and target == expected[1] and corrupt == {}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_system_that_keeps_failing_stops_the_run_and_not_the_image(root, monkeypatch, workers):
+    val = samples.open_data(str(root)).val
+    failing(monkeypatch, val.reader, 100, True)
+    loader = samples.val_loader(val, samples.eval_transform(CONFIG), 4, range(15), workers, max_corrupt=1.0)
+    with pytest.raises(OSError, match=r"^a/2.png could not be read in 3 tries: .*Input/output error$") as error:
+        list(loader)
+    assert not loader.corrupt and not loader.new
+    del loader, error
+    gc.collect()
+
+
+@pytest.mark.parametrize("gone", [FileNotFoundError, PermissionError])
+def test_a_file_that_is_not_there_or_not_ours_is_corrupt_at_once(root, monkeypatch, gone):
+    made = augmented(root)
+    monkeypatch.setattr(reading, "PAUSES", (1e9,))
+    monkeypatch.setattr(reading, "decode", lambda *_: (_ for _ in ()).throw(gone(errno.ENOENT, "gone")))
+    assert list(reading.read(made.dataset, 2)[2]) == ["a/2.png"]
 
 
 def test_what_other_processes_found_counts(root, monkeypatch):
