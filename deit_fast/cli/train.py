@@ -126,7 +126,8 @@ def run_command(args: argparse.Namespace) -> int:
     if run.best is not None:
         score = run.best[0]
         best = f"validation loss {-score:.4f}" if recipe.masks else f"{100 * score:.2f} % of the validation images"
-        console.print(f"Best: {best}, {args.output_dir}/best.", soft_wrap=True)
+        folder = "best/ema" if recipe.model_ema else "best"
+        console.print(f"Best: {best}, {args.output_dir}/{folder}.", soft_wrap=True)
     return 0
 
 

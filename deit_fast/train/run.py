@@ -236,6 +236,7 @@ class Run:
             self._log({"epoch": epoch, "ema": ema, "val_loss": evaluation.loss, "val_accuracy": evaluation.accuracy})
             score = -evaluation.loss if self.recipe.masks else evaluation.accuracy
         self.evaluated = True
+        # The average's score, where there is one.
         if self.best is None or score > self.best[0]:
             self.best = score, self.step
         return False

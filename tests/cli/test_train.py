@@ -1,6 +1,7 @@
 """`deit-fast train`, `finetune` and `pretrain`, through `main` as the console script calls it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_a_run_is_logged_and_can_be_resumed(images, tmp_path, capsys):
     assert "Resumed after step 6 of 6." in capsys.readouterr().out
     assert main(arguments(images, out, "--lr 1e-3")) == 2
     assert "--resume auto goes on" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_best_average_scores_what_is_printed(images, tmp_path, capsys):
+    assert main(arguments(images, tmp_path / "out", "--lr 0.1 --model-ema --model-ema-decay 0.5")) == 0
+    printed = capsys.readouterr().out
+    best = re.search(r"Best: (.*) % of the validation images, (.*/ema)\.", printed)
+    assert main(f"eval --model {best[2]} --data-path {images} --num-workers 0 --cpu".split()) == 0
+    evaluated = capsys.readouterr().out
+    assert f", {best[1]} % of" in evaluated
+    losses = re.findall(r"EMA (.*) %, validation loss (.*)", printed)
+    assert re.match("loss (.*),", evaluated)[1] in [loss for score, loss in losses if score == best[1]]
 
 
 def test_corrupt_images_are_said_aloud(images, tmp_path, capsys):
