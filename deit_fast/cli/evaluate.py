@@ -6,22 +6,33 @@ from typing import Any
 
 from deit_fast._extras import require
 from deit_fast.cli.errors import UserError, user_input
-from deit_fast.cli.train import LIBRARIES
+from deit_fast.cli.train import LIBRARIES, help_format
 
 
 def add_parser(commands: Any) -> None:
     """Declare the subcommand and its arguments."""
-    parser = commands.add_parser("eval", help="accuracy of a model on a folder of images", allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="NAME", help="timm's name, or the folder of a checkpoint")
-    parser.add_argument(
-        "--data-path", required=True, metavar="DIR", help="with val inside, a folder a class, or a .tar"
+    explained = "accuracy of a model on a folder of images"
+    parser = commands.add_parser(
+        "eval",
+        help=explained,
+        description=f"A{explained[1:]}.",
+        usage="deit-fast eval --model NAME --data-path DIR [option ...]",
+        formatter_class=help_format,
+        allow_abbrev=False,
     )
-    parser.add_argument("--data-set", default="", metavar="NAME", help="of timm's create_dataset, say hfds/NAME")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("--eval-crop-ratio", type=float, metavar="X", help="default: the model's own")
-    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="default: %(default)s")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, metavar="NAME", help="timm's name, or the folder of a checkpoint")
+    model.add_argument("--eval-crop-ratio", type=float, metavar="X", help="default: the model's own")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-path", required=True, metavar="DIR", help="with val inside, a folder a class, or a .tar")
+    data.add_argument("--data-set", default="", metavar="NAME", help="of timm's create_dataset, say hfds/NAME")
+    data.add_argument(
+        "--num-workers", type=int, default=4, metavar="N", help="processes that read; default: %(default)s"
+    )
+    computing = parser.add_argument_group("run")
+    computing.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
+    computing.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    computing.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     parser.set_defaults(run=run)
 
 

@@ -25,6 +25,11 @@ COMMANDS = {
 }
 
 
+def help_format(prog: str) -> argparse.HelpFormatter:
+    """Of a help that fits a screen."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH)
+
+
 def add_parser(commands: Any) -> None:
     """Declare the subcommands and their arguments."""
     for command in COMMANDS:
@@ -39,7 +44,7 @@ def _add_parser(commands: Any, command: str) -> None:
         help=explained,
         description=explained[0].upper() + explained[1:] + ".",
         usage=f"deit-fast {command} --data-path DIR --output-dir DIR {more}[--recipe NAME] [option ...]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH),
+        formatter_class=help_format,
         allow_abbrev=False,
     )
     data = parser.add_argument_group("data")

@@ -5,6 +5,7 @@ import timm
 import torch
 
 from deit_fast.cli.main import main
+from deit_fast.cli.train import WIDTH
 from tests.train.test_samples import folders
 
 
@@ -45,3 +46,11 @@ def test_images_that_can_not_be_read_are_left_out_and_named(model, tmp_path, cap
         file.write_bytes(b"")
     assert evaluate(model, images) == 2
     assert "6 of 6 images can't be read" in capsys.readouterr().err
+
+
+def test_the_help_is_in_groups_that_fit_a_screen(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and max(map(len, lines)) <= WIDTH
+    assert {"model:", "data:", "run:"} <= set(lines)
