@@ -41,7 +41,8 @@ def stock_residual(
         factors = drop_path.gather(drop_path_scale, kept, branch.shape[0])
         branch = branch * factors.view(-1, *[1] * (branch.ndim - 1))
     if kept is None:
-        in_place = branch.dtype is torch.promote_types(residual.dtype, branch.dtype)
+        # With gradients it would make a view of the result, whose hooks autograd drops where people add to it in place.
+        in_place = branch.dtype is torch.promote_types(residual.dtype, branch.dtype) and not torch.is_grad_enabled()
         return branch.add_(residual) if in_place else (residual + branch).contiguous()
     dtype = torch.promote_types(residual.dtype, branch.dtype)
     stream = residual.to(dtype, copy=True, memory_format=torch.contiguous_format)

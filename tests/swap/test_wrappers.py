@@ -140,6 +140,29 @@ def test_fully_sharded_models_are_swapped_and_restored_in_both_orders(process_gr
     assert not operator_calls(lambda: model(x))
 
 
+class _AddOne(nn.Module):
+    def forward(self, x):
+        x += 1
+        return x
+
+
+def test_a_sharded_blocks_result_may_be_added_to_in_place(process_group) -> None:
+    """Of a view autograd would drop the hook that gathers the weights for backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x, mesh, gradients = torch.randn(2, 5, vit().embed_dim), init_device_mesh("cpu", (1,)), []
+    for change in (lambda model: model, swap):
+        model = vit()
+        change(model)
+        blocks = nn.Sequential(model.blocks[0], _AddOne(), model.blocks[1])
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(blocks, mesh=mesh)(x).square().sum().backward()
+        gradients.append(blocks[0].mlp.fc1.weight.grad.full_tensor())
+    assert_close(*gradients)
+
+
 def test_a_norm_sharded_by_itself_makes_its_block_step_aside(process_group) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
