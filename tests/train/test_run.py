@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import tracking
 from timm.data import Mixup, create_transform
 from torch.utils.data import default_collate
-from accelerate import tracking
 
 from deit_fast.train import build, checkpoints, digits, recipe
 from deit_fast.train import run as runs
