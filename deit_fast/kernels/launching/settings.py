@@ -55,7 +55,7 @@ def settings(chosen: dict[str, object]) -> Iterator[dict[str, object]]:
     Fills the dict that it gives with what was asked and answered.
 
     Raises:
-        ValueError: when it is asked, if the tile in `chosen` has not the fields that the table's has.
+        ValueError: when it is asked, if the answer in `chosen` is not of the kind that the table's is.
     """
     outer = getattr(_thread, "settings", None)
     answered: dict[str, object] = {}
@@ -71,9 +71,11 @@ def _like(shipped: object, given: object) -> object:
     if isinstance(given, dict):
         if set(given) != set(getattr(shipped, "_fields", ())):
             raise ValueError(f"a setting has {', '.join(given)}; the table has {shipped}")
-        return type(shipped)(**given)
+        return type(shipped)(**{name: _like(getattr(shipped, name), value) for name, value in given.items()})
     if isinstance(given, list):
         if not isinstance(shipped, tuple) or len(given) != len(shipped):
             raise ValueError(f"a setting has {len(given)} parts; the table has {shipped}")
         return tuple(_like(part, other) for part, other in zip(shipped, given, strict=True))
+    if type(given) is not type(shipped):
+        raise ValueError(f"a setting has {given!r}; the table has {shipped}")
     return given

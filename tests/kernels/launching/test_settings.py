@@ -29,10 +29,19 @@ def test_settings_of_several_tiles_come_as_lists():
         assert layer_norm_rows(384, (2,), "sm_90") == (2, 8)
 
 
-@pytest.mark.parametrize("given", [{"rows": 64}, [1, 2], {"queries": 1, "keys": 2, "num_warps": 4, "num_stages": 1}])
+@pytest.mark.parametrize(
+    "given", [{"rows": 64}, [1, 2], {"queries": 1, "keys": 2, "num_warps": 4, "num_stages": 1}, True, 64]
+)
 def test_a_setting_with_other_fields_is_refused(given):
     with (
         settings({"mlp(192, sm_90)": given}),
         pytest.raises(ValueError, match=r"a setting has .*; the table has"),
     ):
         mlp_tile(192, "sm_90")
+
+
+@pytest.mark.parametrize("value", ["64", 64.0, None, True, [64]])
+def test_a_field_that_is_no_number_is_refused(value):
+    tile = {**gemm(16384, 384, 384, 2, "sm_90", "none")._asdict(), "rows": value}
+    with settings({"gemm(16384, 384, 384, 2, sm_90, none)": tile}), pytest.raises(ValueError, match="the table has"):
+        gemm(16384, 384, 384, 2, "sm_90", "none")
