@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.runtime import driver
 
-from deit_fast.kernels.launching import hardware, run, tuned
+from deit_fast.kernels.launching import hardware, memory, run, tuned
 from deit_fast.kernels.launching.expressions import function, tuple_of
 from deit_fast.kernels.launching.keys import key_and_pointers
 
@@ -182,7 +182,7 @@ def _planned(arguments: tuple, allocated: list[Tensor], launches: list[run.Recor
         return None
 
     device = launches[0].device
-    names: dict[str, Any] = {"driver": driver, "allocate": _allocator(given[0].device)}
+    names: dict[str, Any] = {"driver": driver, "allocate": memory.allocator(given[0].device)}
     parameters = [f"given_{i}" for i in range(len(given))]
     addresses, steps = list(parameters), []
     for i, tensor in enumerate(results):
@@ -209,21 +209,14 @@ def _planned(arguments: tuple, allocated: list[Tensor], launches: list[run.Recor
             else:
                 names[f"value_{i}_{j}"] = value
                 passed.append(f"value_{i}_{j}")
-        names[f"start_{i}"] = compiled.run
+        takes_scratch = getattr(compiled.metadata, "global_scratch_size", 0)  # 3.6's of AMD GPUs don't say
+        names[f"start_{i}"] = memory.with_scratch(compiled.run) if takes_scratch else compiled.run
         names[f"kernel_{i}"] = compiled.function, compiled.packed_metadata, None, None, None
         steps.append(f"start_{i}({programs}, 1, 1, stream, *kernel_{i}, {', '.join(passed)})")
     together: dict[type, str] = {list: "[{}]", tuple: "({},)"}
     steps.append(together.get(type(result), "{}").format(", ".join(map(str, outputs))))
     plan = function(parameters, f"{tuple_of(steps)}[-1]", **names)
     return Plan(device, plan, tuple(each.compiled for each in launches))
-
-
-def _allocator(device: torch.device) -> Callable[..., Tensor]:
-    """`empty_strided` of size, stride and dtype on `device`, the current one: by what Inductor's code calls, past the
-    dispatcher and in half the time, where PyTorch has that.
-    """
-    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
-    return quick or (lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device))
 
 
 def _place(tensor: Tensor, slots: list[Tensor]) -> tuple[int, int] | None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime import JITFunction, driver
 
+from deit_fast.kernels.launching import memory
+
 _thread = threading.local()
 
 
@@ -44,7 +46,7 @@ def run(kernel: JITFunction, programs: int, device: torch.device, *args: object,
 
 
 def _run(kernel: JITFunction, programs: int, args: tuple, options: dict) -> None:
-    compiled = kernel[(programs,)](*args, **options)
+    compiled = memory.with_scratch(kernel[(programs,)])(*args, **options)
     launches = getattr(_thread, "launches", None)
     if launches is not None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | options

@@ -30,7 +30,7 @@ SCALED = {"init_values": 0.1, "drop_path": 0.5}
 class Compiled:
     """What Triton would have compiled, for `seen` to note what it is run with."""
 
-    function = packed_metadata = None
+    function = packed_metadata = metadata = None
 
     def __init__(self, name: str, seen: list) -> None:
         self.name, self.seen = name, seen
