@@ -3,8 +3,9 @@
     python -m evidence.search attention 64,16,8,1 32,32,4,1 --targets sm_80 --precisions fp32 [--models tiny]
 
 The first argument is a function of a settings.py, each further one a tile for it to return: its fields in order, and
-with '/' between them where it returns several tiles. Every launch whose settings that changes is compiled; a line tells
-the worst of them, the shipped setting's first. Compiling shows what fits and what spills. It shows no time.
+with '/' between them where it returns several tiles; yes or no where it returns that. Every launch whose settings that
+changes is compiled; a line tells the worst of them, the shipped setting's first. Compiling shows what fits and what
+spills. It shows no time.
 """
 
 import argparse
@@ -21,7 +22,11 @@ TABLES = (attention.settings, layer_norm.settings, linear.settings, mlp, patch_e
 
 
 def replaced(shipped, candidate: str):
-    """`candidate` as what the function returns in place of `shipped`: a tile, or several."""
+    """`candidate` as what the function returns in place of `shipped`: a tile, or several, or yes or no."""
+    if isinstance(shipped, bool):
+        if candidate not in ("yes", "no"):
+            raise SystemExit(f"{candidate} is neither yes nor no")
+        return candidate == "yes"
     tiles = candidate.split("/")
     if isinstance(shipped[0], tuple):
         return tuple(replaced(tile, text) for tile, text in zip(shipped, tiles, strict=True))
