@@ -70,6 +70,7 @@ NARROW = {
     "normalise_pixels_kernel": "rectangles that random erasing fills lie anywhere",
     "patch_embed_kernel": _PATCHES,
     "patch_weight_gradient_kernel": _PATCHES,
+    "persistent_linear_kernel": "its operands come by a copy engine; the rest is a vector in most",
     "query_gradient_kernel": "heads of 80 (DeiT III-H) end in a tile 16 wide",
     "readout_backward_kernel": "tiles 16 columns wide at the widths that are no multiple of its widest",
     "sum_partials_kernel": _VECTORS,

@@ -7,6 +7,7 @@ from typing import Any
 _TILE = ("rows", "columns", "depth", "num_warps", "num_stages")
 _FIELDS = {
     "gemm": _TILE,
+    "persistent_gemm": _TILE,
     "input_gradient": _TILE,
     "weight_gradient": _TILE,
     "patch_embed": _TILE,
@@ -19,7 +20,9 @@ _FIELDS = {
     "readout_backward": ("tokens", "num_warps"),
     "layer_norm_rows": ("rows", "warps"),
 }
-# The least and the most of each.
+# Which kernel makes a product: these are answered by yes or no, and then by settings of that kernel.
+_KERNELS = ("vendor", "persistent")
+# The least and the most of each; 256 is also the longest side of what a tensor descriptor loads.
 _BOUNDS = {
     "rows": (1, 256),
     "columns": (16, 256),
@@ -41,7 +44,22 @@ def tunable(asked: str) -> bool:
 
 def leads_elsewhere(asked: str) -> bool:
     """Whether `asked` is answered by yes or no, and then by settings of another kernel: the vendor's GEMM, or ours."""
-    return _function(asked) == "vendor"
+    return _function(asked) in _KERNELS
+
+
+def in_turn(questions: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Questions with their answers, from one launch, in the order in which they are tried.
+
+    Which kernel it is comes last, when the one there is has its best settings; of such questions the last one that was
+    asked comes first, since another answer to an earlier one leaves it out.
+    """
+    of_kernels = [question for question in questions.items() if leads_elsewhere(question[0])]
+    return [question for question in questions.items() if question not in of_kernels] + of_kernels[::-1]
+
+
+def kernels_chosen(settings: dict[str, Any]) -> list[str]:
+    """Of the kernels that are not the usual one, those that these settings choose."""
+    return sorted({_function(asked) for asked, answer in settings.items() if leads_elsewhere(asked) and answer})
 
 
 def neighbours(asked: str, setting: Any) -> Iterator[object]:

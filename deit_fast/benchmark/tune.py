@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from deit_fast.benchmark.candidates import leads_elsewhere, neighbours, tunable
+from deit_fast.benchmark.candidates import in_turn, leads_elsewhere, neighbours, tunable
 from deit_fast.benchmark.clock import Clock
 from deit_fast.benchmark.operator_cases import OperatorCase
 from deit_fast.check.accuracy import relative_error
@@ -80,8 +80,7 @@ def _tuned(case: OperatorCase, clock: Clock, rounds: int, ends: float) -> Tuned:
 
     tries = _Tries(case, clock, expected, shipped, shipped_call, ends)
     best: dict[str, object] = {}
-    # Which kernel it is comes last, when those there are have their best settings.
-    for asked, setting in sorted(shipped.items(), key=lambda item: leads_elsewhere(item[0])):
+    for asked, setting in in_turn(shipped):
         best = _settled(tries, asked, setting, best)
 
     finalists = sorted(tries.timed, key=tries.timed.__getitem__)[:_FINALISTS]
@@ -159,7 +158,7 @@ def _settled(tries: _Tries, asked: str, setting: object, best: dict[str, object]
     if leads_elsewhere(asked):
         other = {**best, asked: not setting}
         if tries.seconds(other) < float("inf"):
-            for instead, answer in tries.further(other).items():
+            for instead, answer in in_turn(tries.further(other)):
                 other = _settled(tries, instead, answer, other)
         best = min(best, other, key=tries.seconds)
     return best

@@ -89,6 +89,7 @@ def _was_tuned(each: "Listed", device: torch.device) -> bool:
 def _tune_operators(case: "ModelCase", waiting: list["Listed"], device: torch.device, console: "Console") -> None:
     from rich.table import Table
 
+    from deit_fast.benchmark.candidates import kernels_chosen
     from deit_fast.benchmark.tasks import Tuning, runner, tune_task
 
     table = Table("operator", "batch", "stock µs", "shipped µs", "tuned µs", "tried", "fastest", box=None)
@@ -105,6 +106,7 @@ def _tune_operators(case: "ModelCase", waiting: list["Listed"], device: torch.de
             found = done.result
             tuned.write(each.operator, each.shape, name, driver, each.batch, found.choice)
             fastest = "stock" if found.choice.stock else "tuned" if found.choice.settings else "shipped"
+            fastest = ", ".join([fastest, *kernels_chosen(found.choice.settings)])
             table.add_row(*of, *(f"{1e6 * each:.1f}" for each in found.seconds.values()), str(found.tried), fastest)
     replay.forget()
     console.print(table)

@@ -166,12 +166,17 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def tile_of_program(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """The program's tile: GROUP row tiles take turns over all column tiles, so that both operands stay in L2."""
-    pid = tl.program_id(0)
+    """The tile of a program that has one."""
+    return nth_tile(tl.program_id(0), tiles_m, tiles_n, GROUP)
+
+
+@triton.jit
+def nth_tile(n, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """GROUP row tiles take turns over all column tiles, so that both operands stay in L2."""
     group_size = GROUP * tiles_n
-    first = (pid // group_size) * GROUP
+    first = (n // group_size) * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
-    return first + (pid % group_size) % rows, (pid % group_size) // rows
+    return first + (n % group_size) % rows, (n % group_size) // rows
 
 
 def approximation(activation: str) -> str:

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from deit_fast.benchmark.candidates import neighbours, tunable
+from deit_fast.benchmark.candidates import in_turn, kernels_chosen, neighbours, tunable
 from deit_fast.benchmark.operator_cases import OperatorCase
 from deit_fast.benchmark.tune import _agree, tune
 from deit_fast.kernels.attention.settings import AttentionTile
@@ -71,6 +71,32 @@ def test_our_kernel_is_tried_where_the_vendors_gemm_is_shipped_and_heeded_where_
     asked = "vendor(linear, residual, 16384, 768, 3072, 2, sm_90, 1, False)"
     assert ours[asked] is False and {each.partition("(")[0] for each in ours} <= {"vendor", "gemm"}
     assert theirs == {} and seen["wide"]["launched"] == ["linear_kernel"]
+
+
+def test_persistent_programs_are_tried_with_tiles_of_their_own_where_a_gpu_has_tensor_descriptors(seen):
+    for found in seen["persistent"].values():
+        assert {"linear_kernel", "epilogue_kernel"} <= set(found["tried"])
+    found = seen["persistent"]["sm_90"]
+    assert found["settings"].pop("persistent(16384, 192, 192, 2, sm_90, residual)") is True
+    assert {asked.partition("(")[0] for asked in found["settings"]} <= {"persistent_gemm"}
+    assert found["launched"] == ["persistent_linear_kernel"]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_persistent_programs_are_not_tried_elsewhere(target, seen):
+    found = seen["persistent"][target]
+    assert "persistent_linear_kernel" not in found["tried"]
+    assert not [asked for asked in found["settings"] if asked.startswith("persistent")]
+
+
+def test_the_kernel_that_a_question_leaves_out_is_tried_before_it():
+    questions = {"vendor(a)": False, "persistent(b)": False, "gemm(b)": Tile(64, 64, 32, 4, 2)}
+    assert [asked for asked, _ in in_turn(questions)] == ["gemm(b)", "persistent(b)", "vendor(a)"]
+
+
+def test_what_kernels_are_chosen_is_told():
+    settings = {"vendor(a)": False, "persistent(b)": True, "persistent_gemm(b)": Tile(64, 64, 32, 4, 2)._asdict()}
+    assert kernels_chosen(settings) == ["persistent"] and kernels_chosen({}) == []
 
 
 def test_neighbours_are_a_step_away_and_within_bounds():

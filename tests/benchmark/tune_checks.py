@@ -124,6 +124,39 @@ def wide_rows(launches: list) -> dict:
     return {**found, "launched": [each.kernel for each in launches]}
 
 
+class WatchingClock(Clock):
+    """Notes every kernel that it times."""
+
+    def __init__(self, launches: list, liking: str) -> None:
+        super().__init__(launches, liking)
+        self.seen: set[str] = set()
+
+    def _taste(self, each) -> float:
+        self.seen.add(each.kernel)
+        return super()._taste(each)
+
+
+def persistent_programs(target: str) -> dict:
+    """Of a product with a residual on a GPU that likes these: what is tried, what is chosen, what is then launched."""
+    x, weight = torch.zeros(64, 198, 192, dtype=torch.bfloat16), torch.zeros(192, 192, dtype=torch.bfloat16)
+    operator = OPERATORS["linear_residual"]
+    arguments = (x, weight, None, x, None, None, None)
+    case = OperatorCase(operator, *tuned.described(operator.arguments, arguments), arguments)
+    with (
+        recording(TARGETS[target], compiling=False) as launches,
+        mock.patch.object(tune, "_agree", lambda found, expected: True),
+        torch.no_grad(),
+    ):
+        clock = WatchingClock(launches, "persistent_linear_kernel")
+        (result,) = tune.tune([case], clock, 3, lambda what: None)
+        tuned.write("linear_residual", case.shape, target, hardware.driver_version(), case.batch, result.choice)
+        replay.forget()
+        launches.clear()
+        torch.ops.deit_fast.linear_residual(*arguments)
+    launched = [each.kernel for each in launches]
+    return {"tried": sorted(clock.seen), "settings": result.choice.settings, "launched": launched}
+
+
 def around_the_vendors_gemm(launches: list) -> dict:
     """What is chosen for the layers that end in a residual, and what a step then launches for them."""
     choices = []
@@ -177,10 +210,16 @@ def main() -> None:
         narrow = narrow_rows(launches)
         wide = wide_rows(launches)
         vendor = around_the_vendors_gemm(launches)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, {"DEIT_FAST_TUNED": folder}),
+        backend.forced("triton"),
+    ):
+        persistent = {target: persistent_programs(target) for target in ("sm_90", "sm_80", "gfx942")}
     print(
         json.dumps(
             {"found": found, "untuned": untuned, "heeded": heeded, "broken": broken, "vendor": vendor,
-             "narrow": narrow, "wide": wide}
+             "narrow": narrow, "wide": wide, "persistent": persistent}
         )
     )  # fmt: skip
 

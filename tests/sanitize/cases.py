@@ -281,6 +281,14 @@ BY_VENDOR = [
     _by_vendor(op) for op in (linear_residual, layer_norm_linear, layer_norm_qkv, layer_norm_fc1, fc2_residual)
 ]
 linear_residual_by_vendor, *_, fc2_residual_by_vendor = BY_VENDOR
+
+
+def linear_residual_persistent(t: Arguments):
+    """By persistent programs, where a GPU has them and the operands allow it."""
+    with mock.patch.object(settings, "persistent", lambda *_: True):
+        return linear_residual(t)
+
+
 _ANY = Size.of_model(32, 1, 8, 4, 8, 1)
 CALLED = (
     *(
@@ -300,6 +308,7 @@ CALLED = (
     soft_targets,
     keep_samples,
     *BY_VENDOR,
+    linear_residual_persistent,
 )
 KEEPING = (attention_branch, mlp_branch, mlp_of_kept)
 

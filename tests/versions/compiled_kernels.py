@@ -9,6 +9,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -16,6 +17,7 @@ from deit_fast.check.cases import DEIT_SIZES, OPS, cases
 from deit_fast.check.operators import evaluate
 from deit_fast.check.standin_driver import recording
 from deit_fast.check.targets import TARGETS
+from deit_fast.kernels.linear import settings
 
 SIZE = replace(DEIT_SIZES[0], batch=2)
 DTYPE = torch.bfloat16
@@ -28,6 +30,10 @@ def main() -> None:
     with recording(TARGETS[sys.argv[1]]) as launches:
         for op in OPS:
             for case in cases(op, SIZE, DTYPE, torch.device("cpu")):
+                evaluate(case, DTYPE, "triton")
+        # As `deit-fast tune` may choose.
+        with mock.patch.object(settings, "persistent", lambda *_: True):
+            for case in cases("linear", SIZE, DTYPE, torch.device("cpu")):
                 evaluate(case, DTYPE, "triton")
     failed = {each.kernel: str(each.error) for each in launches if each.error}
     print(json.dumps({each.kernel: None for each in launches} | failed))

@@ -14,6 +14,7 @@ import triton
 
 from deit_fast.check import operators
 from deit_fast.check.cases import OPS
+from deit_fast.kernels.linear import settings
 from tests.support.compiled import printed_by
 
 
@@ -23,6 +24,15 @@ def test_the_release_is_the_one_asked_for():
 
 @pytest.mark.parametrize("op", OPS)
 def test_in_the_interpreter_every_result_is_as_accurate_as_stocks(op, monkeypatch):
+    _assert_accurate(op, monkeypatch)
+
+
+def test_so_are_persistent_programs(monkeypatch):
+    monkeypatch.setattr(settings, "persistent", lambda *_: True)
+    _assert_accurate("linear", monkeypatch)
+
+
+def _assert_accurate(op, monkeypatch):
     monkeypatch.setattr(operators, "INTERPRETER_DTYPES", operators.DTYPES)  # `tests.support` makes bfloat16 right
     lines = [line for _, group in operators.check(torch.device("cpu"), (op,)) for line in group]
     assert {line.dtype for line in lines} == {"float32", "float16", "bfloat16"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from deit_fast.benchmark.candidates import kernels_chosen
 from deit_fast.benchmark.gpu.bounds import bound
 from deit_fast.benchmark.gpu.launches import FLASH
 from deit_fast.benchmark.gpu.models import COMPILED, EAGER
@@ -27,8 +28,7 @@ def summary(record: Record) -> str:
     parts += ["## By the vendor's GEMM, as shipped", _listed(by_vendor) or "Nothing that was reached."]
     parts += [f"## {title}\n\n{found}" for title, found in measured(record).items()]
     tuned = [found for found in _results(record, "tuning") if found.get("file")]
-    files = [f"{found['file']}: {found['operator']} {found['shape']}, batch {found['batch']}" for found in tuned]
-    parts += ["## Tuned settings, in tuned/", _listed(files) or "Not reached."]
+    parts += ["## Tuned settings, in tuned/", _listed(map(_tuned, tuned)) or "Not reached."]
     missed = [f"{step}: {len(names)}, from {names[0]} on" for step, names in record.not_reached.items()]
     parts += ["## Not reached", _listed(missed) or "Everything was reached."]
     return "\n\n".join(parts) + "\n"
@@ -115,6 +115,11 @@ def _models(record: Record) -> str:
         rows.append((name, *("" if each is None else f"{1e3 * each:.2f}" for each in seconds), *ratios))
     columns = (*(f"{each}, ms" for each in contenders), "times faster", "compiled, times faster")
     return "" if not rows else table(("step", *figures(columns)), rows)
+
+
+def _tuned(found: dict) -> str:
+    chosen = [f"batch {found['batch']}", *kernels_chosen(found.get("settings", {}))]
+    return f"{found['file']}: {found['operator']} {found['shape']}, {', '.join(chosen)}"
 
 
 def _of(name: str) -> str:

@@ -36,6 +36,8 @@ ALIKE = {
 SMALL_SHARED_MEMORY = frozenset({"sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1200"})
 # Dots compile to mma.sync, which holds its operands in registers; wgmma and tcgen05 read them from shared memory.
 MMA_SYNC = frozenset({"sm_80", "sm_86", "sm_89", "sm_120"})
+# Tiles of 16 bits by a tensor's descriptor (TMA): a copy engine finds their addresses, not the program's threads.
+TENSOR_DESCRIPTORS = frozenset({"sm_90", "sm_100", "sm_120"})
 WAVES_OF_64 = frozenset({"gfx90a", "gfx942", "gfx950"})
 # 256 registers a lane, and lanes half as many as of the other AMD GPUs: a tile takes twice what it takes there.
 WAVES_OF_32 = frozenset({"gfx1200"})

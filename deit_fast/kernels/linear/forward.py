@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit_fast.kernels.device import copy_dropped, full_row, halves, tile_of_program
+from deit_fast.kernels.device import copy_dropped, full_row, tile_of_program
 from deit_fast.kernels.launching import hardware, run, tiles
 from deit_fast.kernels.launching.layout import all_or_none, as_rows, dense, one_stride
 from deit_fast.kernels.launching.metadata import described_product, linear_shape
 from deit_fast.kernels.layer_norm.forward import layer_norm
-from deit_fast.kernels.linear import settings, vendor_gemm
-from deit_fast.kernels.linear.epilogue import epilogue
+from deit_fast.kernels.linear import persistent, settings, vendor_gemm
+from deit_fast.kernels.linear.epilogue import epilogue, epilogue_by_quarters
 
 _FUSED = (
     "k_weight_ptr", "bias_ptr", "ACTIVATION", "activated_ptr", "layer_scale_ptr", "drop_path_scale_ptr",
@@ -65,7 +65,7 @@ def linear_kernel(
     equation 6) and drop path (Huang et al. 2016); a tiled product as in Triton's tutorial.
 
     With `kept_ptr`, x holds the rows of kept samples, packed, and so does y, unless there is a residual: then y is
-    full. QUARTERS: a quarter of the tile's columns has its epilogue at a time, which takes fewer registers.
+    full. QUARTERS: as `epilogue_by_quarters`.
     """
     column_tiles = tl.cdiv(out_features, COLUMN_BLOCK)
     if k_weight_ptr is not None:
@@ -118,17 +118,10 @@ def linear_kernel(
     if kept_ptr is not None and residual_ptr is not None:
         row = full_row(kept_ptr, row, row_mask, tokens)
     if QUARTERS:
-        QUARTER: tl.constexpr = COLUMN_BLOCK // 4
-        left, right = halves(product, ROW_BLOCK, COLUMN_BLOCK)
-        first_quarter, second_quarter = halves(left, ROW_BLOCK, COLUMN_BLOCK // 2)
-        third_quarter, last_quarter = halves(right, ROW_BLOCK, COLUMN_BLOCK // 2)
-        quarters = (first_quarter, second_quarter, third_quarter, last_quarter)
-        for i in tl.static_range(4):
-            column = tile_n * COLUMN_BLOCK + i * QUARTER + tl.arange(0, QUARTER)
-            epilogue(
-                quarters[i], row, column, row_mask, column < out_features, bias_ptr, residual_ptr, layer_scale_ptr,
-                drop_path_scale_ptr, y_ptr, activated_ptr, tokens, out_features, residual_stride, ACTIVATION,
-            )  # fmt: skip
+        epilogue_by_quarters(
+            product, row, tile_n * COLUMN_BLOCK, row_mask, bias_ptr, residual_ptr, layer_scale_ptr,
+            drop_path_scale_ptr, y_ptr, activated_ptr, tokens, out_features, residual_stride, ACTIVATION,
+        )  # fmt: skip
     else:
         epilogue(
             product, row, column, row_mask, column_mask, bias_ptr, residual_ptr, layer_scale_ptr,
@@ -170,6 +163,13 @@ def _launch(
             vendor_gemm.linear(
                 x, y, weight, bias, activation, activated, residual, layer_scale, drop_path_scale, tokens, kept
             )  # fmt: skip
+        return
+    if persistent.takes(x, weights, kept, arch) and settings.persistent(*asked, fused):
+        tile = settings.persistent_gemm(*asked, fused)
+        persistent.linear(
+            x, outputs[0], weights[0], biases[0], activation, activated, residual, layer_scale, drop_path_scale,
+            tokens, tile,
+        )  # fmt: skip
         return
     tile = settings.gemm(*asked, fused)
     run.run(

@@ -90,6 +90,25 @@ def gemm(rows: int, columns: int, depth: int, itemsize: int, arch: str, fused: s
     return _first_that_fills(rows, columns, Tile(128, 64, 32, 4, 4), *_FEW_ROWS)
 
 
+@setting("persistent")
+def persistent(rows: int, columns: int, depth: int, itemsize: int, arch: str, fused: str) -> bool:
+    """Whether persistent programs (persistent.py) make a product that they take; asked as `gemm`.
+
+    Nobody has measured that they are faster. `deit-fast tune` does.
+    """
+    return False
+
+
+@setting("persistent_gemm")
+def persistent_gemm(rows: int, columns: int, depth: int, itemsize: int, arch: str, fused: str) -> Tile:
+    """Their tile, asked as `gemm`: as large as has room, since a multiprocessor has one such program."""
+    if arch == "sm_120":
+        whole = Tile(128, 128, 64, 8, 3)
+    else:
+        whole = Tile(128, 256, 64, 8, 3) if columns % 256 == 0 else Tile(256, 128, 64, 8, 3)
+    return _first_that_fills(rows, columns, whole, Tile(128, 128, 64, 8, 3), *_FEW_ROWS)
+
+
 _FEW_ROWS = (Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4))
 # Of the GPUs that have such settings; 128 or so of those that training is done on.
 _MULTIPROCESSORS = 128
