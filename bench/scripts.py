@@ -1,13 +1,15 @@
 """Whole training runs of others' scripts against `deit-fast run` of the same script and `deit-fast train`.
 
-    python bench/scripts.py --timm train.py --transformers run_image_classification.py [--epochs 8] [--seeds 0 1]
+    python bench/scripts.py --timm train.py --transformers run_image_classification.py --work FOLDER
 
-The scripts come from the repositories of timm and transformers; transformers' also needs datasets and evaluate. All runs
-of a group have the same images (scikit-learn's digits at 48 × 48 pixels), model, hyper-parameters and seed. timm's has
-drop path 0.1 and a teacher whose class the distillation head learns, which a first run trains; transformers' has neither.
+The scripts come from the repositories of timm and transformers; transformers' also needs datasets and evaluate. All
+runs of a group have the same images (scikit-learn's digits at 48 × 48 pixels), model, hyper-parameters and seed.
+timm's has drop path 0.1 and a teacher whose class the distillation head learns, which a first run trains.
+transformers' has neither.
 
 Every seed runs each way in turn. A table has the accuracy of each seed after the last epoch, and the medians of the
-wall-clock seconds and of the processes' CPU seconds, with all that a run does: imports, evaluation each epoch, checkpoints.
+wall-clock seconds and of the processes' CPU seconds. They are of all that a run does: imports, an evaluation and a
+checkpoint each epoch.
 """
 
 import argparse
@@ -30,13 +32,17 @@ from torch import nn
 from deit_fast.train.digits import write_folder
 
 MODEL, TEACHER = "deit_tiny_distilled_patch16_224", "test_resnet"
-SIZE = {"img_size": 48, "patch_size": 8}
-# Of both groups, by the names of deit_fast's recipes.
-RECIPE = {
+IMAGE, PATCH = 48, 8
+# By the names of deit_fast's recipes.
+OF_TIMM = {
     "model": MODEL,
+    "model_kwargs": {"patch_size": PATCH},
+    "drop_path": 0.1,
+    "lr": 1e-3,
+    "warmup_epochs": 2,
     "batch_size": 64,
     "unscale_lr": True,
-    "input_size": 48,
+    "input_size": IMAGE,
     "eval_crop_ratio": 1.0,
     "repeated_aug": False,
     "scale": [0.6, 1.0],
@@ -47,7 +53,6 @@ RECIPE = {
     "mixup": 0.0,
     "cutmix": 0.0,
 }
-OF_TIMM = RECIPE | {"model_kwargs": {"patch_size": 8}, "lr": 1e-3, "warmup_epochs": 2, "drop_path": 0.1}
 OF_TRANSFORMERS = OF_TIMM | {
     "lr": 5e-4, "sched": "none", "weight_decay": 0.0, "clip_grad": 1.0, "smoothing": 0.0, "drop_path": 0.0,
     "scale": [0.08, 1.0], "hflip": 0.5, "train_interpolation": "bilinear",
@@ -110,41 +115,42 @@ def ways_of_timm(script: str, work: Path, folders: list[Path], epochs: int, seed
     if not teacher.exists():
         alone = {"model": TEACHER, "model_kwargs": {}, "lr": 8e-3, "epochs": 8, "drop_path": 0.0}
         subprocess.run(train(recipe | alone, work, "teacher", teacher), check=True, stdout=subprocess.DEVNULL)
-    arguments = [
-        work / "digits", "--model", MODEL, "--num-classes", 10, "--model-kwargs", *(f"{k}={v}" for k, v in SIZE.items()),
-        "--input-size", 3, 48, 48, "--crop-pct", 1.0, "--train-interpolation", "bicubic", "--scale", 0.6, 1.0, "--hflip", 0.0,
-        "--color-jitter", 0.0, "--smoothing", 0.1, "--drop-path", 0.1, "--opt", "adamw", "--lr", 1e-3, "--weight-decay", 0.05,
-        "--sched", "cosine", "--epochs", epochs, "--warmup-epochs", 2, "--warmup-lr", 1e-6, "--min-lr", 1e-5,
-        "--batch-size", 64, "--workers", 1, "--device", "cpu", "--seed", seed, "--checkpoint-hist", 2,
-        "--kd-distill-type", "token", "--kd-token-distill-type", "hard", "--task-loss-weight", 0.5,
-        "--kd-model-name", f"local-dir:{teacher / 'best'}",
-    ]  # fmt: skip
-    stock, swapped = ([script, *map(str, arguments), "--output", str(folder)] for folder in folders[:2])
-    ours = ("--teacher", teacher / "best", "--distillation-type", "hard", "--seed", seed)
-    return [
-        Way("timm's train.py", [sys.executable, *stock], timms_accuracy),
-        Way("the same under `deit-fast run`", deit_fast("run", *swapped), timms_accuracy),
-        Way("`deit-fast train`", train(recipe, work, "timm", folders[2], *ours), our_accuracy),
-    ]
+    arguments = f"""
+        {work}/digits --model {MODEL} --num-classes 10 --model-kwargs img_size={IMAGE} patch_size={PATCH}
+        --input-size 3 {IMAGE} {IMAGE} --crop-pct 1.0 --train-interpolation bicubic --scale 0.6 1.0 --hflip 0.0
+        --color-jitter 0.0 --smoothing 0.1 --drop-path 0.1 --opt adamw --lr 1e-3 --weight-decay 0.05 --sched cosine
+        --epochs {epochs} --warmup-epochs 2 --warmup-lr 1e-6 --min-lr 1e-5 --batch-size 64 --workers 1 --device cpu
+        --seed {seed} --checkpoint-hist 2 --kd-distill-type token --kd-token-distill-type hard --task-loss-weight 0.5
+        --kd-model-name local-dir:{teacher}/best --output""".split()
+    ours = train(
+        recipe, work, "timm", folders[2], "--seed", seed, "--teacher", teacher / "best", "--distillation-type", "hard"
+    )
+    return ways("timm's `train.py`", [script, *arguments], timms_accuracy, folders, ours)
 
 
 def ways_of_transformers(script: str, work: Path, folders: list[Path], epochs: int, seed: int) -> list[Way]:
     student = work / f"student-{seed}"
     _write_student(student, seed)
-    arguments = [
-        "--train_dir", work / "digits" / "train", "--validation_dir", work / "digits" / "val", "--do_train", "--do_eval",
-        "--use_cpu", "--model_name_or_path", student, "--learning_rate", 5e-4, "--lr_scheduler_type", "constant",
-        "--num_train_epochs", epochs, "--per_device_train_batch_size", 64, "--per_device_eval_batch_size", 64,
-        "--dataloader_drop_last", True, "--dataloader_num_workers", 1, "--remove_unused_columns", False,
-        "--eval_strategy", "epoch", "--save_strategy", "epoch", "--save_total_limit", 2, "--seed", seed,
-    ]  # fmt: skip
-    stock, swapped = ([script, *map(str, arguments), "--output_dir", str(folder)] for folder in folders[:2])
-    ours = ("--finetune", student, "--seed", seed)
+    arguments = f"""
+        --train_dir {work}/digits/train --validation_dir {work}/digits/val --do_train --do_eval --use_cpu
+        --model_name_or_path {student} --learning_rate 5e-4 --lr_scheduler_type constant --num_train_epochs {epochs}
+        --per_device_train_batch_size 64 --per_device_eval_batch_size 64 --dataloader_drop_last True
+        --dataloader_num_workers 1 --remove_unused_columns False --eval_strategy epoch --save_strategy epoch
+        --save_total_limit 2 --seed {seed} --output_dir""".split()
     recipe = OF_TRANSFORMERS | {"epochs": epochs}
+    ours = train(recipe, work, "transformers", folders[2], "--seed", seed, "--finetune", student)
+    name = "transformers' `run_image_classification.py`"
+    return ways(name, [script, *arguments], transformers_accuracy, folders, ours)
+
+
+def ways(
+    name: str, script: list[str], accuracy: Callable[[Path], float], folders: list[Path], ours: list[str]
+) -> list[Way]:
+    """The script, stock and swapped, with its output folder as its last argument, and `deit-fast train`."""
     return [
-        Way("transformers' run_image_classification.py", [sys.executable, *stock], transformers_accuracy),
-        Way("the same under `deit-fast run`", deit_fast("run", *swapped), transformers_accuracy),
-        Way("`deit-fast train`", train(recipe, work, "transformers", folders[2], *ours), our_accuracy),
+        Way(name, [sys.executable, *script, str(folders[0])], accuracy),
+        Way("the same under `deit-fast run`", deit_fast("run", *script, folders[1]), accuracy),
+        Way("`deit-fast train`", ours, our_accuracy),
     ]
 
 
@@ -153,14 +159,14 @@ def _write_student(student: Path, seed: int) -> None:
     import transformers
 
     torch.manual_seed(seed)
-    sizes = {"image_size": SIZE["img_size"], "patch_size": SIZE["patch_size"], "hidden_size": 192}
+    sizes = {"image_size": IMAGE, "patch_size": PATCH, "hidden_size": 192}
     config = transformers.DeiTConfig(**sizes, num_attention_heads=3, intermediate_size=768, num_labels=10)
     model = transformers.DeiTForImageClassification(config)
     # Its own are zero; the first gradients are then thousands of times as large.
     nn.init.trunc_normal_(model.deit.embeddings.position_embeddings, std=0.02)
     model.save_pretrained(student)
     mean, std = (list(timm.models.get_pretrained_cfg_value(MODEL, name)) for name in ("mean", "std"))
-    size = {"height": SIZE["img_size"], "width": SIZE["img_size"]}
+    size = {"height": IMAGE, "width": IMAGE}
     processor = transformers.DeiTImageProcessor(size=size, crop_size=size, image_mean=mean, image_std=std)
     processor.save_pretrained(student)
 
@@ -180,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", help="timm's train.py")
     parser.add_argument("--transformers", help="transformers' run_image_classification.py")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--work", type=Path, required=True, help="a new folder for images, models and outputs")
     args = parser.parse_args()

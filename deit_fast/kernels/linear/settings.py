@@ -73,21 +73,24 @@ def vendor(
 @setting("gemm")
 def gemm(rows: int, columns: int, depth: int, itemsize: int, arch: str, fused: str) -> Tile:
     """The tile for a [rows, depth] × [depth, columns] product; rows: `rows_asked`, fused: what follows it."""
-    if itemsize == 4:
-        if arch in MMA_SYNC:
-            return Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)
-        return Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)
-    if is_amd(arch):
+    narrow = Tile(128, 64, 32, 4, 4)
+    if itemsize == 4 and arch in MMA_SYNC:
+        tiles = [Tile(64, 64 if arch == "sm_120" else 32, 32, 8, 2)]
+    elif itemsize == 4:
+        tiles = [Tile(64, 64, 32, 8 if arch == "sm_100" else 4, 2)]
+    elif is_amd(arch):
         # A residual and an index beside a longer reduction step take all registers.
-        return Tile(128, 64, 32 if fused == "residual" else 64, 8, 2)
-    if arch == "sm_100":
-        return Tile(128, 64 if columns % 128 else 128, 64, 8, 3)
-    if arch == "sm_90":
+        tiles = [Tile(128, 64, 32 if fused == "residual" else 64, 8, 2)]
+    elif arch == "sm_100":
+        tiles = [Tile(128, 64 if columns % 128 else 128, 64, 8, 3)]
+    elif arch == "sm_90":
         whole = Tile(128, 256, 64, 8, 3) if columns % 256 == 0 else Tile(256, 128, 64, 8, 3)
-        return _first_that_fills(rows, columns, whole, Tile(128, 128, 64, 8, 3), *_FEW_ROWS)
-    if arch == "sm_80" and (columns % 128 == 0 or columns > 256):
-        return _first_that_fills(rows, columns, Tile(128, 128, 32, 4, 4), Tile(128, 64, 32, 4, 4), *_FEW_ROWS)
-    return _first_that_fills(rows, columns, Tile(128, 64, 32, 4, 4), *_FEW_ROWS)
+        tiles = [whole, Tile(128, 128, 64, 8, 3)]
+    elif arch == "sm_80" and (columns % 128 == 0 or columns > 256):
+        tiles = [Tile(128, 128, 32, 4, 4), narrow]
+    else:
+        tiles = [narrow]
+    return _first_that_fills(rows, columns, *tiles, *_few_rows(itemsize, arch))
 
 
 @setting("persistent")
@@ -110,6 +113,15 @@ def persistent_gemm(rows: int, columns: int, depth: int, itemsize: int, arch: st
 
 
 _FEW_ROWS = (Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4))
+
+
+def _few_rows(itemsize: int, arch: str) -> Sequence[Tile]:
+    """The tiles where larger ones are too few, each smaller than the one before."""
+    if itemsize == 4:
+        return [Tile(64, 32, 32, 8, 2) if arch == "sm_100" else Tile(32, 32, 32, 4, 2)]
+    return [tile._replace(num_stages=2) for tile in _FEW_ROWS] if is_amd(arch) else _FEW_ROWS
+
+
 # Of the GPUs that have such settings; 128 or so of those that training is done on.
 _MULTIPROCESSORS = 128
 
@@ -139,24 +151,25 @@ def input_gradient(rows: int, columns: int, itemsize: int, arch: str, activation
 
     Or for the sum of three such products, of three `projections`. rows: `rows_asked`.
     """
-    if itemsize == 4:
-        return Tile(64, 32 if arch == "sm_100" else 64, 32, 8 if arch in MMA_SYNC or arch == "sm_100" else 4, 2)
-    if is_amd(arch):
-        return Tile(128, 64, 64, 8, 2)
-    if arch == "sm_100":
-        if activation != "none":
-            return Tile(128, 64, 64, 4, 3)
-        return Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)
-    if arch == "sm_90":
-        whole = Tile(128, 64, 64, 8, 3) if columns <= 64 else _least_padding(_WIDE, 1, columns)
-        return _first_that_fills(rows, columns, whole, Tile(128, 128, 64, 8, 3), *_FEW_ROWS)
     # sm_120's compiler keeps twice as many threads a program to 128 registers.
     narrow = Tile(128, 64, 32, 8, 3) if arch == "sm_120" else Tile(128, 64, 32, 4, 4)
-    wide = Tile(128, 128, 32, 4, 4 if arch == "sm_80" else 3)
+    if itemsize == 4:
+        tiles = [Tile(64, 32 if arch == "sm_100" else 64, 32, 8 if arch in MMA_SYNC or arch == "sm_100" else 4, 2)]
+    elif is_amd(arch):
+        tiles = [Tile(128, 64, 64, 8, 2)]
+    elif arch == "sm_100" and activation != "none":
+        tiles = [Tile(128, 64, 64, 4, 3)]
+    elif arch == "sm_100":
+        tiles = [Tile(128, 128 if columns % 128 == 0 else 64, 64, 8, 3)]
+    elif arch == "sm_90":
+        whole = Tile(128, 64, 64, 8, 3) if columns <= 64 else _least_padding(_WIDE, 1, columns)
+        tiles = [whole, Tile(128, 128, 64, 8, 3)]
     # The addresses of three products at once leave a wide tile too few registers.
-    if columns % 128 == 0 and projections == 1 and (arch == "sm_80" or activation != "none"):
-        return _first_that_fills(rows, columns, wide, narrow, *_FEW_ROWS)
-    return _first_that_fills(rows, columns, narrow, *_FEW_ROWS)
+    elif columns % 128 == 0 and projections == 1 and (arch == "sm_80" or activation != "none"):
+        tiles = [Tile(128, 128, 32, 4, 4 if arch == "sm_80" else 3), narrow]
+    else:
+        tiles = [narrow]
+    return _first_that_fills(rows, columns, *tiles, *_few_rows(itemsize, arch))
 
 
 @setting("weight_gradient")
