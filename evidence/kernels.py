@@ -2,6 +2,7 @@
 
     python -m evidence.kernels [--targets sm_80,sm_90,…] [--models tiny,small,…] [--suites inference,training]
                             [--precisions bf16,autocast-bf16,…] [--batch 64] [--out FOLDER] [--against FILE]
+                            [--reuse FILE]
 
 No GPU is needed and none is measured: the launches are recorded from the running models through a stand-in
 for Triton's driver, each on a few blocks plus patch embedding, last norm and heads, cast to a dtype or under
@@ -12,6 +13,8 @@ compiled once.
 --out writes kernels.json, a row a launch, and kernels.md, the worst of each kernel on each target; what the folder has
 of other targets stays. --against compares with an earlier kernels.json of the same Triton. A launch's floor is what it
 takes of the target's GPU at least, for the grid in its row (`evidence.clocks`); rows of the same grid are compared.
+--reuse takes the rows of an earlier kernels.json of the same Triton whose binaries, grids and tensors are the same, and
+compiles the others.
 
 Exits with 1 if a launch does not compile, spills registers, asks for more shared memory than the target has, or has
 a dot without tensor-core instructions or accesses that could be wider, or if --against lacks it or has it take less, a
@@ -201,8 +204,11 @@ def regression(row: dict, before: dict | None) -> str | None:
 
 def floors_compare(row: dict, before: dict) -> bool:
     """Whether both have a floor, and of one grid: rows of a binary are of the first of its launches."""
-    same = list(row.get("grid", ())) == list(before.get("grid", ())) and row["tensors"] == before["tensors"]
-    return same and None not in (row.get("floor"), before.get("floor"))
+    return _same_launch(row, before) and None not in (row.get("floor"), before.get("floor"))
+
+
+def _same_launch(row: dict, before: dict) -> bool:
+    return list(row.get("grid", ())) == list(before.get("grid", ())) and row["tensors"] == before["tensors"]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -335,6 +341,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, help="folder for kernels.md and kernels.json")
     parser.add_argument("--against", type=Path, help="an earlier kernels.json")
+    parser.add_argument("--reuse", type=Path, help="an earlier kernels.json")
     arguments = parser.parse_args()
     if arguments.batch < 1:
         raise SystemExit(f"--batch must be at least 1, got {arguments.batch}")
@@ -348,14 +355,22 @@ def main() -> None:
         arguments.batch,
     )
     before = _earlier(arguments.against) if arguments.against else {}
+    reusable = _earlier(arguments.reuse) if arguments.reuse else {}
 
-    rows, start = [], time.perf_counter()
+    rows, waiting, start = [], [], time.perf_counter()
     found = dict(zip(targets, each_alone(launches_on, [(target, *what) for target in targets]), strict=True))
-    waiting = [row for launches, _ in found.values() for row in launches.values()]
+    for row in (row for launches, _ in found.values() for row in launches.values()):
+        earlier = reusable.get((row["target"], row["id"]))
+        if earlier and _same_launch(row, earlier):
+            rows.append(earlier | {"models": row["models"]})
+        else:
+            waiting.append(row)
+    reused = len(rows)
     for first in range(0, len(waiting), COMPILED_BY_A_POOL):
         with ProcessPoolExecutor(WORKERS, mp_context=SPAWN) as pool:
             rows += pool.map(compiled, waiting[first : first + COMPILED_BY_A_POOL])
-        print(f"{len(rows)} of {len(waiting)} compiled, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        done = f"{len(rows) - reused} of {len(waiting)} compiled, {reused} reused"
+        print(f"{done}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
     rows.sort(key=_order)
     print(markdown(rows), summary(rows), sep="\n\n")

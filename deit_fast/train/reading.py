@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, default_collate
 from deit_fast.data.images import decode, to_rgb
 from deit_fast.train.pixels import Pixels, batched
 
-# Image or `Pixels`, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each: an
-# OSError where it is the file system.
+# Image or `Pixels`, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each:
+# an OSError where it is the file system.
 Item = tuple[Any, Any, dict[str, Any]]
 SHOWN = 3
 # Seconds before each new try where the file system fails.
