@@ -559,11 +559,13 @@ def test_two_processes_train_as_one_with_the_whole_batch(setup: str, two_process
 
 
 def test_mixed_precision_shards_train_as_stocks(two_processes) -> None:
+    """Its losses are as near to float32's as stock's are; how near depends on the processor's bfloat16 products."""
     for results in two_processes:
+        in_float32 = pytest.approx(results["fully_shard, stock"][0], abs=2e-2)
         stock_losses, stock, _ = results["fully_shard in bfloat16, stock"]
         losses, found, attention_backwards = results["fully_shard in bfloat16, swap first"]
         assert attention_backwards == 2
-        assert losses == pytest.approx(stock_losses, rel=1e-2)
+        assert stock_losses == in_float32 and losses == in_float32
         assert found.keys() == stock.keys()
         for name, expected in stock.items():
             if name.endswith("qkv.bias"):
