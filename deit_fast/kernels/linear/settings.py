@@ -118,8 +118,11 @@ _FEW_ROWS = (Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 4), Tile(32, 32, 64, 4,
 def _few_rows(itemsize: int, arch: str) -> Sequence[Tile]:
     """The tiles where larger ones are too few, each smaller than the one before."""
     if itemsize == 4:
-        return [Tile(64, 32, 32, 8, 2) if arch == "sm_100" else Tile(32, 32, 32, 4, 2)]
-    return [tile._replace(num_stages=2) for tile in _FEW_ROWS] if is_amd(arch) else _FEW_ROWS
+        return [Tile(64, 32, 32, 8, 2) if arch == "sm_100" else Tile(32, 32, 32, 8 if arch == "sm_120" else 4, 2)]
+    if is_amd(arch):
+        return [tile._replace(num_stages=2) for tile in _FEW_ROWS]
+    # sm_100's registers do not hold 64 × 64 beside a GELU.
+    return _FEW_ROWS[1:] if arch == "sm_100" else _FEW_ROWS
 
 
 # Of the GPUs that have such settings; 128 or so of those that training is done on.
