@@ -14,7 +14,7 @@ compiled once.
 of other targets stays. --against compares with an earlier kernels.json of the same Triton. A launch's floor is what it
 takes of the target's GPU at least, for the grid in its row (`evidence.clocks`); rows of the same grid are compared.
 --reuse takes the rows of an earlier kernels.json of the same Triton whose binaries, grids and tensors are the same, and
-compiles the others.
+compiles the others. Their figures are the earlier code's: it is no use after a change in how they are found.
 
 Exits with 1 if a launch does not compile, spills registers, asks for more shared memory than the target has, or has
 a dot without tensor-core instructions or accesses that could be wider, or if --against lacks it or has it take less, a
@@ -361,7 +361,7 @@ def main() -> None:
     found = dict(zip(targets, each_alone(launches_on, [(target, *what) for target in targets]), strict=True))
     for row in (row for launches, _ in found.values() for row in launches.values()):
         earlier = reusable.get((row["target"], row["id"]))
-        if earlier and _same_launch(row, earlier):
+        if earlier and not earlier["error"] and _same_launch(row, earlier):
             rows.append(earlier | {"models": row["models"]})
         else:
             waiting.append(row)

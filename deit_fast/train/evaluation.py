@@ -30,12 +30,12 @@ def evaluate(
     normalise: Callable[[Pixels], Tensor],
     accelerator: Accelerator,
     stopping: Callable[[], bool] = lambda: False,
-    no_images: Pixels | None = None,
+    blank: Pixels | None = None,
 ) -> Evaluation | None:
     """Mean loss and accuracy over `loader` of all processes, or None where it has been told to stop.
 
     model: images -> logits [B, C], or the loss of each, [B]. normalise: what makes its images of the loader's.
-    no_images: none, where all processes must call the model equally often: for each batch that this one lacks.
+    blank: an image, where all processes must call the model equally often: for each batch that this one lacks.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -44,14 +44,15 @@ def evaluate(
         if stopping():
             return None
         batch = next(batches, None)
-        if batch is None and no_images is not None:
-            batch = no_images, torch.zeros(0, dtype=torch.long)
+        if batch is None and blank is not None:
+            batch = blank, torch.zeros(0, dtype=torch.long)
         if batch is None:
             continue
         pixels, labels = batch
         images, labels = normalise(pixels), labels.to(accelerator.device)
-        with torch.inference_mode(), accelerator.autocast():
-            outputs = model(images).float()
+        # FSDP2's weights would stay inference tensors.
+        with torch.no_grad(), accelerator.autocast():
+            outputs = model(images).float()[: len(labels)]
             loss = F.cross_entropy(outputs, labels, reduction="sum") if outputs.ndim > 1 else outputs.sum()
         count = right(outputs, labels).sum()
         sums += torch.stack([loss.double(), count.double(), count.new_tensor(len(labels)).double()])

@@ -20,7 +20,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from deit_fast.train import build
 from deit_fast.train.checkpoints import Checkpoints, Saved, check_same
@@ -40,7 +40,7 @@ from deit_fast.train.samples import (
     train_transform,
     val_loader,
 )
-from deit_fast.train.sharding import OPTIMIZERS, in_parts, whole
+from deit_fast.train.sharding import OPTIMIZERS, gathered, in_parts
 from deit_fast.train.teaching import read_classes, teacher_of
 
 _DATA_PARALLEL = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -138,7 +138,7 @@ class Run:
             "images": images,
             "teacher": self.teacher.digest if self.teacher is not None else None,
             "processes": ranks,
-            "sharded": accelerator.is_fsdp2,
+            "sharded": accelerator.is_fsdp2 or None,  # as in checkpoints that know nothing of it
         }
         self.step, self.evaluated = 0, True
         self.saved: int | None = None  # the last step of which there is a checkpoint
@@ -148,12 +148,12 @@ class Run:
         if saved is not None:
             self._load(saved)
 
-        self.as_saved, self.no_images = self.model, None
+        self.as_saved, self.blank = self.model, None
         if accelerator.is_fsdp2:
             # Gets the weights when they are saved.
             self.as_saved = copy.deepcopy(self.model).to("meta")
-            # For the process that has no batch left: a call is of all processes.
-            self.no_images = Pixels(torch.zeros(0, *data_config["input_size"], dtype=torch.uint8))
+            # For the process that has no batch left: a call is of all processes, and not every model takes no images.
+            self.blank = Pixels(torch.zeros(1, *data_config["input_size"], dtype=torch.uint8))
             # Accelerate's way fails where a model has parameters of its own, and each process has the weights anyway.
             accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.compiled = torch.compile(self.trained) if job.compile else self.trained
@@ -225,9 +225,7 @@ class Run:
         # Not `wrapped`, whose calls are of all processes at once: one may have a batch more.
         for model in (self.compiled, *averaged):
             seed_draws("evaluation", self.recipe.seed)  # masks, the same after each epoch
-            evaluation = evaluate(
-                model, self.val_loader, self.normalise, self.accelerator, self._stopping, self.no_images
-            )
+            evaluation = evaluate(model, self.val_loader, self.normalise, self.accelerator, self._stopping, self.blank)
             if evaluation is None:
                 return True
             self._log_corrupt(self.val_loader, "val")
@@ -313,7 +311,7 @@ class Run:
 
     def _save(self, must: bool = False) -> None:
         """A checkpoint of this step; where there is one already, what has changed since."""
-        if not all(bool(whole(parameter.isfinite().all())) for parameter in self.trained.parameters()):
+        if not all(bool(gathered(parameter.isfinite().all())) for parameter in self.trained.parameters()):
             raise FloatingPointError(f"the weights are not finite after step {self.step}; {self._kept()}")
         self._log_corrupt(self.loader, "train")
         if self.teacher is not None and self.teacher.cache is not None:
@@ -338,7 +336,7 @@ class Run:
         """Of the run, for a checkpoint. Of a sharded model `as_saved` gets the weights, too."""
         main = self.accelerator.is_main_process
         if self.accelerator.is_fsdp2:
-            weights = whole(self.model.state_dict(), keep=main)
+            weights = gathered(self.model.state_dict(), keep=main)
             if main:
                 self.as_saved.load_state_dict(weights, assign=True)
         return {
@@ -346,9 +344,9 @@ class Run:
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
-            "filling": whole(self._filling(), keep=main),
+            "filling": gathered(self._filling(), keep=main),
             "corrupt": self.loader.corrupt,
-            "optimizer": whole(self.optimizer.state_dict(), keep=main),
+            "optimizer": gathered(self.optimizer.state_dict(), keep=main),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
 
@@ -450,8 +448,12 @@ def _refuse_parallel(recipe: Recipe, job: Job, accelerator: Accelerator) -> None
             raise ValueError("model_ema: a model that FSDP2 shards has no moving average here")
         if job.compile:
             raise ValueError("--compile: a model that FSDP2 shards is not compiled here")
-        if recipe.opt not in OPTIMIZERS:
+        if recipe.opt.lower() not in OPTIMIZERS:
             raise ValueError(f"a model that FSDP2 shards is trained with {', '.join(OPTIMIZERS)}, not {recipe.opt}")
+        with torch.device("meta"):
+            model = build.model_of(recipe, num_classes=2)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+            raise ValueError(f"{recipe.model} has BatchNorm: with FSDP2 its statistics would differ between processes")
     elif accelerator.distributed_type not in (DistributedType.NO, *_DATA_PARALLEL):
         kind = accelerator.distributed_type.value
         raise ValueError(f"deit-fast train runs under DistributedDataParallel and FSDP2 (fsdp_version 2), not {kind}")

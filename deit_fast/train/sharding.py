@@ -1,4 +1,4 @@
-"""A model that FSDP2 has sharded: its tensors whole, as checkpoints have them, and in parts again."""
+"""A model that FSDP2 has sharded: its tensors gathered, as checkpoints have them, and in parts again."""
 
 from typing import Any
 
@@ -8,10 +8,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 # Those whose state is scalars and tensors of the weights' shapes.
-OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "lamb", "fusedlamb")
+# FSDP2 has no rule for the fused SGD.
+OPTIMIZERS = ("adam", "adamw", "lamb")
 
 
-def whole(tree: Any, keep: bool = True) -> Any:
+def gathered(tree: Any, keep: bool = True) -> Any:
     """`tree` with each sharded tensor put together, on the CPU; others are as they are.
 
     All processes call it together. Without `keep` None is in the place of what was put together.
@@ -25,7 +26,7 @@ def whole(tree: Any, keep: bool = True) -> Any:
 
 
 def in_parts(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The whole state dict `state`, as `optimizer` loads it: of a sharded weight this process's part."""
+    """The gathered state dict `state`, as `optimizer` loads it: of a sharded weight this process's part."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
 
     def part(weight: Tensor, value: Any) -> Any:

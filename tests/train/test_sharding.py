@@ -45,7 +45,7 @@ def _train_one_of_two(images: Path, out: Path, rank: int, port: int) -> None:
         return Run(recipe_of(BATCH // 2), job(images, out / name, log_every=1, save_every=None, **given))
 
     def stop(step, *_):
-        if step == 3:
+        if step in (3, 5):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with mock.patch.object(Accelerator, "end_training"):  # one group of processes for all
@@ -54,7 +54,9 @@ def _train_one_of_two(images: Path, out: Path, rank: int, port: int) -> None:
         assert run.train()
         assert not running("stopped").train(stop)
         run = running("stopped", resume="auto")
-        assert run.step == 3 and run.train()
+        assert run.step == 3 and not run.train(stop)
+        run = running("stopped", resume="auto")  # which begins with an evaluation
+        assert run.step == 5 and run.train()
     if rank:
         run.model.blocks[0].mlp.fc1.bias.to_local().detach()[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step-00000010 is kept"):
@@ -93,7 +95,8 @@ def test_two_processes_with_a_half_each_lose_what_one_loses_and_resume_bit_for_b
     [
         ({"model_ema": True}, {}, "model_ema: a model that FSDP2 shards"),
         ({}, {"compile": True}, "--compile: a model that FSDP2 shards"),
-        ({"opt": "adafactor"}, {}, "with sgd, .*, not adafactor"),
+        ({"opt": "sgd"}, {}, "with adam, .*, not sgd"),
+        ({"model": "test_resnet", "model_kwargs": {}}, {}, "test_resnet has BatchNorm"),
         (None, {}, "DistributedDataParallel and FSDP2 .*, not FSDP"),
     ],
     ids=lambda given: str(given)[:20],
