@@ -50,6 +50,8 @@ def _sample(dataset: Any, index: int) -> Item:
 def _fault(error: Exception) -> OSError | None:
     """The file system's, say of a network, where it is to blame; Pillow's own errors have no number."""
     cause = error.__cause__ or error
+    if isinstance(cause, (TimeoutError, ConnectionError)):  # of a network, which may have no number either
+        return cause
     of_file = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
     return cause if isinstance(cause, OSError) and cause.errno and not isinstance(cause, of_file) else None
 

@@ -236,7 +236,23 @@ class Order(Sampler[list[Key]]):
         return [*range(start, start + half), *range(end - half, end)]
 
 
-class Augmented(Dataset):
+class _Items(Dataset):
+    """Samples of a dataset. After an error of the file system that remains nothing more is read: the run is to stop."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self.failed: Item | None = None
+
+    def _item(self, index: int) -> Item:
+        if self.failed is not None:
+            return self.failed
+        item = read(self.dataset, index)
+        if any(isinstance(why, OSError) for why in item[2].values()):
+            self.failed = item
+        return item
+
+
+class Augmented(_Items):
     """Readable samples of a dataset, augmented, asked for by `Key`.
 
     In place of a corrupt one comes the next in the dataset's order. Where more than `allowed` were found corrupt here,
@@ -244,7 +260,8 @@ class Augmented(Dataset):
     """
 
     def __init__(self, dataset: Any, transform: transforms.Compose, seed: int, allowed: int = 0):
-        self.dataset, self.transform, self.seed, self.allowed = dataset, transform, seed, allowed
+        super().__init__(dataset)
+        self.transform, self.seed, self.allowed = transform, seed, allowed
         self.corrupt: dict[str, str] = {}
         self.last: tuple[int, Any] = -1, None
 
@@ -262,7 +279,9 @@ class Augmented(Dataset):
     def _readable(self, index: int) -> Item:
         corrupt: dict[str, str] = {}
         while True:
-            image, target, why = read(self.dataset, index)
+            image, target, why = self._item(index)
+            if self.failed is not None:
+                return self.failed
             if image is not None:
                 return image, target, corrupt
             corrupt |= why
@@ -272,17 +291,18 @@ class Augmented(Dataset):
             index = (index + 1) % len(self.dataset)
 
 
-class Shown(Dataset):
+class Shown(_Items):
     """Samples of a dataset for evaluation."""
 
     def __init__(self, dataset: Any, transform: transforms.Compose):
-        self.dataset, self.transform = dataset, transform
+        super().__init__(dataset)
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Item:
-        image, target, corrupt = read(self.dataset, index)
+        image, target, corrupt = self._item(index)
         return image if image is None else self.transform(image), target, corrupt
 
 

@@ -3,6 +3,7 @@
 import errno
 import gc
 import io
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from torchvision import transforms
 
 from deit_fast.data import load_image
-from deit_fast.train import reading, samples
+from deit_fast.train import reading, recipe, samples
 from tests.train.test_samples import CONFIG, folders
 
 
@@ -134,11 +135,46 @@ def test_a_file_system_that_keeps_failing_stops_the_run_and_not_the_image(root, 
     gc.collect()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_system_that_is_dead_is_tried_with_one_image(root, monkeypatch, split, workers):
+    data, tried = samples.open_data(str(root)), multiprocessing.get_context("fork").Value("i", 0)
+
+    def dead(*_):
+        tried.value += 1
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(type(data.train.reader), "__getitem__", dead)
+    monkeypatch.setattr(reading, "PAUSES", (0.0, 0.0))
+    if split == "train":
+        order = samples.Order(15, 4, seed=0, repeated=False)
+        loader = samples.train_loader(data, order, recipe.load(), CONFIG, workers, max_corrupt=0.5)
+    else:
+        loader = samples.val_loader(data.val, samples.eval_transform(CONFIG), 4, range(15), workers, max_corrupt=0.5)
+    with pytest.raises(OSError, match=r"^./..png could not be read in 3 tries: .*Input/output error$") as error:
+        list(loader)
+    assert tried.value == 3 and not loader.corrupt and not loader.new
+    del loader, error
+    gc.collect()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), ConnectionResetError("reset by peer")])
+def test_an_error_of_a_network_makes_no_image_corrupt_without_a_number_either(root, monkeypatch, error):
+    made = augmented(root)
+    monkeypatch.setattr(reading, "PAUSES", (0.0,))
+    monkeypatch.setattr(type(made.dataset.reader), "__getitem__", lambda *_: _raise(error))
+    assert made[0, 0, 2] == (None, None, {"a/2.png": error})
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 @pytest.mark.parametrize("gone", [FileNotFoundError, PermissionError])
 def test_a_file_that_is_not_there_or_not_ours_is_corrupt_at_once(root, monkeypatch, gone):
     made = augmented(root)
     monkeypatch.setattr(reading, "PAUSES", (1e9,))
-    monkeypatch.setattr(reading, "decode", lambda *_: (_ for _ in ()).throw(gone(errno.ENOENT, "gone")))
+    monkeypatch.setattr(reading, "decode", lambda *_: _raise(gone(errno.ENOENT, "gone")))
     assert list(reading.read(made.dataset, 2)[2]) == ["a/2.png"]
 
 
