@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -171,20 +171,26 @@ class Run:
 
         Raises:
             FloatingPointError: a loss or a weight is not finite; the message names the checkpoint that is kept.
-            OSError: the last checkpoint can't be written; one before the last that can't is a warning. More images are
-                corrupt than `max_corrupt` allows.
+            OSError: the last checkpoint can't be written, or the first after a resume from another folder; others that
+                can't are warnings. More images are corrupt than `max_corrupt` allows, or the file system keeps failing.
         """
         self.on_log = on_log
         config = asdict(self.recipe) | asdict(self.job)
         plain = (bool, int, float, str)  # what every tracker takes
         config = {name: value if isinstance(value, plain) else str(value) for name, value in config.items()}
         self.accelerator.init_trackers("deit-fast", config)
-        with _sigterm() as self.asked:
-            finished = self._epochs()
-        self.accelerator.end_training()
+        try:
+            with _sigterm() as self.asked:
+                finished = self._epochs()
+        finally:
+            self._track(lambda tracker: tracker.finish())
+        # Not after an error here: the other processes may be in a collective call.
+        self.accelerator.state.destroy_process_group()
         return finished
 
     def _epochs(self) -> bool:
+        if self.step and self.saved is None:  # resumed from elsewhere
+            self._save(must=True)
         while self.step < self.steps or not self.evaluated:
             if self._epoch():
                 self._save(must=True)
@@ -302,9 +308,10 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated = state["step"], state["evaluated"]
         there = self.checkpoints.steps()
-        if self.step in there:
+        if saved.folder.resolve() == self.checkpoints.path(self.step).resolve():
             self.saved = self.step
-        if state["best"] is not None and state["best"][1] in there:  # not those of a checkpoint from elsewhere
+        # One that is here, as this step soon is.
+        if state["best"] is not None and state["best"][1] in (*there, self.step):
             score, step = state["best"]
             self.best = self.best_saved = score, step
         self.loader.corrupt = state["corrupt"]
@@ -317,17 +324,20 @@ class Run:
         if self.teacher is not None and self.teacher.cache is not None:
             self.teacher.cache.flush()
         best = self.best[1] if self.best else None
-        if self.saved == self.step:
+        amends = self.saved == self.step
+        if amends:
             changed = {"evaluated": self.evaluated, "best": self.best}
             failed = self._failure(lambda: self.checkpoints.amend(self.step, changed, best))
         else:
             state, ema = self._state(), self.ema.module if self.ema is not None else None
             to_save = self.step, self.as_saved, ema, self.data_config, state, best
             failed = self._failure(lambda: self.checkpoints.save(*to_save))
+        if failed is not None and not amends:
+            self.best = self.best_saved  # it may have been this step
+        self.best_saved = self.best
         if failed is None:
-            self.saved, self.best_saved = self.step, self.best
+            self.saved = self.step
             return
-        self.best = self.best_saved
         if must:
             raise OSError(f"{failed}; {self._kept()}")
         warnings.warn(f"{failed}; training goes on, and {self._kept()}", stacklevel=2)
@@ -391,9 +401,17 @@ class Run:
         of = "ema_" if record.get("ema") else ""
         numbers = {of + name: value for name, value in record.items() if isinstance(value, float)}
         if numbers:
-            self.accelerator.log(numbers, step=self.step)
+            self._track(lambda tracker: tracker.log(numbers, step=self.step))
         if self.on_log is not None:
             self.on_log(self.step, self.steps, record)
+
+    def _track(self, call: Callable[[GeneralTracker], None]) -> None:
+        """Call each tracker; its errors are warnings."""
+        for tracker in self.accelerator.trackers:
+            try:
+                call(tracker)
+            except Exception as error:  # of any library, say for a full disk or a network
+                warnings.warn(f"the tracker {tracker.name} failed: {error}", stacklevel=2)
 
 
 def refuse(recipe: Recipe, job: Job) -> None:

@@ -437,6 +437,37 @@ def test_the_best_is_one_that_was_saved(images, tmp_path, monkeypatch):
         Run(small(model_ema=False), job(images, tmp_path, resume=str(older)))
 
 
+def test_a_best_whose_score_was_not_written_is_still_the_best(images, tmp_path, monkeypatch):
+    accuracies, amended, write = iter([0.9, 0.1, 0.2]), [], Path.write_text
+
+    def full_once(path, text):
+        if path.name.startswith(checkpoints.AMENDED):
+            amended.append(path)
+            if len(amended) == 1:
+                raise OSError(28, "No space left on device")
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", full_once)
+    monkeypatch.setattr(runs, "evaluate", lambda *_: Evaluation(1.0, next(accuracies)))
+    run = Run(small(model_ema=False), job(images, tmp_path, save_every=None, keep=1))
+    with pytest.warns(UserWarning, match="No space left on device; training goes on, and .*step-00000005 is kept"):
+        assert run.train()
+    assert run.best == (0.9, 5) and (tmp_path / "best").readlink() == Path("step-00000005")
+    assert checkpoints.Saved(tmp_path / "best").state["step"] == 5
+    assert tuple(checkpoints.Saved(newest(tmp_path)).state["best"]) == run.best
+
+
+def test_a_broken_checkpoint_is_mended_by_a_resume_from_its_copy(images, uninterrupted, tmp_path):
+    copy = Path(shutil.copytree(newest(uninterrupted), tmp_path / "copy"))
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "out", symlinks=True))
+    (newest(out) / checkpoints.WEIGHTS).write_bytes(b"")
+    run = Run(small(), job(images, out, resume=str(copy)))
+    assert run.train()
+    assert_same_end(out, uninterrupted, with_best=False)
+    assert list(run.best) == checkpoints.Saved(copy).state["best"]
+    assert (out / "best").readlink() == (uninterrupted / "best").readlink()
+
+
 def test_a_line_of_the_log_that_was_cut_short_stays_apart(images, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "lo')
     assert Run(small(epochs=2), job(images, tmp_path)).train()
@@ -465,11 +496,15 @@ class _Noted(tracking.GeneralTracker):
         type(self).seen += ["finished"]
 
 
-def test_a_tracker_gets_the_numbers_of_the_log_on_one_axis_of_steps(images, tmp_path, monkeypatch):
+def track_with(tracker: type[_Noted], monkeypatch) -> None:
     for module in (tracking, runs):
         monkeypatch.setattr(module, "get_available_trackers", lambda: [tracking.LoggerType.TENSORBOARD])
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", _Noted)
-    _Noted.seen = []
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", tracker)
+    tracker.seen = []
+
+
+def test_a_tracker_gets_the_numbers_of_the_log_on_one_axis_of_steps(images, tmp_path, monkeypatch):
+    track_with(_Noted, monkeypatch)
 
     def stop(step, steps, record):
         if step == 4:
@@ -487,6 +522,33 @@ def test_a_tracker_gets_the_numbers_of_the_log_on_one_axis_of_steps(images, tmp_
         logged.append({name if name == "step" else ema + name: value for name, value in record.items()})
     assert _Noted.seen.count("finished") == 2 and _Noted.seen[-1] == "finished"
     assert [record for record in _Noted.seen if record != "finished"] == logged and "ema_val_accuracy" in logged[-1]
+
+
+class _Refusing(_Noted):
+    """With no way to where the numbers go."""
+
+    def log(self, values, step):
+        raise ConnectionError("no route to host")
+
+    def finish(self):
+        super().finish()
+        raise ConnectionError("no route to host")
+
+
+def test_an_error_of_a_tracker_ends_no_training(images, tmp_path, monkeypatch):
+    track_with(_Refusing, monkeypatch)
+    with pytest.warns(UserWarning, match="the tracker tensorboard failed: no route to host"):
+        assert Run(small(epochs=1, warmup_epochs=0), job(images, tmp_path, log_with=["tensorboard"])).train()
+    assert _Refusing.seen == ["finished"]
+
+
+def test_a_run_that_fails_finishes_its_trackers(images, tmp_path, monkeypatch):
+    track_with(_Refusing, monkeypatch)
+    run = Run(small(), job(images, tmp_path, log_with=["tensorboard"]))
+    run.criterion = lambda *_: 1 / 0
+    with pytest.warns(UserWarning, match="the tracker"), pytest.raises(ZeroDivisionError):
+        run.train()
+    assert _Refusing.seen == ["finished"]
 
 
 def test_a_disk_that_stays_full_is_an_error_that_names_what_is_kept(images, tmp_path, monkeypatch):

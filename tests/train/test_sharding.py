@@ -48,7 +48,7 @@ def _train_one_of_two(images: Path, out: Path, rank: int, port: int) -> None:
         if step in (3, 5):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch.object(Accelerator, "end_training"):  # one group of processes for all
+    with mock.patch.object(PartialState, "destroy_process_group"):  # one group of processes for all
         run = running("whole")
         assert type(run.model.blocks[0]).__name__ == "FSDPBlock"
         assert run.train()
