@@ -17,6 +17,7 @@ from torch import Tensor
 from deit_fast import kernels
 from deit_fast.kernels import attention, drop_path, layer_norm, linear, loss, mlp, patch_embed, readout
 from deit_fast.kernels import pixels as pixels_kernels
+from deit_fast.kernels.launching import hardware
 from deit_fast.kernels.launching.settings import Tile
 from deit_fast.kernels.layer_norm.backward import layer_norm_input_gradient, layer_norm_parameter_gradients
 from deit_fast.kernels.layer_norm.settings import COLUMN_SUMS
@@ -126,6 +127,21 @@ def test_layer_norm_linear(with_kept):
         (y,) = linear.layer_norm_linear(filled(samples, last), bias, bias, EPS, [weight], [bias], kept)
     assert names == ["layer_norm_kernel", "linear_kernel"]
     assert_same(y[-1, -16:], linear.layer_norm_linear(last, bias, bias, EPS, [weight], [bias])[0][-1, -16:])
+
+
+def test_linear_by_persistent_programs(monkeypatch):
+    monkeypatch.setattr(linear.settings, "persistent", lambda *_: True)
+    # A program takes one tile, or the last would take its share of them all.
+    monkeypatch.setattr(hardware, "multiprocessors", lambda _: LIMIT)
+    x, residual = tail((1, TOKENS, 64)), tail((1, TOKENS, 64))
+    weight, bias, factors = tail((64, 64), scale=0.125), tail((64,)), tail((1,))
+    samples = samples_of(TOKENS * 64)
+    with huge.last_programs(1) as names:
+        y = linear.linear_residual(
+            filled(samples, x), weight, bias, filled(samples, residual), bias, filled(samples, factors)
+        )
+    assert names == ["persistent_linear_kernel"]
+    assert_same(y[-1, -16:], linear.linear_residual(x, weight, bias, residual, bias, factors)[-1, -16:])
 
 
 def test_layer_norm_qkv():
@@ -457,6 +473,6 @@ def test_launches_use_the_first_axis_of_the_grid_alone():
     modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "deit_fast.kernels.")]
     source = "".join(map(getsource, modules))
     assert set(re.findall(r"(?:program_id|num_programs)\((\w+)\)", source)) == {"0"}
-    assert re.findall(r"\w+\[(\(.*\))\]\(\*args", source) == ["(programs,)"]
+    assert re.findall(r"\bkernel\[(\(.*\))\]\)\(\*args", source) == ["(programs,)"]
     assert re.findall(r"\bstart_\{i\}\((.*), stream", source) == ["{programs}, 1, 1"]
     assert not re.search(r"_kernel\[", source)
