@@ -3,7 +3,7 @@
     python bench/scripts.py --timm train.py --transformers run_image_classification.py --work FOLDER
 
 The scripts come from the repositories of timm and transformers; transformers' also needs datasets and evaluate. All
-runs of a group have the same images (scikit-learn's digits at 48 × 48 pixels), model, hyper-parameters and seed.
+runs of a group have the same images (scikit-learn's digits), model, hyper-parameters and seed.
 timm's has drop path 0.1 and a teacher whose class the distillation head learns, which a first run trains.
 transformers' has neither.
 
@@ -32,17 +32,16 @@ from torch import nn
 from deit_fast.train.digits import write_folder
 
 MODEL, TEACHER = "deit_tiny_distilled_patch16_224", "test_resnet"
-IMAGE, PATCH = 48, 8
+PATCH = 8
 # By the names of deit_fast's recipes.
 OF_TIMM = {
     "model": MODEL,
     "model_kwargs": {"patch_size": PATCH},
     "drop_path": 0.1,
     "lr": 1e-3,
-    "warmup_epochs": 2,
+    "warmup_epochs": 1,
     "batch_size": 64,
     "unscale_lr": True,
-    "input_size": IMAGE,
     "eval_crop_ratio": 1.0,
     "repeated_aug": False,
     "scale": [0.6, 1.0],
@@ -109,17 +108,17 @@ def train(recipe: dict, work: Path, name: str, folder: Path, *options: object) -
     return deit_fast("train", *shared, *options)
 
 
-def ways_of_timm(script: str, work: Path, folders: list[Path], epochs: int, seed: int) -> list[Way]:
-    recipe = OF_TIMM | {"epochs": epochs}
+def ways_of_timm(script: str, work: Path, folders: list[Path], image: int, epochs: int, seed: int) -> list[Way]:
+    recipe = OF_TIMM | {"input_size": image, "epochs": epochs}
     teacher = work / "teacher"
     if not teacher.exists():
         alone = {"model": TEACHER, "model_kwargs": {}, "lr": 8e-3, "epochs": 8, "drop_path": 0.0}
         subprocess.run(train(recipe | alone, work, "teacher", teacher), check=True, stdout=subprocess.DEVNULL)
     arguments = f"""
-        {work}/digits --model {MODEL} --num-classes 10 --model-kwargs img_size={IMAGE} patch_size={PATCH}
-        --input-size 3 {IMAGE} {IMAGE} --crop-pct 1.0 --train-interpolation bicubic --scale 0.6 1.0 --hflip 0.0
+        {work}/digits --model {MODEL} --num-classes 10 --model-kwargs img_size={image} patch_size={PATCH}
+        --input-size 3 {image} {image} --crop-pct 1.0 --train-interpolation bicubic --scale 0.6 1.0 --hflip 0.0
         --color-jitter 0.0 --smoothing 0.1 --drop-path 0.1 --opt adamw --lr 1e-3 --weight-decay 0.05 --sched cosine
-        --epochs {epochs} --warmup-epochs 2 --warmup-lr 1e-6 --min-lr 1e-5 --batch-size 64 --workers 1 --device cpu
+        --epochs {epochs} --warmup-epochs 1 --warmup-lr 1e-6 --min-lr 1e-5 --batch-size 64 --workers 1 --device cpu
         --seed {seed} --checkpoint-hist 2 --kd-distill-type token --kd-token-distill-type hard --task-loss-weight 0.5
         --kd-model-name local-dir:{teacher}/best --output""".split()
     ours = train(
@@ -128,16 +127,16 @@ def ways_of_timm(script: str, work: Path, folders: list[Path], epochs: int, seed
     return ways("timm's `train.py`", [script, *arguments], timms_accuracy, folders, ours)
 
 
-def ways_of_transformers(script: str, work: Path, folders: list[Path], epochs: int, seed: int) -> list[Way]:
+def ways_of_transformers(script: str, work: Path, folders: list[Path], image: int, epochs: int, seed: int) -> list[Way]:
     student = work / f"student-{seed}"
-    _write_student(student, seed)
+    _write_student(student, image, seed)
     arguments = f"""
         --train_dir {work}/digits/train --validation_dir {work}/digits/val --do_train --do_eval --use_cpu
         --model_name_or_path {student} --learning_rate 5e-4 --lr_scheduler_type constant --num_train_epochs {epochs}
         --per_device_train_batch_size 64 --per_device_eval_batch_size 64 --dataloader_drop_last True
         --dataloader_num_workers 1 --remove_unused_columns False --eval_strategy epoch --save_strategy epoch
         --save_total_limit 2 --seed {seed} --output_dir""".split()
-    recipe = OF_TRANSFORMERS | {"epochs": epochs}
+    recipe = OF_TRANSFORMERS | {"input_size": image, "epochs": epochs}
     ours = train(recipe, work, "transformers", folders[2], "--seed", seed, "--finetune", student)
     name = "transformers' `run_image_classification.py`"
     return ways(name, [script, *arguments], transformers_accuracy, folders, ours)
@@ -154,19 +153,19 @@ def ways(
     ]
 
 
-def _write_student(student: Path, seed: int) -> None:
+def _write_student(student: Path, image: int, seed: int) -> None:
     """An untrained DeiT of transformers' with timm's sizes, and its image processor."""
     import transformers
 
     torch.manual_seed(seed)
-    sizes = {"image_size": IMAGE, "patch_size": PATCH, "hidden_size": 192}
+    sizes = {"image_size": image, "patch_size": PATCH, "hidden_size": 192}
     config = transformers.DeiTConfig(**sizes, num_attention_heads=3, intermediate_size=768, num_labels=10)
     model = transformers.DeiTForImageClassification(config)
     # Its own are zero; the first gradients are then thousands of times as large.
     nn.init.trunc_normal_(model.deit.embeddings.position_embeddings, std=0.02)
     model.save_pretrained(student)
     mean, std = (list(timm.models.get_pretrained_cfg_value(MODEL, name)) for name in ("mean", "std"))
-    size = {"height": IMAGE, "width": IMAGE}
+    size = {"height": image, "width": image}
     processor = transformers.DeiTImageProcessor(size=size, crop_size=size, image_mean=mean, image_std=std)
     processor.save_pretrained(student)
 
@@ -186,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", help="timm's train.py")
     parser.add_argument("--transformers", help="transformers' run_image_classification.py")
+    parser.add_argument("--image-size", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--work", type=Path, required=True, help="a new folder for images, models and outputs")
@@ -199,7 +199,9 @@ def main() -> None:
         done: dict[str, list[Done]] = {}
         for seed in args.seeds:
             folders = [args.work / group / str(seed) / str(number) for number in range(3)]
-            for way, folder in zip(ways_of(script, args.work, folders, args.epochs, seed), folders, strict=True):
+            for way, folder in zip(
+                ways_of(script, args.work, folders, args.image_size, args.epochs, seed), folders, strict=True
+            ):
                 done.setdefault(way.name, []).append(run(way, folder))
                 print(f"seed {seed}, {way.name}: {done[way.name][-1]}", file=sys.stderr, flush=True)
         print(table(done), flush=True)
