@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from deit_fast.train.pixels import Pixels
+from deit_fast.train.pixels import ByteImages
 from deit_fast.train.reading import Batches
 
 
@@ -27,10 +27,10 @@ def right(outputs: Tensor, labels: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module,
     loader: Batches,
-    normalise: Callable[[Pixels], Tensor],
+    normalise: Callable[[ByteImages], Tensor],
     accelerator: Accelerator,
     stopping: Callable[[], bool] = lambda: False,
-    blank: Pixels | None = None,
+    blank: ByteImages | None = None,
 ) -> Evaluation | None:
     """Mean loss and accuracy over `loader` of all processes, or None where it has been told to stop.
 
@@ -48,8 +48,8 @@ def evaluate(
             batch = blank, torch.zeros(0, dtype=torch.long)
         if batch is None:
             continue
-        pixels, labels = batch
-        images, labels = normalise(pixels), labels.to(accelerator.device)
+        byte_images, labels = batch
+        images, labels = normalise(byte_images), labels.to(accelerator.device)
         # FSDP2's weights would stay inference tensors.
         with torch.no_grad(), accelerator.autocast():
             outputs = model(images).float()[: len(labels)]

@@ -15,7 +15,7 @@ from deit_fast import ops
 from deit_fast.train.mixing import UNMIXED, Mix
 
 
-class Pixels(NamedTuple):
+class ByteImages(NamedTuple):
     """A batch of images [B, C, H, W], uint8, and what is erased of them, as `ops.normalise_pixels` takes it.
 
     erased: [B, R, 5], int32; noise: [N], float32; None where nothing ever is. One image has the same without B.
@@ -26,20 +26,20 @@ class Pixels(NamedTuple):
     noise: Tensor | None = None
 
 
-class ToPixels:
+class ToBytes:
     """The end of a transform: an image's bytes, and what `erasing` draws for it, as for a normalised image."""
 
     def __init__(self, erasing: RandomErasing | None = None):
         self.erasing = erasing
 
-    def __call__(self, image: Image.Image) -> Pixels:
+    def __call__(self, image: Image.Image) -> ByteImages:
         """image: of 8 bits a channel."""
         pixels = pil_to_tensor(image).contiguous()
         if self.erasing is None:
-            return Pixels(pixels)
+            return ByteImages(pixels)
         drawn = _Erased(pixels.shape)
         self.erasing(drawn)
-        return Pixels(pixels, *drawn.packed(self.erasing.max_count))
+        return ByteImages(pixels, *drawn.packed(self.erasing.max_count))
 
 
 class _Erased:
@@ -68,22 +68,22 @@ class _Erased:
         return rectangles, torch.cat([torch.empty(0), *(noise.flatten() for noise in filled)])
 
 
-def batched(samples: Sequence[Pixels]) -> Pixels:
+def batched(samples: Sequence[ByteImages]) -> ByteImages:
     """One batch of images of one size."""
     images = default_collate([sample.images for sample in samples])
     erased = [sample.erased for sample in samples if sample.erased is not None]
     noise = [sample.noise for sample in samples if sample.noise is not None]
     if not erased:
-        return Pixels(images)
+        return ByteImages(images)
     rectangles, lengths = torch.stack(erased), torch.tensor([len(each) for each in noise])
     rectangles[..., 4] += (lengths.cumsum(0) - lengths).view(-1, 1)
     length = int(lengths.sum())
     # Few lengths, since launches are remembered by shapes.
-    return Pixels(images, rectangles, F.pad(torch.cat(noise), (0, (1 << length.bit_length()) - length)))
+    return ByteImages(images, rectangles, F.pad(torch.cat(noise), (0, (1 << length.bit_length()) - length)))
 
 
 class Normalise:
-    """Images [B, C, H, W] in `dtype` on `device` of `Pixels`, with the numbers of torchvision's Normalize.
+    """Images [B, C, H, W] in `dtype` on `device` of `ByteImages`, with the numbers of torchvision's Normalize.
 
     data_config: of `timm.data.resolve_model_data_config`.
     """
@@ -92,7 +92,8 @@ class Normalise:
         self.mean, self.std = (torch.tensor(data_config[name], device=device) for name in ("mean", "std"))
         self.device, self.dtype = device, dtype
 
-    def __call__(self, pixels: Pixels, mix: Mix = UNMIXED) -> Tensor:
-        on_device = [None if each is None else each.to(self.device, non_blocking=True) for each in (*pixels[1:], *mix)]
-        images = pixels.images.to(self.device, non_blocking=True)
-        return ops.normalise_pixels(images, self.mean, self.std, self.dtype, *on_device)
+    def __call__(self, byte_images: ByteImages, mix: Mix = UNMIXED) -> Tensor:
+        images, *erased = byte_images
+        images = images.to(self.device, non_blocking=True)
+        rest = [None if each is None else each.to(self.device, non_blocking=True) for each in (*erased, *mix)]
+        return ops.normalise_pixels(images, self.mean, self.std, self.dtype, *rest)

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from deit_fast.data.images import decode, to_rgb
-from deit_fast.train.pixels import Pixels, batched
+from deit_fast.train.pixels import ByteImages, batched
 
-# Image or `Pixels`, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with each:
-# an OSError where it is the file system.
+# Image or `ByteImages`, and class; of a corrupt sample None twice. Names of corrupt samples, and what is wrong with
+# each: an OSError where it is the file system.
 Item = tuple[Any, Any, dict[str, Any]]
 SHOWN = 3
 # Seconds before each new try where the file system fails.
@@ -64,7 +64,7 @@ def _name(reader: Any, index: int) -> str:
 
 
 def collate(items: list[Item]) -> tuple[Any, Any, dict[str, str]]:
-    """A batch of what could be read: `Pixels`, classes, and the corrupt ones' names."""
+    """A batch of what could be read: `ByteImages`, classes, and the corrupt ones' names."""
     corrupt = {name: why for _, _, found in items for name, why in found.items()}
     sound = [(image, target) for image, target, _ in items if image is not None]
     if not sound:
@@ -89,7 +89,7 @@ class Batches:
         self.corrupt: dict[str, str] = {}
         self.new: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[tuple[Pixels, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[ByteImages, Tensor]]:
         for images, targets, corrupt in self.loader:
             for name, why in corrupt.items():
                 if isinstance(why, OSError):

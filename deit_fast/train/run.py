@@ -27,7 +27,7 @@ from deit_fast.train.checkpoints import Checkpoints, Saved, check_same
 from deit_fast.train.evaluation import evaluate, right
 from deit_fast.train.meter import Meter
 from deit_fast.train.mixing import UNMIXED, draw
-from deit_fast.train.pixels import Normalise, Pixels
+from deit_fast.train.pixels import ByteImages, Normalise
 from deit_fast.train.reading import Batches
 from deit_fast.train.recipe import Recipe
 from deit_fast.train.samples import (
@@ -153,7 +153,7 @@ class Run:
             # Gets the weights when they are saved.
             self.as_saved = copy.deepcopy(self.model).to("meta")
             # For the process that has no batch left: a call is of all processes, and not every model takes no images.
-            self.blank = Pixels(torch.zeros(1, *data_config["input_size"], dtype=torch.uint8))
+            self.blank = ByteImages(torch.zeros(1, *data_config["input_size"], dtype=torch.uint8))
             # Accelerate's way fails where a model has parameters of its own, and each process has the weights anyway.
             accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self.compiled = torch.compile(self.trained) if job.compile else self.trained
@@ -245,17 +245,17 @@ class Run:
             self.best = score, self.step
         return False
 
-    def _update(self, epoch: int, step: int, parts: Iterable[tuple[Pixels, Tensor]]) -> Tensor:
+    def _update(self, epoch: int, step: int, parts: Iterable[tuple[ByteImages, Tensor]]) -> Tensor:
         """One step of the optimizer; its loss, and the share of images whose likeliest class is right."""
         accelerator, seed, of = self.accelerator, self.recipe.seed, len(self.parts)
         seen = torch.zeros(2, device=accelerator.device)
-        for part, (pixels, targets) in zip(self.parts, parts, strict=True):
+        for part, (byte_images, targets) in zip(self.parts, parts, strict=True):
             targets = targets.to(accelerator.device, non_blocking=True)
             mix = UNMIXED
             if self.mixup is not None:
                 seed_draws("mixup", seed, epoch, step)  # the same for every part of the batch
-                targets, mix = draw(self.mixup, pixels.images.shape, targets)
-            images = self.normalise(pixels, mix)
+                targets, mix = draw(self.mixup, byte_images.images.shape, targets)
+            images = self.normalise(byte_images, mix)
             seed_draws("step", seed, epoch, step, part)
             with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():

@@ -21,7 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit_fast.train import shards
 from deit_fast.train.loader import Loader
-from deit_fast.train.pixels import ToPixels
+from deit_fast.train.pixels import ToBytes
 from deit_fast.train.reading import Batches, Item, allowed, collate, read
 from deit_fast.train.recipe import Recipe
 
@@ -147,7 +147,7 @@ def _check_folders(reader: Any, split: str) -> None:
 
 
 def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> transforms.Compose:
-    """timm's, as the recipe has it, to `Pixels`. data_config: of `timm.data.resolve_model_data_config`."""
+    """timm's, as the recipe has it, to `ByteImages`. data_config: of `timm.data.resolve_model_data_config`."""
     size = data_config["input_size"]
     parts: Any = create_transform(
         size,
@@ -170,7 +170,7 @@ def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> transforms.C
                 augment.aug_fn = _posterize
     crop = _simple_random_crop(recipe, size[-1]) if recipe.src else parts[0]
     _, _, *erasing = parts[2].transforms  # after ToTensor and Normalize
-    return transforms.Compose([crop, parts[1], ToPixels(*erasing)])
+    return transforms.Compose([crop, parts[1], ToBytes(*erasing)])
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
@@ -186,10 +186,10 @@ def _simple_random_crop(recipe: Recipe, size: int) -> transforms.Compose:
 
 
 def eval_transform(data_config: dict[str, Any]) -> transforms.Compose:
-    """timm's, to `Pixels`: the shorter side to size / crop_pct, and the centre of it."""
+    """timm's, to `ByteImages`: the shorter side to size / crop_pct, and the centre of it."""
     names = ("interpolation", "mean", "std", "crop_pct")
     timms: Any = create_transform(data_config["input_size"], **{name: data_config[name] for name in names})
-    return transforms.Compose([*timms.transforms[:-2], ToPixels()])
+    return transforms.Compose([*timms.transforms[:-2], ToBytes()])
 
 
 class Order(Sampler[list[Key]]):

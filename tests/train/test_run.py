@@ -23,7 +23,7 @@ from torch.utils.data import default_collate
 from deit_fast.train import build, checkpoints, digits, recipe
 from deit_fast.train import run as runs
 from deit_fast.train.evaluation import Evaluation, evaluate
-from deit_fast.train.pixels import Pixels
+from deit_fast.train.pixels import ByteImages
 from deit_fast.train.run import Job, Run
 from tests.train.test_samples import folders
 from tests.train.test_shards import write
@@ -186,7 +186,7 @@ def of_floats(run: Run, monkeypatch) -> Run:
 
     def collate(items):
         images, targets = default_collate([(image, target) for image, target, _ in items])
-        return Pixels(images), targets, {}
+        return ByteImages(images), targets, {}
 
     for loader, transform in ((run.loader.loader, augmented), (run.val_loader.loader, shown)):
         loader.dataset.transform, loader.collate_fn = transform, collate
@@ -197,8 +197,12 @@ def of_floats(run: Run, monkeypatch) -> Run:
         np.random.set_state(before)
         return targets, mixup
 
-    def normalise(pixels, mix=None):
-        return mix(pixels.images, torch.zeros(len(pixels.images)))[0] if isinstance(mix, Mixup) else pixels.images
+    def normalise(byte_images, mix=None):
+        return (
+            mix(byte_images.images, torch.zeros(len(byte_images.images)))[0]
+            if isinstance(mix, Mixup)
+            else byte_images.images
+        )
 
     monkeypatch.setattr(runs, "draw", draw)
     run.normalise = normalise

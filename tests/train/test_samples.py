@@ -75,13 +75,13 @@ def test_batches_that_can_not_be_made_are_refused(size, parts, message):
 def test_a_sample_is_the_same_whatever_was_drawn_before(tmp_path, name):
     data = samples.open_data(str(folders(tmp_path)))
     made = samples.Augmented(data.train, samples.train_transform(recipe.load(name), CONFIG), seed=0)
-    pixels, label, _ = made[0, 3, 1]
+    byte_images, label, _ = made[0, 3, 1]
     made[0, 4, 1]
     random.random()
     again = made[0, 3, 1][0]
-    assert all(map(torch.equal, [t for t in pixels if t is not None], [t for t in again if t is not None]))
-    assert pixels.images.shape == (3, 16, 16) and pixels.images.dtype is torch.uint8 and label == 0
-    assert not torch.equal(pixels.images, made[1, 3, 1][0].images)
+    assert all(map(torch.equal, [t for t in byte_images if t is not None], [t for t in again if t is not None]))
+    assert byte_images.images.shape == (3, 16, 16) and byte_images.images.dtype is torch.uint8 and label == 0
+    assert not torch.equal(byte_images.images, made[1, 3, 1][0].images)
 
 
 @pytest.mark.parametrize("reprob", [0.0, 1.0])
@@ -95,11 +95,11 @@ def test_the_transform_is_timms(reprob):
     samples.seed_draws(1)
     expected = timms(image)
     samples.seed_draws(1)
-    pixels = batched([samples.train_transform(deit, CONFIG)(image)])
-    assert torch.equal(Normalise(CONFIG, torch.device("cpu"))(pixels)[0], expected)
+    byte_images = batched([samples.train_transform(deit, CONFIG)(image)])
+    assert torch.equal(Normalise(CONFIG, torch.device("cpu"))(byte_images)[0], expected)
     evaluated = create_transform((3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
-    pixels = batched([samples.eval_transform(CONFIG)(image)])
-    assert torch.equal(Normalise(CONFIG, torch.device("cpu"))(pixels)[0], evaluated(image))
+    byte_images = batched([samples.eval_transform(CONFIG)(image)])
+    assert torch.equal(Normalise(CONFIG, torch.device("cpu"))(byte_images)[0], evaluated(image))
 
 
 def test_a_strong_randaugment_may_keep_no_bit():

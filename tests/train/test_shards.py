@@ -126,7 +126,7 @@ def test_workers_forked_from_a_process_that_reads_get_their_own_samples(tmp_path
     loader = samples.val_loader(data.val, samples.eval_transform(CONFIG), 8, range(200), workers=2)
     with ThreadPoolExecutor() as threads:
         threads.map(data.val.reader.__getitem__, range(200))
-        found = [(pixels.images[:, 0, 0, 0], targets) for pixels, targets in loader]
+        found = [(byte_images.images[:, 0, 0, 0], targets) for byte_images, targets in loader]
     del loader
     gc.collect()  # ends the workers, which those of another test would inherit
     first, targets = map(torch.cat, zip(*found, strict=True))
