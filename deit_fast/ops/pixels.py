@@ -199,7 +199,7 @@ def normalise_pixels(
 
     erased [B, R, 5], int32, has rectangles of each image: top, left, height, width, and where in `noise` [N] the
     numbers [C, height, width] begin that fill it. A height or width of 0 erases nothing. Where rectangles of an image
-    overlap they must agree.
+    overlap they must agree. All must lie within the image and their numbers within `noise`: a GPU does not check that.
 
     Image i is mixed with image B - 1 - i, as timm's Mixup pairs them: shares [B, 2] is what each keeps of itself and
     what it takes of its partner, mixup's lam and 1 - lam. Within boxes [B, 4], int32 (top, left, height, width), it is
